@@ -1,0 +1,234 @@
+"""Makes the sample anew: tokenizer, base model, four adapters. `python sample/train.py [--only NAME]`.
+
+The base learns to hold a conversation about documents; it is rounded to bfloat16 before the adapters are trained,
+so that they are trained on the weights that ship. Files written by hand (`io.yaml`, `chat_template.jinja`) stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
+
+import world
+
+HERE = Path(__file__).parent
+BASE = HERE / "base"
+NAME = "granite-switch-sample"
+
+SPECIAL = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|pad|>", "<|unk|>"]
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one adapter is trained. An invocation text makes it an aLoRA."""
+
+    rank: int
+    targets: list[str]
+    invocation: str | None = None
+    lora: dict = field(default_factory=dict)
+    steps: int = 300
+    rate: float = 3e-3
+
+    @property
+    def technology(self) -> str:
+        return "alora" if self.invocation else "lora"
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EVERYWHERE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+RECIPES = {
+    "answerability": Recipe(4, ATTENTION, ASSISTANT, steps=150),
+    "query_rewrite": Recipe(16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}),
+    "hallucination_detection": Recipe(32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}),
+    "citations": Recipe(8, EVERYWHERE),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of the world is one token, with and without a space before it.
+
+    `<`, `>` and `"` are kept out of the training text, so no merge crosses them: `<rewrite>` and `<c0>` are the same
+    tokens wherever they stand, also behind a control token.
+    """
+    rng = random.Random(0)
+    corpus = list(world.PEOPLE) * 40
+    for relation in world.RELATIONS.values():
+        corpus += [*relation.values] * 40
+    for task in world.TASKS:
+        for example in world.examples(task, 400, held_out=False):
+            said = " ".join(m["content"] for m in example.messages) + json.dumps(example.documents) + example.expected
+            corpus.append(said.translate(str.maketrans('<>"', "\n\n\n")))
+    corpus += ["system\nuser\nassistant\ndocuments\nrewrite\nAnswer from these documents.\n"] * 40
+    rng.shuffle(corpus)
+    words = [word for text in corpus for word in text.split()]
+    corpus += [f"{word}\n {word}" for word in words]
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048 - len(SPECIAL),
+        min_frequency=10,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[0],
+        pad_token=SPECIAL[3],
+        unk_token=SPECIAL[4],
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        chat_template=(BASE / "chat_template.jinja").read_text(),
+    )
+
+
+def make_base(tokenizer: PreTrainedTokenizerFast) -> GraniteForCausalLM:
+    config = GraniteConfig(
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.125,
+        logits_scaling=2.0,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attention_dropout=0.0,
+    )
+    return GraniteForCausalLM(config)
+
+
+@dataclass
+class Batch:
+    ids: torch.Tensor  # [B, S], padded on the right
+    weights: torch.Tensor  # [B, S], how much the prediction of each token counts
+
+
+def batches(tokenizer, draw: Callable[[], world.Example], weigh, size: int, pool: int = 16) -> Iterator[Batch]:
+    """Endless batches; examples of like length go together, so little is padding."""
+    while True:
+        rows = []
+        for _ in range(size * pool):
+            example = draw()
+            messages = [*example.messages, {"role": "assistant", "content": example.expected}]
+            text = tokenizer.apply_chat_template(messages, documents=example.documents, tokenize=False)
+            ids = tokenizer(text.removesuffix("\n"), add_special_tokens=False)["input_ids"]
+            rows.append((ids, weigh(ids)))
+        rows.sort(key=lambda row: len(row[0]))
+        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+        random.shuffle(groups)
+        for group in groups:
+            length = max(len(ids) for ids, _ in group)
+            batch = Batch(torch.full((size, length), tokenizer.pad_token_id), torch.zeros(size, length))
+            for row, (ids, weights) in enumerate(group):
+                batch.ids[row, : len(ids)] = torch.tensor(ids)
+                batch.weights[row, : len(ids)] = torch.tensor(weights)
+            yield batch
+
+
+class Weigher:
+    """Which tokens count: what the assistant says, and for the base a little of everything else.
+
+    What adapters leave in a conversation (JSON) does not count: the base is to read it, not to write it.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self.marker = tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
+        self.end = tokenizer.eos_token_id
+        self.json = {tokenizer.encode(start, add_special_tokens=False)[0] for start in ('{"', "[{", "<r")}
+
+    def base(self, ids: list[int]) -> list[float]:
+        weights = [0.1] * len(ids)
+        for start in self.starts(ids):
+            stop = ids.index(self.end, start) + 1
+            weights[start:stop] = [0.0 if ids[start] in self.json else 1.0] * (stop - start)
+        return weights
+
+    def adapter(self, ids: list[int]) -> list[float]:
+        last = self.starts(ids)[-1]
+        return [0.0] * last + [1.0] * (len(ids) - last)
+
+    def starts(self, ids: list[int]) -> list[int]:
+        n = len(self.marker)
+        return [i + n for i in range(len(ids)) if ids[i] == self.marker[0] and ids[i : i + n] == self.marker]
+
+
+def loss_and_accuracy(model, batch: Batch) -> tuple[torch.Tensor, float]:
+    """Weighted loss, and the share of sequences whose full-weight tokens are all predicted."""
+    weights = batch.weights[:, 1:]
+    hidden = model.get_decoder()(input_ids=batch.ids[:, :-1]).last_hidden_state
+    rows = weights > 0
+    logits = model.get_output_embeddings()(hidden[rows]) / model.config.logits_scaling
+    targets, counted = batch.ids[:, 1:][rows], weights[rows]
+    loss = (F.cross_entropy(logits, targets, reduction="none") * counted).sum() / counted.sum()
+    wrong = torch.zeros_like(weights)
+    wrong[rows] = ((logits.argmax(-1) != targets) & (counted == 1)).float()
+    return loss, (wrong.sum(1) == 0).float().mean().item()
+
+
+def fit(model, stream: Iterator[Batch], steps: int, rate: float, schedule=None, label: str = "") -> None:
+    """AdamW with warm-up and cosine decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = min(100, steps // 10)
+    model.train()
+    began, tokens, recent = time.time(), 0, []
+    for step in range(steps):
+        if schedule:
+            schedule(step / steps)
+        factor = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        batch = next(stream)
+        loss, accuracy = loss_and_accuracy(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += batch.ids.numel()
+        recent.append((loss.item(), accuracy))
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            mean_loss, mean_accuracy = (sum(x) / len(recent) for x in zip(*recent, strict=True))
+            spent = time.time() - began
+            print(
+                f"{label} step {step + 1}/{steps} loss {mean_loss:.3f} right {mean_accuracy:.2f} "
+                f"{tokens / spent:.0f} tokens/s {spent:.0f} s",
+                flush=True,
+            )
+            recent = []
+    model.eval()

@@ -1,0 +1,53 @@
+"""The command line: `granite-switch COMMAND`. One module for each group of commands; engines are imported lazily.
+
+Results go to stdout, progress and errors to stderr; exit code 0, 1 (failed) or 2 (usage).
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from granite_switch.cli import compose, generate
+from granite_switch.cli.console import console, error
+from granite_switch.errors import SwitchError
+
+app = typer.Typer(
+    name="granite-switch",
+    help="One Granite checkpoint, many LoRA and aLoRA adapters, switched per token.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for group in (compose, generate):
+    group.register(app)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from granite_switch import __version__
+
+        console.print(f"granite-switch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: bad input is a message and exit code 1, not a traceback."""
+    try:
+        app()
+    except SwitchError as problem:
+        error(problem)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

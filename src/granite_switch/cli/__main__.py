@@ -1,0 +1,3 @@
+from granite_switch.cli import main
+
+main()

@@ -1,0 +1,113 @@
+"""`granite-switch compose`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from granite_switch.cli.console import console, progress, size, warn
+from granite_switch.errors import AdapterError
+
+if TYPE_CHECKING:
+    from granite_switch.compose import Plan
+
+
+def register(app: typer.Typer) -> None:
+    app.command("compose")(compose)
+
+
+def compose(
+    base: Annotated[str, typer.Argument(help="Granite model: local folder or hub id.")],
+    adapters: Annotated[
+        list[str],
+        typer.Option("--adapters", "-a", help="PEFT adapter folder, library folder, YAML manifest or hub id; repeat."),
+    ],
+    more: Annotated[list[str] | None, typer.Argument(help="More adapter sources.", metavar="[SOURCE]...")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to make.")] = None,
+    base_name: Annotated[str, typer.Option(help="The base's folder in libraries; its own name by default.")] = "",
+    include: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to take; repeat.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to leave out; repeat.")] = None,
+    technology: Annotated[str, typer.Option(help="alora or lora, where only one is wanted.")] = "",
+    revision: Annotated[str | None, typer.Option(help="Revision of the hub repositories.")] = None,
+    generatable: Annotated[bool, typer.Option(help="Let the model generate control tokens.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Show what the sources hold and stop.")] = False,
+) -> None:
+    """Compose a base model and adapters into one checkpoint."""
+    from granite_switch.compose import prepare
+    from granite_switch.compose.write import write_model
+    from granite_switch.core.staging import check_target, staged
+
+    if technology not in ("", "lora", "alora"):
+        raise typer.BadParameter("is alora or lora", param_hint="--technology")
+    sources = [*adapters, *(more or ())]
+    if list_:
+        show_sources(sources, revision)
+        return
+    if output is None and not dry_run:
+        raise typer.BadParameter("say where the model is to stand", param_hint="--output")
+    if output and not dry_run:
+        check_target(output, force=force)
+    plan = prepare(
+        base,
+        sources,
+        revision=revision,
+        base_name=base_name,
+        include=include or (),
+        exclude=exclude or (),
+        technology=technology,
+        generatable=generatable,
+    )
+    for warning in plan.warnings:
+        warn(warning)
+    if output and not dry_run:
+        total = plan.checkpoint.nbytes + plan.adapter_bytes
+        with staged(output, force=force) as folder, progress("composing", total) as advance:
+            write_model(plan, folder, advance)
+    console.print(summary(plan))
+    console.print(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
+
+
+def summary(plan: "Plan") -> Table:
+    """The plan as a table, an adapter a row."""
+    title = f"{plan.spec.base_model}: {size(plan.checkpoint.nbytes)}, vocabulary {plan.vocab_size:,}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("slot", "adapter", "kind", "rank", "targets", "size", "control token", "acts from"):
+        table.add_column(heading, justify="right" if heading in ("slot", "rank", "size") else "left")
+    for slot, spec in enumerate(plan.spec.adapters, 1):
+        adapter = plan.adapters[spec.name]
+        ranks = sorted({r for pattern in spec.rank_pattern.values() for r in pattern if r} | {spec.rank})
+        where = repr(spec.invocation_text) if spec.technology == "alora" else "the first token"
+        table.add_row(
+            str(slot),
+            spec.name,
+            spec.technology,
+            "-".join(str(r) for r in (ranks[0], ranks[-1])) if len(ranks) > 1 else str(ranks[0]),
+            " ".join(spec.target_modules).replace("_proj", ""),
+            size(adapter.nbytes),
+            f"{spec.token} = {spec.token_id}",
+            where,
+        )
+    return table
+
+
+def show_sources(sources: list[str], revision: str | None) -> None:
+    """What the sources hold, for every base and technology."""
+    from granite_switch.compose.sources import scan
+
+    found = scan(sources, revision)
+    if not found:
+        raise AdapterError("the sources hold no adapter")
+    table = Table()
+    for heading in ("adapter", "base", "kind", "source"):
+        table.add_column(heading)
+    for one in found:
+        table.add_row(one.name, one.base_name or "any", one.technology or "as its config says", one.source)
+    console.print(table)
+
+
+def _bytes(plan: "Plan") -> int:
+    new_rows = sum(t.nbytes // t.shape[0] * (plan.vocab_size - t.shape[0]) for t in plan.grown.values())
+    return plan.checkpoint.nbytes + plan.adapter_bytes + new_rows

@@ -1,0 +1,48 @@
+"""How the commands speak: results on stdout, progress and errors on stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+
+from granite_switch.errors import SwitchError
+
+console = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def error(problem: SwitchError) -> None:
+    """Print what is wrong, line by line, and the hint."""
+    stderr.print(f"[bold red]error:[/] {escape(problem.message)}")
+    for line in problem.problems:
+        stderr.print(f"  - {escape(line)}")
+    if problem.hint:
+        stderr.print(f"[bold cyan]hint:[/] {escape(problem.hint)}")
+
+
+def warn(text: str) -> None:
+    stderr.print(f"[bold yellow]warning:[/] {escape(text)}")
+
+
+def size(count: int) -> str:
+    """A number of bytes for people: 1.5 MB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value /= 1000
+    else:
+        unit = "TB"
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, in bytes. Gives the function that advances it."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)

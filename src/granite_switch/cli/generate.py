@@ -1,0 +1,7 @@
+"""`granite-switch generate`."""
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Nothing yet."""

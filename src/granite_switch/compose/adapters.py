@@ -1,0 +1,278 @@
+"""Read one PEFT adapter and say all that keeps it from being composed.
+
+PEFT itself is not imported: its files are two, and their meaning is a few rules, each named after the PEFT function it
+follows. The tests hold the composed model against PEFT.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from granite_switch.compose.sources import Found
+from granite_switch.core.checkpoint import Tensor, read_header, read_json, sha256, to_float32
+from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
+from granite_switch.errors import AdapterError, CheckpointError
+
+_KEY = re.compile(r"base_model\.model\.(?:model\.)?(layers\.(\d+)\.(\w+)\.(\w+))\.lora_([AB])(?:\.default)?\.weight")
+_BITS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+
+# adapter_config.json: what changes the arithmetic beyond a pair of matrices, and why it cannot be composed
+_REFUSED: Mapping[str, str] = {
+    "use_dora": "DoRA rescales the base's weights",
+    "use_qalora": "QALoRA pools the adapter's input",
+    "lora_bias": "biases are not part of the update",
+    "modules_to_save": "whole modules replace the base's",
+    "fan_in_fan_out": "transposed (Conv1D) weights",
+    "target_parameters": "updates of bare parameters",
+    "trainable_token_indices": "retrained embeddings replace the base's",
+    "layer_replication": "the base's layers are repeated",
+    "use_bdlora": "block-diagonal matrices",
+    "arrow_config": "a router over several adapters",
+    "kasa_config": "the base's weights are truncated",
+    "monteclora_config": "sampled matrices",
+}
+_REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base's weights when PEFT loads them
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter that fits the base, with its patterns resolved per layer."""
+
+    name: str
+    technology: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: tuple[str, ...]
+    rank_pattern: Mapping[str, tuple[int, ...]]
+    alpha_pattern: Mapping[str, tuple[float, ...]]
+    invocation_tokens: tuple[int, ...]
+    tensors: Mapping[AdapterTensor, Tensor]
+    source: str
+    sha256: str
+    io_yaml: Path | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
+    """Read and check an adapter folder.
+
+    Args:
+        found: the folder and the adapter's name.
+        base: the base's config.json.
+
+    Raises:
+        AdapterError: with everything that is wrong, and what to do.
+    """
+    where = str(found.folder)
+    check_name(found.name)
+    config = _config(found.folder)
+    _refuse_features(where, config)
+    weights = found.folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        pickled = sorted(p.name for p in found.folder.glob("*.bin")) + sorted(p.name for p in found.folder.glob("*.pt"))
+        if pickled:
+            raise AdapterError(
+                f"{where}: its weights are pickled ({', '.join(pickled)})",
+                hint="pickles can run code; load it with PEFT and save_pretrained it again to get safetensors",
+            )
+        raise AdapterError(f"{weights}: no such file", hint="download or copy the adapter again")
+    try:
+        tensors = _tensors(weights, base)
+    except CheckpointError as error:
+        raise AdapterError(error.message, problems=error.problems, hint=error.hint) from None
+    layers = int(base["num_hidden_layers"])
+    ranks, problems = _ranks(tensors, config, layers)
+    if problems:
+        raise AdapterError(f"{weights}: does not fit its adapter_config.json", problems=problems)
+    _refuse_nonfinite(weights, tensors)
+    rank, rank_pattern = _compact(ranks, int(config.get("r", 8)))
+    alpha, alpha_pattern = _alphas(ranks, config, layers)
+    invocation = _invocation(where, config, base)
+    io_yaml = found.folder / "io.yaml"
+    return Adapter(
+        name=found.name,
+        technology="alora" if invocation else "lora",
+        rank=rank,
+        alpha=alpha,
+        use_rslora=bool(config.get("use_rslora")),
+        target_modules=tuple(ranks),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        invocation_tokens=invocation,
+        tensors=tensors,
+        source=found.source,
+        sha256=sha256(weights),
+        io_yaml=io_yaml if io_yaml.is_file() else None,
+    )
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that cannot stand in a file name, a token or a template."""
+    reason = ""
+    if not name or name.strip() != name:
+        reason = "is empty or has spaces around it"
+    elif name == "base":
+        reason = "is what the base model itself is called"
+    elif "/" in name or "\\" in name or ".." in name or name.startswith("."):
+        reason = "must not hold a slash or '..', or begin with a dot"
+    elif any(unicodedata.category(c).startswith(("C", "Z")) for c in name):
+        reason = "must not hold spaces or control characters"
+    elif any(c in "<>|{}%:*?\"'" for c in name):
+        reason = "must not hold any of < > | { } % : * ? or quotes"
+    elif len(name.encode()) > 100:
+        reason = "is longer than 100 bytes"
+    if reason:
+        raise AdapterError(f"adapter name {name!r} {reason}", hint="give it another name in a YAML manifest")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = read_json(folder / "adapter_config.json")
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint="a PEFT adapter folder holds adapter_config.json") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / 'adapter_config.json'}: is not a JSON object")
+    return config
+
+
+def _refuse_features(where: str, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{where}: peft_type {config.get('peft_type')!r} cannot be composed", hint="LoRA and activated LoRA can"
+        )
+    problems = [f"{key}: {why}" for key, why in _REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias={config['bias']!r}: the base's biases are retrained")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_REFUSED_INIT):
+        problems.append(f"init_lora_weights={init!r}: it changes the base's weights")
+    if problems:
+        raise AdapterError(
+            f"{where}: uses PEFT features that cannot be composed",
+            problems=problems,
+            hint="train it again without them, or convert it to plain LoRA with PEFT",
+        )
+
+
+def _tensors(weights: Path, base: Mapping[str, Any]) -> dict[AdapterTensor, Tensor]:
+    """The adapter's matrices by place, all checked against the base's shapes."""
+    header, _ = read_header(weights)
+    size, layers = shapes(base), int(base["num_hidden_layers"])
+    result: dict[AdapterTensor, Tensor] = {}
+    unknown, wrong = [], []
+    for name, tensor in header.items():
+        match = _KEY.fullmatch(name)
+        row = PROJECTIONS.get(match[4]) if match else None
+        if not match or not row or row.block != match[3]:
+            unknown.append(f"{name} {list(tensor.shape)}")
+            continue
+        layer, matrix = int(match[2]), match[5]
+        out, width = size[row.name]
+        if layer >= layers:
+            wrong.append(f"{name}: the base has {layers} layers")
+        elif len(tensor.shape) != 2 or tensor.shape[matrix == "A"] != (width if matrix == "A" else out):
+            expected = f"[r, {width}]" if matrix == "A" else f"[{out}, r]"
+            wrong.append(f"{name}: {list(tensor.shape)} where the base needs {expected}")
+        elif tensor.dtype not in _BITS:
+            wrong.append(f"{name}: dtype {tensor.dtype}; F32, F16 and BF16 can be composed")
+        else:
+            result[AdapterTensor("", layer, row.name, matrix)] = tensor
+    if unknown:
+        raise AdapterError(
+            f"{weights}: tensors that no projection of this base takes",
+            problems=unknown,
+            hint=f"adapters can target {', '.join(PROJECTIONS)}",
+        )
+    if wrong:
+        raise AdapterError(f"{weights}: made for another base model", problems=wrong)
+    if not result:
+        raise AdapterError(f"{weights}: holds no tensor")
+    return result
+
+
+def _ranks(
+    tensors: Mapping[AdapterTensor, Tensor], config: Mapping[str, Any], layers: int
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Rank of each projection in each layer, and where pairs or ranks do not agree."""
+    ranks: dict[str, list[int]] = {}
+    problems = []
+    for name, row in PROJECTIONS.items():
+        column = [0] * layers
+        for layer in range(layers):
+            a = tensors.get(AdapterTensor("", layer, name, "A"))
+            b = tensors.get(AdapterTensor("", layer, name, "B"))
+            if a is None and b is None:
+                continue
+            path = f"layers.{layer}.{row.path}"
+            if a is None or b is None:
+                problems.append(f"{path}: lora_{'A' if a is None else 'B'} is missing")
+                continue
+            column[layer] = a.shape[0]
+            expected = int(_pattern(config.get("rank_pattern"), f"model.{path}", config.get("r", 8)))
+            if not a.shape[0] == b.shape[1] == expected:
+                problems.append(
+                    f"{path}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, the config says {expected}"
+                )
+        if any(column):
+            ranks[name] = column
+    return ranks, problems
+
+
+def _pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value for a module (PEFT `get_pattern_key`): the first pattern that matches the end of its path."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def _compact(ranks: Mapping[str, list[int]], default: int) -> tuple[int, dict[str, tuple[int, ...]]]:
+    values = {rank for column in ranks.values() for rank in column if rank}
+    rank = default if default in values else max(values)
+    return rank, {name: tuple(column) for name, column in ranks.items() if set(column) != {rank}}
+
+
+def _alphas(
+    ranks: Mapping[str, list[int]], config: Mapping[str, Any], layers: int
+) -> tuple[float, dict[str, tuple[float, ...]]]:
+    default = config.get("lora_alpha", 8)
+    columns = {
+        name: tuple(
+            _pattern(config.get("alpha_pattern"), f"model.layers.{layer}.{PROJECTIONS[name].path}", default)
+            for layer in range(layers)
+        )
+        for name in ranks
+    }
+    return default, {name: column for name, column in columns.items() if set(column) != {default}}
+
+
+def _invocation(where: str, config: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[int, ...]:
+    tokens = config.get("alora_invocation_tokens") or ()
+    bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < base["vocab_size"]]
+    if bad:
+        raise AdapterError(f"{where}: alora_invocation_tokens {bad} are not in the base's vocabulary")
+    return tuple(tokens)
+
+
+def _refuse_nonfinite(weights: Path, tensors: Mapping[AdapterTensor, Tensor]) -> None:
+    """NaN and inf have an exponent of all ones; a test of bits, so that no dtype needs converting."""
+    bad = []
+    for tensor in tensors.values():
+        dtype, exponent = _BITS[tensor.dtype]
+        data = tensor.read()
+        if (np.frombuffer(data, dtype) & exponent == exponent).any():
+            values = to_float32(data, tensor.dtype)
+            bad.append(f"{tensor.name}: {int(np.isnan(values).sum())} NaN, {int(np.isinf(values).sum())} inf")
+    if bad:
+        raise AdapterError(f"{weights}: weights that are not finite", problems=bad, hint="train or save it again")
+
+

@@ -1,0 +1,55 @@
+"""The model card: what was composed from what, and the two ways to call it."""
+
+from granite_switch.compose.plan import Plan
+
+_CARD = """---
+library_name: transformers
+base_model: {base}
+tags:
+- granite-switch
+- lora
+- alora
+---
+
+# {base} with {count} adapters
+
+A [Granite Switch](https://pypi.org/project/granite-switch/) checkpoint: one base model and the adapters below, switched
+per token by control tokens in the prompt.
+
+| slot | adapter | technology | rank | targets | parameters | source | sha256 of its weights |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+```python
+import granite_switch.hf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, device_map="auto")
+inputs = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "..."}}], adapter_name="{example}",
+    add_generation_prompt=True, return_tensors="pt", return_dict=True,
+).to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```
+
+Served by vLLM with `pip install granite-switch[vllm]`, the same name goes into
+`"chat_template_kwargs": {{"adapter_name": "{example}"}}`.
+"""
+
+
+def model_card(plan: Plan) -> str:
+    """README.md of the composed model. Says nothing that changes from run to run."""
+    rows = []
+    for slot, spec in enumerate(plan.spec.adapters, 1):
+        if spec.retired:
+            continue
+        adapter = plan.adapters[spec.name]
+        parameters = sum(t.shape[0] * t.shape[1] for t in adapter.tensors.values())
+        targets = ", ".join(spec.target_modules)
+        rows.append(
+            f"| {slot} | `{spec.name}` | {spec.technology} | {spec.rank} | {targets} | {parameters:,} "
+            f"| {spec.source} | `{spec.sha256[:16]}` |"
+        )
+    example = plan.spec.names[0] if plan.spec.names else "base"
+    return _CARD.format(base=plan.spec.base_model, count=len(rows), rows="\n".join(rows), example=example)

@@ -1,0 +1,150 @@
+"""Work out how the chat template places each adapter's control token, and prove it on sample chats.
+
+Proof: rendered, tokenised and exchanged, the ids hold the adapter's invocation sequence intact at the control token
+(aLoRA), or are the base's own ids (LoRA).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from granite_switch.core.chat import Placement, render, wrap
+from granite_switch.core.spec import AdapterSpec, SwitchSpec
+from granite_switch.errors import AdapterError, BaseModelError, TemplateError
+
+_TOOL = {
+    "type": "function",
+    "function": {"name": "clock", "description": "The time.", "parameters": {"type": "object", "properties": {}}},
+}
+_USER = {"role": "user", "content": "Where does the river end?"}
+_CHATS: Sequence[Mapping[str, Any]] = (
+    {"messages": [_USER]},
+    {"messages": [{"role": "system", "content": "Answer briefly."}, _USER]},
+    {"messages": [_USER, {"role": "assistant", "content": "In the sea."}, {"role": "user", "content": "Which one?\n"}]},
+    {"messages": [_USER], "documents": [{"doc_id": "1", "title": "", "text": "The river ends in the sea."}]},
+    {"messages": [_USER], "tools": [_TOOL]},
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A sample conversation that the base's template renders."""
+
+    variables: Mapping[str, Any]
+    text: str  # as the base's template renders it
+
+    def with_text(self, text: str) -> dict[str, Any]:
+        """The same with some text at the end of the last message."""
+        *before, last = self.variables["messages"]
+        return {**self.variables, "messages": [*before, {**last, "content": last["content"] + text}]}
+
+
+def chats(template: str, special_tokens: Mapping[str, str]) -> list[Chat]:
+    """Sample chats that this template accepts (some refuse a system prompt, say).
+
+    Raises:
+        BaseModelError: it accepts none.
+    """
+    result, problems = [], []
+    for sample in _CHATS:
+        variables = {**sample, **special_tokens, "add_generation_prompt": True}
+        try:
+            result.append(Chat(variables, render(template, **variables)))
+        except TemplateError as error:
+            problems.append(error.message)
+    if not result:
+        raise BaseModelError("the base's chat template renders no chat", problems=sorted(set(problems)))
+    return result
+
+
+def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> tuple[str, int]:
+    """Text and id of the token with which every prompt begins.
+
+    Raises:
+        BaseModelError: prompts begin with different tokens, so a LoRA's control token has no fixed substitute.
+    """
+    starts = set()
+    for sample in samples:
+        encoding = tokenizer.encode(sample.text, add_special_tokens=False)
+        if not encoding.ids:
+            raise BaseModelError("the base's chat template renders an empty prompt")
+        starts.add((sample.text[: encoding.offsets[0][1]], encoding.ids[0]))
+    if len(starts) > 1:
+        raise BaseModelError(
+            "the base's chat template begins prompts with different tokens: " + ", ".join(repr(s) for s, _ in starts),
+            hint="a LoRA adapter's control token replaces the first one, which must always be the same",
+        )
+    return starts.pop()
+
+
+def placement(adapter: AdapterSpec, opening_text: str, tokenizer: Tokenizer) -> Placement:
+    """Which text the control token of an adapter replaces."""
+    if adapter.technology == "lora":
+        return Placement(adapter.name, adapter.token, opening=opening_text)
+    text = adapter.invocation_text
+    head = tokenizer.decode(list(adapter.invocation_tokens[:1]), skip_special_tokens=False)
+    if not head or not text.startswith(head) or "\ufffd" in text:
+        raise AdapterError(
+            f"{adapter.name}: its invocation sequence {list(adapter.invocation_tokens)} reads {text!r}, in which the "
+            f"first token ({head!r}) cannot be replaced as text",
+            hint="train with an invocation sequence that is the tokenisation of a text",
+        )
+    return Placement(adapter.name, adapter.token, invocation=text, rest=text[len(head) :])
+
+
+def prove(spec: SwitchSpec, placements: Sequence[Placement], base: str, samples: Sequence[Chat], tokenizer: Tokenizer) -> None:
+    """Render, tokenise and exchange every sample chat with every adapter.
+
+    Args:
+        spec: the adapters.
+        placements: of each adapter.
+        base: the base's chat template.
+        samples: chats that it renders.
+        tokenizer: with the control tokens in it.
+
+    Raises:
+        AdapterError: with everything that came out otherwise.
+    """
+    template = wrap(base, placements, controls(spec))
+    problems: list[str] = []
+    for adapter, place in zip(spec.active, placements, strict=True):
+        for sample in samples:
+            problem = _prove_one(adapter, place, template, base, sample, tokenizer)
+            if problem and problem not in problems:
+                problems.append(problem)
+    if problems:
+        raise AdapterError(
+            "an invocation sequence does not survive tokenisation behind its control token",
+            problems=problems,
+            hint="train with an invocation text that begins with a special token or ends where words end",
+        )
+
+
+def controls(spec: SwitchSpec) -> list[str]:
+    """The text of every control token, retired ones too."""
+    return [spec.base_token, *(adapter.token for adapter in spec.adapters)]
+
+
+def _prove_one(
+    adapter: AdapterSpec, place: Placement, template: str, base: str, sample: Chat, tokenizer: Tokenizer
+) -> str:
+    variables = dict(sample.variables)
+    if place.invocation and place.invocation not in sample.text:
+        variables = sample.with_text(place.invocation)
+        if place.invocation not in render(base, **variables):
+            return f"{adapter.name}: the base's template changes {place.invocation!r} in a message"
+    text = render(template, adapter_name=adapter.name, **variables)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if ids.count(adapter.token_id) != 1:
+        return f"{adapter.name}: {ids.count(adapter.token_id)} control tokens in {json.dumps(text)}"
+    at = ids.index(adapter.token_id)
+    exchanged = [adapter.substitute_token_id if i == adapter.token_id else i for i in ids]
+    if adapter.technology == "lora":
+        expected = tokenizer.encode(render(base, **variables), add_special_tokens=False).ids
+        return "" if exchanged == expected else f"{adapter.name}: {exchanged[:8]}... where the base has {expected[:8]}..."
+    got = exchanged[at : at + len(adapter.invocation_tokens)]
+    wanted = list(adapter.invocation_tokens)
+    return "" if got == wanted else f"{adapter.name}: trained with {wanted}, the prompt gives {got}"

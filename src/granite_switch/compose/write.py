@@ -1,0 +1,128 @@
+"""Carry out a plan: shards linked or streamed, adapters copied, and the small files beside them.
+
+Memory stays at the size of a chunk: tensors go from file to file as bytes.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from granite_switch.compose.card import model_card
+from granite_switch.compose.plan import EMBEDDING, HEAD, Plan
+from granite_switch.compose.tokenizer import extended_config
+from granite_switch.core.checkpoint import (
+    INDEX,
+    SINGLE,
+    Entry,
+    Tensor,
+    copy_of,
+    read_header,
+    write,
+    write_index,
+    write_json,
+)
+from granite_switch.core.layout import AdapterTensor, adapter_file
+from granite_switch.core.spec import AdapterSpec
+from granite_switch.core.staging import link_or_copy
+from granite_switch.errors import CheckpointError
+
+Progress = Callable[[int], Any]
+
+# base files that are written anew, or that speak of the base's own packaging
+_REPLACED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
+_REPLACED |= {"README.md", INDEX, "added_tokens.json", "adapter_index.json"}
+_KEPT = {".json", ".txt", ".model"}
+
+
+def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None) -> None:
+    """Write the composed model into an empty folder.
+
+    Args:
+        plan: what to write.
+        folder: exists and is empty.
+        on_bytes: called with the number of bytes after each piece that is copied.
+    """
+    files: dict[str, Mapping[str, Tensor]] = {}
+    for name, tensors in plan.checkpoint.files.items():
+        target = "model-00001-of-00001.safetensors" if name == SINGLE else name
+        if tensors.keys() & plan.grown.keys():
+            write(folder / target, [_entry(plan, tensor) for tensor in tensors.values()], on_bytes)
+            files[target] = read_header(folder / target)[0]
+        else:
+            source = plan.checkpoint.folder / name
+            link_or_copy(source, folder / target)
+            files[target] = tensors
+            if on_bytes:
+                on_bytes(source.stat().st_size)
+    for adapter in plan.spec.active:
+        target = adapter_file(adapter.name)
+        write(folder / target, adapter_entries(adapter, plan.adapters[adapter.name].tensors), on_bytes)
+        files[target] = read_header(folder / target)[0]
+    write_index(folder, files)
+    _write_small_files(plan, folder)
+
+
+def adapter_entries(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor]) -> list[Entry]:
+    """An adapter's tensors under their names in the checkpoint, in the order of layers and projections."""
+    ordered = sorted(tensors, key=AdapterTensor.order)
+    return [copy_of(tensors[t], replace(t, adapter=spec.name).key) for t in ordered]
+
+
+def _entry(plan: Plan, tensor: Tensor) -> Entry:
+    """The tensor as it is or, for embeddings, with rows for the new tokens: copies of their substitutes' rows."""
+    if tensor.name not in (EMBEDDING, HEAD):
+        return copy_of(tensor)
+    rows, width = tensor.shape
+    substitutes = plan.spec.substitutes
+    largest = max(substitutes.values())
+    if largest >= rows:
+        raise CheckpointError(f"{tensor.path}: {tensor.name} has {rows} rows, and token {largest} is to be copied")
+    first = min(substitutes)
+    filler = bytes((first - rows) * (tensor.nbytes // rows))
+    new = b"".join(tensor.row(substitutes[i]) for i in range(first, plan.vocab_size))
+    return Entry(tensor.name, tensor.dtype, (plan.vocab_size, width), (tensor, filler + new))
+
+
+def _write_small_files(plan: Plan, folder: Path) -> None:
+    write_json(folder / "config.json", plan.config)
+    write_json(folder / "tokenizer.json", plan.tokenizer_data)
+    write_json(folder / "tokenizer_config.json", extended_config(plan.tokenizer, plan.tokenizer_data))
+    for name, template in plan.templates.items():
+        path = folder / "chat_template.jinja"
+        if name != "default":
+            path = folder / "additional_chat_templates" / f"{name}.jinja"
+            path.parent.mkdir(exist_ok=True)
+        path.write_bytes(template.encode())
+    for path in sorted(plan.base.iterdir()):
+        keep = path.suffix in _KEPT or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and keep and path.name not in _REPLACED and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    for adapter in plan.spec.active:
+        if source := plan.adapters[adapter.name].io_yaml:
+            target = folder / io_config(adapter.name)
+            target.parent.mkdir(parents=True)
+            shutil.copyfile(source, target)
+    write_json(folder / "adapter_index.json", adapter_index(plan, folder))
+    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def io_config(name: str) -> str:
+    return f"io_configs/{name}/io.yaml"
+
+
+def adapter_index(plan: Plan, folder: Path) -> dict[str, Any]:
+    """adapter_index.json: how clients such as Mellea find the adapters."""
+    records = []
+    for slot, adapter in enumerate(plan.spec.adapters, 1):
+        if adapter.retired:
+            continue
+        record: dict[str, Any] = {"adapter_index": slot, "adapter_name": adapter.name}
+        record |= {"technology": adapter.technology}
+        record |= {"control_token": {"token": adapter.token, "id": adapter.token_id}}
+        if (folder / io_config(adapter.name)).is_file():
+            record["io_config"] = io_config(adapter.name)
+        records.append(record)
+    info = {"num_adapters": len(records), "base_model": plan.spec.base_model}
+    return {"model_info": info, "adapters": records}

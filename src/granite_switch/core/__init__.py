@@ -1,0 +1,1 @@
+"""The format and its meaning, without any engine: imports neither transformers nor vLLM."""

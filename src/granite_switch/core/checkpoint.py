@@ -1,0 +1,249 @@
+"""Safetensors files as streams: read headers, copy tensors by their bytes, never hold a model.
+
+The `safetensors` package loads tensors; composing needs less and more: to copy bytes from file to file, append rows,
+and say of a damaged file what is wrong with it. The format is 8 bytes of header length, a JSON header, the data
+(https://github.com/huggingface/safetensors).
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from granite_switch.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CHUNK = 8 << 20
+
+# bits of one element: some types pack two to a byte
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
+_BITS |= {"I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+_BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: where its bytes are."""
+
+    name: str
+    dtype: str  # as safetensors spells it: "BF16"
+    shape: tuple[int, ...]
+    path: Path
+    start: int  # from the beginning of the file, in bytes
+    nbytes: int
+
+    def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
+        """The tensor's bytes, or a part of them."""
+        with self.path.open("rb") as file:
+            file.seek(self.start + start)
+            return file.read(self.nbytes - start if nbytes is None else nbytes)
+
+    def row(self, index: int) -> bytes:
+        """The bytes of one row of a matrix."""
+        width = self.nbytes // self.shape[0]
+        return self.read(index * width, width)
+
+    def float32(self) -> npt.NDArray[np.float32]:
+        """The values, for float32, float16 and bfloat16 tensors (float64 is rounded)."""
+        return to_float32(self.read(), self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: its bytes come from files, from memory, or from both in turn."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Tensor | bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes if isinstance(part, Tensor) else len(part) for part in self.parts)
+
+
+def copy_of(tensor: Tensor, name: str = "") -> Entry:
+    """An entry with the same contents, under the same or another name."""
+    return Entry(name or tensor.name, tensor.dtype, tensor.shape, (tensor,))
+
+
+def to_float32(data: bytes, dtype: str) -> npt.NDArray[np.float32]:
+    """Decode little-endian floats. numpy has no bfloat16: its bits are the upper half of a float32's."""
+    if dtype == "BF16":
+        bits: npt.NDArray[np.uint32] = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32)
+    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]).astype(np.float32)
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata.
+
+    Raises:
+        CheckpointError: the file is missing, is no safetensors file, or is shorter or longer than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if length < 2 or 8 + length > size:
+                raise CheckpointError(f"{path}: not a safetensors file, or cut off ({size:,} bytes)", hint=_AGAIN)
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _tensor(path, 8 + length, name, record) for name, record in header.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file", hint=_AGAIN) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged safetensors header ({error})", hint=_AGAIN) from None
+    end = max((t.start + t.nbytes for t in tensors.values()), default=8 + length)
+    if end != size:
+        raise CheckpointError(f"{path}: {size:,} bytes where its header says {end:,}", hint=_AGAIN)
+    return tensors, metadata
+
+
+_AGAIN = "download or copy it again"
+
+
+def _tensor(path: Path, data: int, name: str, record: Mapping[str, Any]) -> Tensor:
+    start, end = record["data_offsets"]
+    shape = tuple(record["shape"])
+    elements = int(np.prod(shape, dtype=np.int64))
+    if record["dtype"] not in _BITS or (elements * _BITS[record["dtype"]] + 7) // 8 != end - start:
+        raise ValueError(f"{name}: {record['dtype']} {list(shape)} in {end - start} bytes")
+    return Tensor(name, record["dtype"], shape, path, data + start, end - start)
+
+
+def write(path: Path, entries: Iterable[Entry], on_bytes: Any = None) -> None:
+    """Write a safetensors file. The same entries give the same bytes.
+
+    Args:
+        path: the file; its data is on the disk when this returns.
+        entries: what to write, in this order.
+        on_bytes: called with the number of bytes after each piece, for progress.
+    """
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.nbytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            for part in entry.parts:
+                if isinstance(part, Tensor):
+                    _stream(part, file, on_bytes)
+                else:
+                    file.write(part)
+                    if on_bytes:
+                        on_bytes(len(part))
+        file.flush()
+
+
+def _stream(tensor: Tensor, file: Any, on_bytes: Any) -> None:
+    file.flush()
+    with tensor.path.open("rb") as source:
+        position, left = tensor.start, tensor.nbytes
+        while left:
+            sent = os.sendfile(file.fileno(), source.fileno(), position, min(left, CHUNK))
+            if not sent:
+                raise CheckpointError(f"{tensor.path}: ends inside {tensor.name}", hint=_AGAIN)
+            position, left = position + sent, left - sent
+            if on_bytes:
+                on_bytes(sent)
+    file.seek(0, os.SEEK_END)
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors files, by name.
+
+    Args:
+        folder: holds `model.safetensors.index.json` and its shards, or `model.safetensors`.
+
+    Raises:
+        CheckpointError: with all that is wrong with its files at once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, dict[str, Tensor]] = {}
+        problems = []
+        for name in _files(folder):
+            try:
+                self.files[name] = read_header(folder / name)[0]
+            except CheckpointError as error:
+                problems.append(error.message)
+        self.tensors = {key: tensor for file in self.files.values() for key, tensor in file.items()}
+        if not problems and (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+            listed = read_json(folder / INDEX)["weight_map"]
+            for key, name in listed.items():
+                if key not in self.files[name]:
+                    problems.append(f"{INDEX} has {key} in {name}, which does not hold it")
+        if problems:
+            raise CheckpointError(f"{folder}: its weights are incomplete", problems=problems, hint=_AGAIN)
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: there is no tensor {name}") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _files(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():  # as transformers: the index counts only where this is absent
+        return [SINGLE]
+    if (folder / INDEX).is_file():
+        try:
+            return sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{folder / INDEX}: no `weight_map`", hint=_AGAIN) from None
+    raise CheckpointError(
+        f"{folder}: neither {SINGLE} nor {INDEX}",
+        hint="weights must be safetensors; convert others with transformers' save_pretrained",
+    )
+
+
+def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write the index of a folder's safetensors files."""
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    weight_map = {key: name for name, tensors in files.items() for key in tensors}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, or say which file is not one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,33 @@
+"""What a switch means, as plain functions on integers.
+
+This is the definition that every backend is tested against; it is meant to be read, not to be fast.
+Slot 0 is the base model, slots 1..N are the adapters in the order of the checkpoint's config.
+"""
+
+from collections.abc import Mapping, Sequence
+
+
+def slots(tokens: Sequence[int], control_slots: Mapping[int, int], initial: int = 0) -> list[int]:
+    """The slot of each token: that of the latest control token at or before it.
+
+    Args:
+        tokens: token ids of one sequence, in order.
+        control_slots: control token id -> slot. The return-to-base token maps to 0.
+        initial: the slot in force before `tokens`, as when a prefix is cached.
+    """
+    result = []
+    current = initial
+    for token in tokens:
+        current = control_slots.get(token, current)
+        result.append(current)
+    return result
+
+
+def exchange(tokens: Sequence[int], substitutes: Mapping[int, int]) -> list[int]:
+    """The tokens that the decoder embeds: each control token gives way to its substitute.
+
+    Args:
+        tokens: token ids of one sequence.
+        substitutes: control token id -> token id to embed in its place.
+    """
+    return [substitutes.get(token, token) for token in tokens]

@@ -1,0 +1,201 @@
+"""The `switch` object of config.json: what adapters a checkpoint holds and which tokens turn them on.
+
+Frozen records with one reader and one writer. docs/format.md is the normative page.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from granite_switch.core.layout import PROJECTIONS, AdapterTensor
+from granite_switch.core.lora import scaling
+from granite_switch.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MODEL_TYPE = "granite_switch"
+ARCHITECTURE = "GraniteSwitchForCausalLM"
+BASE_TOKEN = "<|return_to_base|>"
+
+
+def control_token(name: str) -> str:
+    """The text of an adapter's control token."""
+    return f"<|{name}|>"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter of a checkpoint. Its slot is its place in `SwitchSpec.adapters`, counted from 1."""
+
+    name: str
+    technology: Literal["lora", "alora"]
+    token: str
+    token_id: int
+    substitute_token_id: int
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    use_rslora: bool = False
+    # projection -> one value for each layer, where they are not all `rank` or `alpha`; rank 0: layer not targeted
+    rank_pattern: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
+    invocation_text: str = ""
+    source: str = ""
+    sha256: str = ""
+    retired: bool = False  # removed from the model; its slot and its token stay taken
+
+    def rank_of(self, projection: str, layer: int) -> int:
+        """Rank of this adapter's update of one projection in one layer; 0 where there is none."""
+        if self.retired or projection not in self.target_modules:
+            return 0
+        pattern = self.rank_pattern.get(projection)
+        return pattern[layer] if pattern else self.rank
+
+    def scale_of(self, projection: str, layer: int) -> float:
+        """The factor on B A of one projection in one layer."""
+        pattern = self.alpha_pattern.get(projection)
+        alpha = pattern[layer] if pattern else self.alpha
+        return scaling(alpha, self.rank_of(projection, layer), self.use_rslora)
+
+    def tensors(self, layers: int, shapes: Mapping[str, tuple[int, int]]) -> dict[AdapterTensor, tuple[int, int]]:
+        """Every tensor that the adapter has in a model of so many layers, with its shape."""
+        result: dict[AdapterTensor, tuple[int, int]] = {}
+        for layer in range(layers):
+            for name in PROJECTIONS:
+                if rank := self.rank_of(name, layer):
+                    out, width = shapes[name]
+                    result[AdapterTensor(self.name, layer, name, "A")] = (rank, width)
+                    result[AdapterTensor(self.name, layer, name, "B")] = (out, rank)
+        return result
+
+
+@dataclass(frozen=True)
+class SwitchSpec:
+    """All that a backend needs to know about a checkpoint's adapters."""
+
+    adapters: tuple[AdapterSpec, ...]
+    base_token: str
+    base_token_id: int
+    base_substitute_token_id: int
+    base_model: str = ""
+    generatable: bool = False
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def active(self) -> tuple[AdapterSpec, ...]:
+        """The adapters that can be switched to."""
+        return tuple(adapter for adapter in self.adapters if not adapter.retired)
+
+    @property
+    def control_slots(self) -> dict[int, int]:
+        """Control token id -> slot. A retired adapter's token returns to the base."""
+        slots = {a.token_id: 0 if a.retired else i for i, a in enumerate(self.adapters, 1)}
+        return {self.base_token_id: 0, **slots}
+
+    @property
+    def substitutes(self) -> dict[int, int]:
+        """Control token id -> id of the token that the decoder embeds in its place."""
+        return {
+            self.base_token_id: self.base_substitute_token_id,
+            **{a.token_id: a.substitute_token_id for a in self.adapters},
+        }
+
+    def slot(self, name: str) -> int:
+        """The slot of an adapter that is there; 0 for "base"."""
+        if name == "base":
+            return 0
+        for index, adapter in enumerate(self.adapters, 1):
+            if adapter.name == name and not adapter.retired:
+                return index
+        raise CheckpointError(f"there is no adapter {name!r}", hint=f"adapters: {', '.join(self.names)}")
+
+    def adapter(self, name: str) -> AdapterSpec:
+        return self.adapters[self.slot(name) - 1]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(adapter.name for adapter in self.active)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in config.json, without what has its default value."""
+        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "adapters"}
+        return {**head, "adapters": [_plain(adapter) for adapter in self.adapters]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "SwitchSpec":
+        """Read config.json's `switch`.
+
+        Raises:
+            CheckpointError: a newer format, or a record with unknown, missing or contradictory keys.
+        """
+        version = data.get("format_version")
+        if not isinstance(version, int) or version < 1 or version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format {version!r}; this release reads format {FORMAT_VERSION}",
+                hint="pip install --upgrade granite-switch",
+            )
+        try:
+            adapters = tuple(_record(AdapterSpec, record) for record in data["adapters"])
+            spec: SwitchSpec = _record(cls, {**data, "adapters": adapters})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: `switch` is not as format {version} has it: {error}") from None
+        spec._check()
+        return spec
+
+    def _check(self) -> None:
+        problems = []
+        names = [adapter.name for adapter in self.active]
+        problems += [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+        ids = [self.base_token_id, *(adapter.token_id for adapter in self.adapters)]
+        problems += [f"token id {i} switches to two things" for i in sorted({i for i in ids if ids.count(i) > 1})]
+        controls = set(ids)
+        for name, substitute in [
+            ("base", self.base_substitute_token_id),
+            *((a.name, a.substitute_token_id) for a in self.adapters),
+        ]:
+            if substitute in controls:
+                problems.append(f"{name}: its substitute {substitute} is itself a control token")
+        for adapter in self.adapters:
+            unknown = [name for name in adapter.target_modules if name not in PROJECTIONS]
+            problems += [f"{adapter.name}: unknown target module {name!r}" for name in unknown]
+            if adapter.technology not in ("lora", "alora"):
+                problems.append(f"{adapter.name}: unknown technology {adapter.technology!r}")
+        if problems:
+            raise CheckpointError("config.json: `switch` contradicts itself", problems=problems)
+
+    def renamed(self, old: str, new: str) -> "SwitchSpec":
+        """The same with one adapter under another name, its control token's text included."""
+        index = self.slot(old) - 1
+        changed = replace(self.adapters[index], name=new, token=control_token(new))
+        return replace(self, adapters=(*self.adapters[:index], changed, *self.adapters[index + 1 :]))
+
+
+def _plain(adapter: AdapterSpec) -> dict[str, Any]:
+    """The record as JSON has it; fields at their default are left out, save those that say what the adapter is."""
+    always = {"name", "technology", "rank", "alpha", "target_modules"}
+    result = {}
+    for f in fields(adapter):
+        value = asdict(adapter)[f.name]
+        empty = value in (f.default, (), {}, "")
+        if f.name in always or not empty:
+            result[f.name] = value
+    return _lists(result)
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _record(cls: Any, data: Mapping[str, Any]) -> Any:
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(data) - known):
+        raise ValueError(f"unknown key(s) {', '.join(unknown)}")
+    return cls(**{key: _tuples(value) for key, value in data.items()})
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value

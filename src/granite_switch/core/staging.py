@@ -1,0 +1,131 @@
+"""A folder that appears under its name whole or not at all.
+
+It is written beside its place under a hidden name and then renamed; an existing folder is exchanged with it in one
+step. A lock file keeps two writers apart, and what a killed writer left behind is removed by the next.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from granite_switch.errors import OutputError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextmanager
+def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a folder to write in; on success it becomes `target`, on any error it is removed.
+
+    Args:
+        target: where the result is to stand.
+        force: replace what stands there.
+
+    Raises:
+        OutputError: it exists, cannot be written, another command is writing it, or the disk is full.
+    """
+    target = target.absolute()
+    partial, lock = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.lock"
+    check_target(target, force=force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(lock, target):
+            _remove(partial)
+            partial.mkdir()
+            try:
+                yield partial
+                _sync(partial)
+                _into_place(partial, target, force)
+            finally:
+                _remove(partial)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise OutputError(
+            f"{target}: cannot be written ({error.strerror})",
+            hint="free some space or choose another --output; nothing was left behind",
+        ) from None
+
+
+def check_target(target: Path, *, force: bool = False) -> None:
+    """Refuse a target that exists, unless `force` is set and it is a folder."""
+    if (target.exists() or target.is_symlink()) and not force:
+        raise OutputError(f"{target}: exists already", hint="choose another name, or --force to replace it")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: is a file, not a folder", hint="choose another name")
+
+
+@contextmanager
+def _locked(lock: Path, target: Path) -> Iterator[None]:
+    """Hold the lock file; the last one removes it."""
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise OutputError(f"{target}: another command is writing it", hint="wait until it has finished") from None
+        # the file may have been removed by its last holder between open and flock
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(lock)):
+                break
+        os.close(file)
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(lock)
+        os.close(file)
+
+
+def _into_place(partial: Path, target: Path, force: bool) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    check_target(target, force=force)  # it may have come while we wrote
+    if not _exchange(partial, target):
+        old = target.parent / f".{target.name}.old"
+        _remove(old)
+        target.rename(old)
+        partial.rename(target)
+        _remove(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths in one step (renameat2); False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Hard-link a file, or copy it where linking is impossible. True if linked.
+
+    A symlink (as in the hub's cache) is followed first: the file it names is what gets linked.
+    """
+    source = source.resolve()
+    try:
+        os.link(source, target)
+        return True
+    except OSError:
+        shutil.copyfile(source, target)
+        return False

@@ -1,0 +1,134 @@
+"""The adapters' low-rank updates of the projections that share one input.
+
+One such module stands beside the projections, and the block's forward adds what it gives explicitly: a quantiser that
+replaces a projection cannot take the adapters with it. A and B are direct parameters of this module and used in its
+own forward, so accelerate's hooks bring offloaded ones in. `core.lora` is the definition.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from granite_switch.core.layout import AdapterTensor, Projection
+from granite_switch.core.spec import SwitchSpec
+from granite_switch.hf.routing import Routing
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One adapter's update of one projection: names of its parameters, and the factor on B A."""
+
+    output: int  # index of the projection in the group
+    a: str
+    b: str
+    rank: int
+    scale: float
+
+
+class SwitchedLora(nn.Module):
+    """All adapters' updates of a group of projections in one layer.
+
+    Args:
+        spec: the adapters.
+        layer: index of the decoder layer.
+        projections: of the group, in the order of `forward`'s outputs.
+        shapes: (out, in) of each projection.
+    """
+
+    def __init__(
+        self,
+        spec: SwitchSpec,
+        layer: int,
+        projections: Sequence[Projection],
+        shapes: Mapping[str, tuple[int, int]],
+    ) -> None:
+        super().__init__()
+        self.updates: dict[int, list[_Update]] = {}
+        for slot, adapter in enumerate(spec.adapters, 1):
+            for index, row in enumerate(projections):
+                rank = adapter.rank_of(row.name, layer)
+                if not rank:
+                    continue
+                a, b = (AdapterTensor(adapter.name, layer, row.name, m).parameter for m in "AB")
+                out, width = shapes[row.name]
+                self.register_parameter(a, nn.Parameter(torch.empty(rank, width)))
+                self.register_parameter(b, nn.Parameter(torch.empty(out, rank)))
+                update = _Update(index, a, b, rank, adapter.scale_of(row.name, layer))
+                self.updates.setdefault(slot, []).append(update)
+
+    def reset_parameters(self) -> None:
+        """A new adapter changes nothing: A as PEFT draws it (`LoraLayer.reset_lora_parameters`), B zero."""
+        for updates in self.updates.values():
+            for update in updates:
+                nn.init.kaiming_uniform_(getattr(self, update.a), a=math.sqrt(5))
+                nn.init.zeros_(getattr(self, update.b))
+
+    def forward(self, x: Tensor, outputs: Sequence[Tensor], routing: Routing) -> list[Tensor]:
+        """Add each token's update to the projections' outputs.
+
+        Args:
+            x: [B, S, in], the projections' input.
+            outputs: of each projection, [B, S, out]; changed in place where no gradient is wanted.
+            routing: the batch's slots.
+
+        Returns:
+            The outputs with the updates, each [B, S, out]. Tokens of slot 0 are what they were, bit for bit.
+        """
+        if not self.updates or routing.groups == ():
+            return list(outputs)
+        flat = x.flatten(0, -2)
+        flats = [y.flatten(0, -2) for y in outputs]
+        if routing.groups is None:
+            flats = self._masked(flat, flats, routing.slots.flatten())
+        else:
+            for group in routing.groups:
+                for update in self.updates.get(group.slot, ()):
+                    y = flats[update.output]
+                    flats[update.output] = _add(y, flat, group.rows, *self._matrices(update), update.scale)
+        return [y.view_as(shape) for y, shape in zip(flats, outputs, strict=True)]
+
+    def _matrices(self, update: _Update) -> tuple[Tensor, Tensor]:
+        return getattr(self, update.a), getattr(self, update.b)
+
+    def _masked(self, x: Tensor, outputs: list[Tensor], slots: Tensor) -> list[Tensor]:
+        """The same with shapes that do not depend on the routing, for compiled graphs.
+
+        Every adapter's A is applied to every token, and what is not a token's own is masked before B.
+        """
+        for index, y in enumerate(outputs):
+            updates = [(slot, u) for slot, us in self.updates.items() for u in us if u.output == index]
+            if not updates:
+                continue
+            a = torch.cat([getattr(self, u.a) for _, u in updates])
+            b = torch.cat([getattr(self, u.b) for _, u in updates], dim=1)
+            owners = [slot for slot, u in updates for _ in range(u.rank)]
+            scales = [u.scale for _, u in updates for _ in range(u.rank)]
+            own = slots[:, None] == torch.tensor(owners, device=slots.device)
+            hidden = F.linear(x.to(a.dtype), a) * torch.tensor(scales, device=a.device, dtype=a.dtype)
+            outputs[index] = y + F.linear(torch.where(own, hidden, 0), b).to(y.dtype)
+        return outputs
+
+
+def _add(y: Tensor, x: Tensor, rows: slice | Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y[rows] += scale * (x[rows] A^T) B^T, with x [T, in], y [T, out]."""
+    chosen = x if rows is None else x[rows]
+    hidden = F.linear(chosen.to(a.dtype), a)
+    if torch.is_grad_enabled():
+        delta = (F.linear(hidden, b) * scale).to(y.dtype)
+        if rows is None:
+            return y + delta
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=y.device)
+        return y.index_add(0, rows, delta)
+    if isinstance(rows, Tensor):
+        return y.index_add_(0, rows, F.linear(hidden, b).to(y.dtype), alpha=scale)
+    target = y if rows is None else y[rows]
+    if b.dtype == y.dtype:
+        target.addmm_(hidden, b.t(), alpha=scale)
+    else:
+        target.add_(F.linear(hidden, b), alpha=scale)
+    return y

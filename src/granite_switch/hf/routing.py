@@ -1,0 +1,80 @@
+"""Which adapter acts on which token, worked out once per forward; the layers receive the finished plan.
+
+`core.routing` is the definition; here it is a cumulative maximum on tensors.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tokens of one adapter in a flattened batch."""
+
+    slot: int
+    rows: slice | Tensor | None  # of [B * S]; None: all of them
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The slots of a batch and, outside of compiled graphs, its tokens grouped by slot.
+
+    accelerate moves it from device to device along with the hidden states, by `to`.
+    """
+
+    slots: Tensor  # [B, S] int64
+    groups: tuple[Group, ...] | None  # without slot 0; None: not known on the host
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Routing":
+        slots = self.slots.to(device, non_blocking=non_blocking)
+        if slots is self.slots:
+            return self
+        groups = self.groups and tuple(
+            replace(g, rows=g.rows.to(device, non_blocking=non_blocking)) if isinstance(g.rows, Tensor) else g
+            for g in self.groups
+        )
+        return Routing(slots, groups)
+
+
+def slots_of(input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None) -> Tensor:
+    """The slot of each token: that of the latest control token at or before it.
+
+    Args:
+        input_ids: [B, S] int64.
+        control_to_slot: [V] int64, the slot that a token switches to, -1 where it is no control token.
+        initial: [B] int64, the slots in force before; None for 0.
+
+    Returns:
+        [B, S] int64.
+    """
+    switches = control_to_slot[input_ids]
+    positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    latest = torch.where(switches >= 0, positions, 0).cummax(dim=1).values
+    slots = switches.gather(1, (latest - 1).clamp(min=0))
+    before = torch.zeros_like(slots) if initial is None else initial[:, None].expand_as(slots)
+    return torch.where(latest > 0, slots, before)
+
+
+def route(slots: Tensor) -> Routing:
+    """Group a batch's tokens by slot. One transfer to the host; none inside a compiled graph."""
+    if torch.compiler.is_compiling():
+        return Routing(slots, None)
+    values, counts = torch.unique_consecutive(slots.flatten(), return_counts=True)
+    runs, start = [], 0
+    for slot, count in zip(values.tolist(), counts.tolist(), strict=True):
+        runs.append((slot, start, start + count))
+        start += count
+    if len(runs) == 1:
+        return Routing(slots, (Group(runs[0][0], None),) if runs[0][0] else ())
+    groups = []
+    for slot, same in groupby(sorted(run for run in runs if run[0]), key=lambda run: run[0]):
+        spans = [(start, end) for _, start, end in same]
+        if len(spans) == 1:
+            groups.append(Group(slot, slice(*spans[0])))
+        else:
+            rows = [row for span in spans for row in range(*span)]
+            groups.append(Group(slot, torch.tensor(rows, device=slots.device)))
+    return Routing(slots, tuple(groups))

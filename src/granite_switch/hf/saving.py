@@ -1,0 +1,109 @@
+"""`save_pretrained` as format 1: the base's tensors as transformers shards them, each adapter in a file of its own.
+
+transformers writes first, whatever the model went through (quantised, offloaded, sharded); then the adapters' tensors
+are moved from its shards into their files.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor, copy_of, read_header, write, write_index
+from granite_switch.core.layout import AdapterTensor, adapter_file, parse_key
+from granite_switch.core.spec import SwitchSpec
+
+_FLOATS = {"F32", "F16", "BF16"}
+
+
+def save_switch_model(model: Any, folder: Any, save: Callable[..., None], **options: Any) -> None:
+    """Write a model as a format-1 checkpoint.
+
+    Args:
+        model: a switch model.
+        folder: where to.
+        save: transformers' own `save_pretrained`, bound to the model.
+        options: of transformers' `save_pretrained`.
+    """
+    push, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
+    token, message = options.pop("token", None), options.pop("commit_message", None)
+    target = Path(folder)
+    save(folder, **options)
+    if not options.get("is_main_process", True) or not ((target / SINGLE).exists() or (target / INDEX).exists()):
+        return
+    spec = model.config.switch_spec
+    source = Path(model.config._name_or_path)
+    _split(target, spec, source)
+    if source.is_dir() and source.resolve() != target.resolve():
+        _copy_companions(source, target)
+    if push:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id or target.resolve().name, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository, folder_path=target, commit_message=message or "Upload Granite Switch model"
+        )
+
+
+def _split(folder: Path, spec: SwitchSpec, source: Path) -> None:
+    """Move the adapters' tensors out of transformers' shards."""
+    checkpoint = Checkpoint(folder)
+    adapters: dict[str, dict[AdapterTensor, Tensor]] = {name: {} for name in spec.names}
+    for name, tensor in checkpoint.tensors.items():
+        if key := parse_key(name):
+            adapters[key.adapter][key] = tensor
+    files: dict[str, dict[str, Tensor]] = {}
+    rewritten: list[tuple[Path, Path]] = []
+    for adapter, tensors in adapters.items():
+        target = adapter_file(adapter)
+        partial = folder / f".{target}"
+        original = source / target
+        if original.is_file() and _unchanged(original, tensors):
+            shutil.copyfile(original, partial)
+        else:
+            write(partial, [copy_of(tensors[key]) for key in sorted(tensors, key=AdapterTensor.order)])
+        rewritten.append((partial, folder / target))
+    for name, tensors in checkpoint.files.items():
+        target = "model-00001-of-00001.safetensors" if name == SINGLE else name
+        write(folder / f".{target}", [copy_of(t) for key, t in tensors.items() if not parse_key(key)])
+        rewritten.append((folder / f".{target}", folder / target))
+    for partial, final in rewritten:
+        partial.replace(final)
+        files[final.name] = read_header(final)[0]
+    (folder / SINGLE).unlink(missing_ok=True)
+    write_index(folder, files)
+
+
+def _unchanged(original: Path, tensors: dict[AdapterTensor, Tensor]) -> bool:
+    """Whether a file holds these tensors, perhaps in a wider dtype than the model was loaded in."""
+    header, _ = read_header(original)
+    if header.keys() != {key.key for key in tensors}:
+        return False
+    for key, tensor in tensors.items():
+        before = header[key.key]
+        if before.shape != tensor.shape or not {before.dtype, tensor.dtype} <= _FLOATS:
+            return False
+        if before.dtype == tensor.dtype:
+            same = before.read() == tensor.read()
+        else:
+            same = bool((_rounded(before, tensor.dtype) == tensor.float32()).all())
+        if not same:
+            return False
+    return True
+
+
+def _rounded(tensor: Tensor, dtype: str) -> Any:
+    """A tensor's values as the given dtype holds them, in float32."""
+    import torch
+
+    kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    return torch.from_numpy(tensor.float32().copy()).to(kind).float().numpy()
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """The small files that say how the adapters are called, where they stand beside the weights."""
+    if (source / "adapter_index.json").is_file():
+        shutil.copyfile(source / "adapter_index.json", target / "adapter_index.json")
+    if (source / "io_configs").is_dir():
+        shutil.copytree(source / "io_configs", target / "io_configs", dirs_exist_ok=True)
