@@ -49,3 +49,7 @@ class OutputError(SwitchError):
 
 class RoutingError(SwitchError, ValueError):
     """A forward call from which no adapter can be told."""
+
+
+class ServingError(SwitchError, ValueError):
+    """An engine was asked for what a switch model cannot do."""
