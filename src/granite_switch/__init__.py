@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["SwitchError", "__version__", "compose"]
 
-_LAZY = {"compose": "granite_switch.compose"}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name != "compose":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    return import_module("granite_switch.compose")  # a module that can be called

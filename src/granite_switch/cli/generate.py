@@ -1,7 +1,154 @@
-"""`granite-switch generate`."""
+"""`granite-switch generate`: one chat with one adapter, streamed, and shown token by token if asked."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from granite_switch.cli.console import console, stderr
+from granite_switch.errors import CheckpointError, SwitchError, TemplateError
+
 
 def register(app: typer.Typer) -> None:
-    """Nothing yet."""
+    app.command("generate")(generate)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.")],
+    message: Annotated[
+        list[str], typer.Option("--message", "-m", help="User message; repeat for user, assistant, user.")
+    ],
+    adapter: Annotated[
+        str, typer.Option("--adapter", "-a", help="Adapter to switch to; the base by default.")
+    ] = "base",
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    document: Annotated[
+        list[Path] | None, typer.Option("--document", "-d", help="Text or JSON file; repeat.", exists=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    device_map: Annotated[str, typer.Option(help="As transformers takes it.")] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Print each token in its slot's colour.")] = False,
+    trace_html: Annotated[Path | None, typer.Option(help="Write the trace as a web page.")] = None,
+) -> None:
+    """Generate with one adapter of a composed model."""
+    documents = [entry for number, path in enumerate(document or (), 1) for entry in read_document(path, number)]
+    loaded, tokenizer = load(model, device_map)
+    spec = loaded.config.switch_spec
+    spec.slot(adapter)
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(message)]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    prompt = encode(tokenizer, messages, documents, adapter)
+    streamer = None
+    if not json_ and not trace:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "streamer": streamer}
+    if temperature > 0:
+        options["temperature"] = temperature
+    sequence = loaded.generate(**prompt.to(loaded.device), **options)[0].tolist()
+
+    from granite_switch.cli import trace as tracing
+
+    length = prompt["input_ids"].shape[1]
+    tokens = tracing.trace(sequence, length, spec, lambda i: tokenizer.decode([i]))
+    if trace_html:
+        trace_html.write_text(tracing.page(tokens, spec), encoding="utf-8")
+        stderr.print(f"trace written: {trace_html}")
+    if json_:
+        record = {
+            "adapter": adapter,
+            "text": tokenizer.decode(sequence[length:], skip_special_tokens=True),
+            "prompt_tokens": length,
+            "generated_tokens": len(sequence) - length,
+        }
+        if trace:
+            record["trace"] = [{"id": t.id, "text": t.text, "slot": t.slot} for t in tokens]
+        print(json.dumps(record, ensure_ascii=False))
+    elif trace:
+        tracing.show(tokens, spec, console)
+
+
+def read_document(path: Path, number: int) -> list[dict[str, Any]]:
+    """A text file as one document; a JSON file as the document or the list of documents that it holds."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SwitchError(f"--document {path}: cannot be read as text ({error})") from None
+    if path.suffix == ".json":
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise SwitchError(f"--document {path}: is not JSON ({error})") from None
+        return data if isinstance(data, list) else [data]
+    return [{"doc_id": str(number), "title": path.stem, "text": text.strip()}]
+
+
+def load(model: str, device_map: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, through transformers' ordinary loading.
+
+    Raises:
+        CheckpointError: there is no such model, or it holds no adapters.
+    """
+    _require("transformers", "torch", "accelerate", extra="hf")
+    import logging as python_logging
+
+    for noisy in ("torchao", "torch.utils._pytree"):  # quantisers that transformers imports where they are installed
+        python_logging.getLogger(noisy).setLevel(python_logging.ERROR)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    import granite_switch.hf  # noqa: F401  (registers the Auto classes)
+    from granite_switch.config import GraniteSwitchConfig
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if "/" in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
+        raise CheckpointError(f"{model}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(model)
+        if not isinstance(config, GraniteSwitchConfig):
+            raise CheckpointError(
+                f"{model}: model_type {config.model_type!r} holds no adapters", hint="granite-switch compose makes one"
+            )
+        return (
+            AutoModelForCausalLM.from_pretrained(model, config=config, device_map=device_map),
+            AutoTokenizer.from_pretrained(model),
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, SwitchError):
+            raise
+        raise CheckpointError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from None
+
+
+def encode(tokenizer: Any, messages: list[dict[str, str]], documents: list[dict[str, Any]], adapter: str) -> Any:
+    """Render and tokenise a chat, ready for `generate`."""
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise TemplateError("the model has no chat template", hint="place control tokens by hand; see docs/format.md")
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            documents=documents or None,
+            adapter_name=None if adapter == "base" else adapter,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    except jinja2.TemplateError as error:
+        raise TemplateError(str(error)) from None
+
+
+def _require(*modules: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise SwitchError(f"needs {', '.join(missing)}", hint=f"pip install 'granite-switch[{extra}]'")

@@ -1,8 +1,10 @@
 """Compose a base model and adapters into one checkpoint, as a stream of files."""
 
+import sys
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from granite_switch.compose.plan import Plan, plan
@@ -77,3 +79,12 @@ def prepare(
     label = name if Path(base).exists() else str(base)
     return plan(folder, found, base_name=name, base_source=label, generatable=generatable)
 
+
+class _Callable(ModuleType):
+    """Importing this package binds it to the name `granite_switch.compose`, which is to be the function too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Plan:
+        return compose(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -219,9 +219,7 @@ def _ranks(
             column[layer] = a.shape[0]
             expected = int(_pattern(config.get("rank_pattern"), f"model.{path}", config.get("r", 8)))
             if not a.shape[0] == b.shape[1] == expected:
-                problems.append(
-                    f"{path}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, the config says {expected}"
-                )
+                problems.append(f"{path}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, the config says {expected}")
         if any(column):
             ranks[name] = column
     return ranks, problems
@@ -274,5 +272,3 @@ def _refuse_nonfinite(weights: Path, tensors: Mapping[AdapterTensor, Tensor]) ->
             bad.append(f"{tensor.name}: {int(np.isnan(values).sum())} NaN, {int(np.isinf(values).sum())} inf")
     if bad:
         raise AdapterError(f"{weights}: weights that are not finite", problems=bad, hint="train or save it again")
-
-

@@ -95,7 +95,9 @@ def placement(adapter: AdapterSpec, opening_text: str, tokenizer: Tokenizer) -> 
     return Placement(adapter.name, adapter.token, invocation=text, rest=text[len(head) :])
 
 
-def prove(spec: SwitchSpec, placements: Sequence[Placement], base: str, samples: Sequence[Chat], tokenizer: Tokenizer) -> None:
+def prove(
+    spec: SwitchSpec, placements: Sequence[Placement], base: str, samples: Sequence[Chat], tokenizer: Tokenizer
+) -> None:
     """Render, tokenise and exchange every sample chat with every adapter.
 
     Args:
@@ -144,7 +146,9 @@ def _prove_one(
     exchanged = [adapter.substitute_token_id if i == adapter.token_id else i for i in ids]
     if adapter.technology == "lora":
         expected = tokenizer.encode(render(base, **variables), add_special_tokens=False).ids
-        return "" if exchanged == expected else f"{adapter.name}: {exchanged[:8]}... where the base has {expected[:8]}..."
+        return (
+            "" if exchanged == expected else f"{adapter.name}: {exchanged[:8]}... where the base has {expected[:8]}..."
+        )
     got = exchanged[at : at + len(adapter.invocation_tokens)]
     wanted = list(adapter.invocation_tokens)
     return "" if got == wanted else f"{adapter.name}: trained with {wanted}, the prompt gives {got}"

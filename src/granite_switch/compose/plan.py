@@ -220,7 +220,5 @@ def _new_tokens(spec: SwitchSpec, tokenizer: BaseTokenizer) -> dict[str, int]:
     return tokens
 
 
-def _wrap_all(
-    templates: Mapping[str, str], placements: Sequence[Placement], spec: SwitchSpec
-) -> dict[str, str]:
+def _wrap_all(templates: Mapping[str, str], placements: Sequence[Placement], spec: SwitchSpec) -> dict[str, str]:
     return {name: wrap(template, placements, place.controls(spec)) for name, template in templates.items()}

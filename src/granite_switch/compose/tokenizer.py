@@ -107,7 +107,11 @@ def extended(base: BaseTokenizer, tokens: Mapping[str, int]) -> dict[str, Any]:
         added.append({**record, "normalized": False, "special": True})
     data = {**base.data, "added_tokens": added}
     tokenizer = Tokenizer.from_str(json.dumps(data))
-    wrong = [f"{text}: {tokenizer.token_to_id(text)}, not {i}" for text, i in tokens.items() if tokenizer.token_to_id(text) != i]
+    wrong = [
+        f"{text}: {tokenizer.token_to_id(text)}, not {i}"
+        for text, i in tokens.items()
+        if tokenizer.token_to_id(text) != i
+    ]
     if wrong:
         raise BaseModelError("the tokenizer has gaps in its ids, so control tokens get others", problems=wrong)
     return data

@@ -53,10 +53,10 @@ def wrap(base: str, placements: Sequence[Placement], controls: Sequence[str]) ->
 
 
 def unwrap(template: str) -> str | None:
-    """The base's template inside a composed one; None if it is not composed."""
+    """The base's template inside a composed one, with the newline at its end that jinja drops; None if not composed."""
     _, before, rest = template.partition(_BEFORE)
     base, after, _ = rest.rpartition(_AFTER)
-    return base if before and after else None
+    return base + "\n" if before and after else None
 
 
 def _record(placement: Placement) -> dict[str, str]:

@@ -1,0 +1,90 @@
+"""Safetensors as streams: what the safetensors library wrote is read, what we write it reads, damage is named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from granite_switch.core.checkpoint import Checkpoint, Entry, copy_of, read_header, to_float32, write, write_index
+from granite_switch.errors import CheckpointError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
+
+
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), max_size=5))
+def test_copies_are_exact(tmp_path_factory: pytest.TempPathFactory, kinds: list) -> None:
+    folder = tmp_path_factory.mktemp("copy")
+    tensors = {
+        f"t.{i}": (torch.arange(int(np.prod(shape))) % 2).reshape(shape).to(dtype)
+        for i, (dtype, shape) in enumerate(kinds)
+    }
+    save_file(tensors, folder / "a.safetensors")
+    header, _ = read_header(folder / "a.safetensors")
+    write(folder / "b.safetensors", [copy_of(tensor) for tensor in header.values()])
+    back = load_file(folder / "b.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert back[name].shape == tensor.shape
+        assert torch.equal(back[name].float(), tensor.float())
+
+
+def test_rows_are_appended(tmp_path: Path) -> None:
+    matrix = torch.randn(3, 4).bfloat16()
+    save_file({"m": matrix}, tmp_path / "a.safetensors")
+    tensor = read_header(tmp_path / "a.safetensors")[0]["m"]
+    write(tmp_path / "b.safetensors", [Entry("m", tensor.dtype, (4, 4), (tensor, tensor.row(1)))])
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["m"], torch.cat([matrix, matrix[1:2]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_decodes_floats(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.tensor([[0.0, -1.5, 3.25], [float("inf"), 1e-3, -65000.0]]).to(dtype)
+    save_file({"m": values}, tmp_path / "a.safetensors")
+    read = read_header(tmp_path / "a.safetensors")[0]["m"].float32()
+    assert torch.equal(torch.from_numpy(read.copy()), values.float())
+    assert to_float32(b"", "BF16").shape == (0,)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"m": torch.ones(100, 100)}, path)
+    whole = path.read_bytes()
+    for damaged, words in [
+        (whole[:-1], "its header says"),
+        (whole[:20], "cut off"),
+        (b"", "cut off"),
+        (whole[:8] + b"x" * 64 + whole[72:], "damaged safetensors header"),
+        (whole + b"more", "its header says"),
+    ]:
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=words):
+            read_header(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_header(tmp_path / "nothing.safetensors")
+
+
+def test_all_damaged_shards_are_named_at_once(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        save_file({name: torch.ones(9)}, tmp_path / f"{name}.safetensors")
+    write_index(tmp_path, {f"{n}.safetensors": read_header(tmp_path / f"{n}.safetensors")[0] for n in "abc"})
+    assert set(Checkpoint(tmp_path).tensors) == {"a", "b", "c"}
+    (tmp_path / "a.safetensors").unlink()
+    (tmp_path / "c.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(tmp_path)
+    assert len(caught.value.problems) == 2
+
+
+def test_index_and_shards_must_agree(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(9)}, tmp_path / "a.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="incomplete") as caught:
+        Checkpoint(tmp_path)
+    assert "has b in a.safetensors" in caught.value.problems[0]
