@@ -1,0 +1,267 @@
+"""The adapters' low-rank updates behind vLLM's own LoRA layers, with the slots worked out in the forward pass.
+
+vLLM's layer classes wrap the linears: they slice for tensor parallelism, keep quantised products and add before the
+all-reduce. They call `add_lora_linear` of an object they are given; that object is ours. On GPUs it feeds vLLM's
+Triton kernels with metadata of fixed shape, so that CUDA graphs can hold it; on CPU it is a product for each adapter
+that the batch uses, on unpadded weights. `core.lora` is the definition.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vllm.config import LoRAConfig, VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.utils import from_layer, replace_submodule
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from granite_switch.core.layout import GRANITE, AdapterTensor
+from granite_switch.core.spec import SwitchSpec
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what LoRAConfig takes; the layers pad to one of them
+
+
+def wrap_linears(
+    model: nn.Module, layer: int, spec: SwitchSpec, tensors: Mapping[str, Tensor], router: "Router"
+) -> None:
+    """Put one decoder layer's linears into LoRA layers that hold every adapter.
+
+    Args:
+        model: the decoder, with `layers`.
+        layer: index of the decoder layer.
+        spec: the adapters.
+        tensors: their A and B by checkpoint name.
+        router: gives the LoRA layers what to call.
+    """
+    config = router.vllm_config
+    linears = dict.fromkeys(f"{row.block}.{row.vllm}" for row in GRANITE)
+    for path in linears:
+        rows = [row for row in GRANITE if f"{row.block}.{row.vllm}" == path]
+        ranks = [[adapter.rank_of(row.name, layer) for row in rows] for adapter in spec.adapters]
+        largest = max((max(of_slot) for of_slot in ranks), default=0)
+        if not largest:
+            continue
+        name = f"layers.{layer}.{path}"
+        settings = LoRAConfig(
+            max_lora_rank=next(rank for rank in _RANKS if rank >= largest),
+            max_loras=len(ranks),
+            lora_dtype=config.model_config.dtype,
+        )
+        linear = from_layer(
+            model.get_submodule(name), len(ranks), settings, [row.name for row in rows], config.model_config.hf_config
+        )
+        for index, adapter in enumerate(spec.adapters):
+            a, b = [], []
+            for row, rank in zip(rows, ranks[index], strict=True):
+                keys = [AdapterTensor(adapter.name, layer, row.name, matrix).key for matrix in "AB"]
+                a.append(tensors[keys[0]] if rank else None)
+                b.append(tensors[keys[1]].float() * adapter.scale_of(row.name, layer) if rank else None)
+            if len(rows) > 1:
+                linear.set_lora(index, a, b)
+            elif a[0] is not None:
+                linear.set_lora(index, a[0], b[0])
+        replace_submodule(model, name, linear)
+        router.attach(linear, ranks, name)
+
+
+class Router:
+    """What every LoRA layer shares: the slots of the tokens in this forward pass.
+
+    Args:
+        spec: the adapters.
+        vllm_config: vLLM's.
+    """
+
+    def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
+        self.vllm_config = vllm_config
+        self.adapters = len(spec.adapters)
+        self.tokens = vllm_config.scheduler_config.max_num_batched_tokens
+
+    def route(self, slots: Tensor) -> None:
+        """Work out, once in a forward pass, what the layers need of the slots, [T] int32."""
+        raise NotImplementedError
+
+    def attach(self, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str) -> None:
+        """Give a LoRA layer the object whose `add_lora_linear` it calls."""
+        raise NotImplementedError
+
+
+class TritonRouter(Router):
+    """vLLM's kernels, with the metadata of `LoRAKernelMeta.prepare_tensors` in shapes that depend on T alone.
+
+    There an adapter that no token uses is left out of the lists; here it stands in them with no tokens, which the
+    kernels leave at once. So nothing is asked of the device, and a CUDA graph can hold it all.
+    """
+
+    def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
+        super().__init__(spec, vllm_config)
+        self.mapping = torch.empty(self.tokens, dtype=torch.int32)  # adapter of each token, -1 for none
+        self.order = torch.empty(self.tokens, dtype=torch.int32)  # tokens sorted by adapter
+        self.ids = torch.arange(-1, self.adapters, dtype=torch.int32)
+        self.counts = torch.empty(self.adapters + 1, dtype=torch.int32)
+        self.starts = torch.zeros(self.adapters + 2, dtype=torch.int32)
+        self.nobody = torch.tensor([False], device="cpu")
+        self.groups = torch.tensor([self.adapters + 1], dtype=torch.int32, device="cpu")
+
+    def route(self, slots: Tensor) -> None:
+        mapping = slots - 1
+        counts = (mapping[:, None] == self.ids).sum(0, dtype=torch.int32)
+        self.mapping[: len(slots)].copy_(mapping)
+        self.order[: len(slots)].copy_(mapping.argsort(stable=True))
+        self.counts.copy_(counts)
+        self.starts[1:].copy_(counts.cumsum(0))
+
+    def attach(self, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str) -> None:
+        linear.set_mapping(self)
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        a: tuple[Tensor, ...],
+        b: tuple[Tensor, ...],
+        scale: float,
+        slices: tuple[int, ...],
+        *,
+        add_inputs: bool = True,
+        **_: object,
+    ) -> None:
+        """y += B (A x), in place; the arguments are those of `PunicaWrapperBase.add_lora_linear`.
+
+        Args:
+            y: [T, out].
+            x: [T, in].
+            a: of each slice, [N, 1, R, in].
+            b: of each slice, [N, 1, out of the slice, R].
+        """
+        from vllm.lora.ops.triton_ops import lora_expand, lora_shrink
+
+        count = x.size(0)
+        metadata = (self.mapping[:count], self.order[:count], self.counts, self.starts, self.ids)
+        hidden = torch.empty(len(slices), count, b[0].size(-1), dtype=torch.float32, device=x.device)
+        lora_shrink(x, a, hidden, *metadata, self.nobody, self.groups, scale)
+        lora_expand(hidden, b, y, *metadata, self.nobody, self.groups, offset_start=0, add_inputs=add_inputs)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One adapter's update of one (packed) linear."""
+
+    a: Tensor  # [sum of ranks, in]: of every projection in the linear
+    outputs: tuple[tuple[slice, slice, Tensor], ...]  # columns of y, columns of A x, B^T [r, out]
+
+
+class GroupedRouter(Router):
+    """A product for each adapter that the batch uses, on unpadded weights.
+
+    Compiled graphs call it as two operators. Both name `slots`, the first as changed, which keeps them in order.
+    """
+
+    def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
+        super().__init__(spec, vllm_config)
+        self.slots = torch.zeros(self.tokens, dtype=torch.int32)
+        self.groups: list[tuple[int, slice | Tensor | None]] = []
+        self.context = vllm_config.compilation_config.static_forward_context
+        self.context["granite_switch.router"] = self
+
+    def route(self, slots: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            current = self.slots[: len(slots)]
+            current.copy_(slots)
+            torch.ops.vllm.granite_switch_route(current)
+        else:
+            self.groups = _groups(slots)
+
+    def attach(self, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str) -> None:
+        name = f"granite_switch.{name}"
+        self.context[name] = grouped = _GroupedLinear(self, linear, ranks, name)
+        linear.lora_a_stacked = linear.lora_b_stacked = ()
+        linear.set_mapping(grouped)
+
+
+class _GroupedLinear:
+    """One linear's adapters, taken out of the padded stacks of a LoRA layer."""
+
+    def __init__(
+        self, router: GroupedRouter, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str
+    ) -> None:
+        self.router, self.name = router, name
+        self.updates: dict[int, _Update] = {}
+        for index, of_slot in enumerate(ranks):
+            rows, outputs, offset, first = [], [], 0, 0
+            for rank, a, b in zip(of_slot, linear.lora_a_stacked, linear.lora_b_stacked, strict=True):
+                width = b.shape[2]
+                if rank:
+                    rows.append(a[index, 0, :rank])
+                    columns = slice(offset, offset + width), slice(first, first + rank)
+                    outputs.append((*columns, b[index, 0, :, :rank].contiguous().t()))
+                offset, first = offset + width, first + rank
+            if rows:
+                self.updates[index + 1] = _Update(torch.cat(rows), tuple(outputs))
+
+    def add_lora_linear(self, y: Tensor, x: Tensor, *_: object, **__: object) -> None:
+        """y [T, out] += B (A x [T, in]), in place."""
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.granite_switch_add(y, x, self.router.slots[: x.size(0)], self.name)
+        else:
+            self.add(y, x)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        for slot, rows in self.router.groups:
+            update = self.updates.get(slot)
+            if update is None:
+                continue
+            hidden = F.linear(x if rows is None else x[rows], update.a)
+            for columns, ranks, b in update.outputs:
+                target = y[:, columns]
+                if isinstance(rows, Tensor):
+                    target.index_add_(0, rows, hidden[:, ranks] @ b)
+                else:
+                    (target if rows is None else target[rows]).addmm_(hidden[:, ranks], b)
+
+
+def _groups(slots: Tensor) -> list[tuple[int, slice | Tensor | None]]:
+    """Slots [T] to (slot, its rows), without slot 0. Rows: None for all, a slice where they are together."""
+    values, counts = torch.unique_consecutive(slots, return_counts=True)
+    runs, start = [], 0
+    for slot, count in zip(values.tolist(), counts.tolist(), strict=True):
+        runs.append((slot, start, start + count))
+        start += count
+    if len(runs) == 1:
+        return [(runs[0][0], None)] if runs[0][0] else []
+    groups: list[tuple[int, slice | Tensor | None]] = []
+    for slot, same in groupby(sorted(run for run in runs if run[0]), key=lambda run: run[0]):
+        spans = [(first, last) for _, first, last in same]
+        if len(spans) == 1:
+            groups.append((slot, slice(*spans[0])))
+        else:
+            groups.append((slot, torch.tensor([row for span in spans for row in range(*span)])))
+    return groups
+
+
+def _route(slots: Tensor) -> None:
+    router = get_forward_context().no_compile_layers["granite_switch.router"]
+    router.groups = _groups(slots)
+
+
+def _add(y: Tensor, x: Tensor, slots: Tensor, name: str) -> None:
+    get_forward_context().no_compile_layers[name].add(y, x)
+
+
+def _nothing(*_: object) -> None:
+    """An operator that returns nothing needs no more to be traced."""
+
+
+def make_router(spec: SwitchSpec, vllm_config: VllmConfig) -> Router:
+    """The router for the platform that vLLM runs on."""
+    return (GroupedRouter if current_platform.is_cpu() else TritonRouter)(spec, vllm_config)
+
+
+if current_platform.is_cpu():
+    direct_register_custom_op("granite_switch_route", _route, mutates_args=["slots"], fake_impl=_nothing)
+    direct_register_custom_op("granite_switch_add", _add, mutates_args=["y"], fake_impl=_nothing)

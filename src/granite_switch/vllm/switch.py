@@ -1,0 +1,82 @@
+"""The slot of every token, read back out of vLLM's KV cache by one attention head without weights.
+
+vLLM flattens a batch and keeps no state of a request but its KV cache. So a control token writes its position into
+the key and its slot into the value, and every query asks for the largest position: softmax gives the latest control
+token all the weight. It is causal, so chunked prefill, cached prefixes, preemption and batching are right by
+construction. `core.routing` is the definition.
+"""
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CacheConfig
+from vllm.model_executor.layers.attention import Attention
+
+from granite_switch.core.spec import SwitchSpec
+
+# Digits in base 8 are exact in every type a cache may have: float8_e5m2 counts to 8. Queries hold powers of 8 and the
+# softmax scale holds the rest, so that float16 holds them too; scores are whole numbers that float32 holds exactly.
+BITS = 3
+POSITION_DIGITS = 7
+SLOT_DIGITS = 4
+POSITIONS = 1 << BITS * POSITION_DIGITS
+SLOTS = 1 << BITS * SLOT_DIGITS
+_GAIN = 16  # score by which the latest control token leads: the next one's weight is e^-16
+_SHIFT = 10  # queries are scaled down by 2^_SHIFT, which the softmax scale gives back
+
+
+class Switch(nn.Module):
+    """Tokens of a flattened batch to their slots and their substitutes.
+
+    Args:
+        spec: the adapters and their tokens.
+        vocab_size: rows of the embedding.
+        head_size: of the decoder's attention, which its kernels are known to take.
+        cache_config: vLLM's.
+        prefix: name of the attention layer; it must hold exactly one integer, and not one of a decoder layer.
+    """
+
+    def __init__(
+        self, spec: SwitchSpec, vocab_size: int, head_size: int, cache_config: CacheConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.adapters = len(spec.adapters)
+        self.attn = Attention(
+            1, head_size, float(_GAIN << _SHIFT), num_kv_heads=1, cache_config=cache_config, prefix=f"{prefix}.attn"
+        )
+        slots = torch.full((vocab_size,), -1, dtype=torch.int32)
+        substitutes = torch.arange(vocab_size)
+        for token, slot in spec.control_slots.items():
+            slots[token], substitutes[token] = slot, spec.substitutes[token]
+        query = torch.zeros(head_size)
+        query[:POSITION_DIGITS] = 2.0 ** (BITS * torch.arange(POSITION_DIGITS) - _SHIFT)
+        query[POSITION_DIGITS] = -1.0  # where any other token's key is 1
+        device = torch.get_default_device()
+        self.register_buffer("slot_of_token", slots.to(device), persistent=False)
+        self.register_buffer("substitute", substitutes.to(device), persistent=False)
+        self.register_buffer("query", query.to(device, torch.get_default_dtype()), persistent=False)
+        self.register_buffer("digits", BITS * torch.arange(POSITION_DIGITS, device=device), persistent=False)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """The slot of each token.
+
+        Args:
+            input_ids: [T] ids of a flattened batch.
+            positions: [T] int64, of each token in its own sequence.
+
+        Returns:
+            [T] int32. Arbitrary but in range where attention has no metadata (vLLM's warm-up).
+        """
+        slots = self.slot_of_token[input_ids]
+        control = slots >= 0
+        key, value = (self.query.new_zeros(len(input_ids), len(self.query)) for _ in range(2))
+        key[:, :POSITION_DIGITS] = _digits(positions, self.digits) * control[:, None]
+        key[:, POSITION_DIGITS] = (~control).to(key.dtype)
+        value[:, :SLOT_DIGITS] = _digits(slots, self.digits[:SLOT_DIGITS]) * control[:, None]
+        query = self.query.expand(len(input_ids), -1).contiguous()
+        found = self.attn(query, key, value)[:, :SLOT_DIGITS].round().to(torch.int32)
+        return (found << self.digits[:SLOT_DIGITS].to(torch.int32)).sum(1, dtype=torch.int32).clamp(0, self.adapters)
+
+
+def _digits(numbers: Tensor, shifts: Tensor) -> Tensor:
+    """[T] whole numbers to [T, digits], the lowest first."""
+    return (numbers[:, None] >> shifts) & (1 << BITS) - 1
