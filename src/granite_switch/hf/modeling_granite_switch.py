@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,7 +31,7 @@ from granite_switch.core import layout
 from granite_switch.errors import RoutingError
 from granite_switch.hf.cache import slot_layer
 from granite_switch.hf.lora import SwitchedLora
-from granite_switch.hf.routing import Routing, route, slots_of
+from granite_switch.hf.routing import Routing, Switch, route
 from granite_switch.hf.saving import save_switch_model
 
 
@@ -136,8 +135,8 @@ class GraniteSwitchPreTrainedModel(GranitePreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SwitchedLora):
             module.reset_parameters()
-        elif isinstance(module, GraniteSwitchModel):
-            module.fill_buffers()
+        elif isinstance(module, Switch):
+            module.fill()
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write the model as a format-1 checkpoint; as `PreTrainedModel.save_pretrained`."""
@@ -157,25 +156,8 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
         self.rotary_emb = GraniteRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.embedding_multiplier = config.embedding_multiplier
-        # Derived from the config: never persistent, so that no loader has to place them.
-        adapters = len(config.switch_spec.adapters)
-        self.register_buffer("adapter_token_ids", torch.empty(adapters, dtype=torch.int64), persistent=False)
-        for name in ("control_to_slot", "control_to_substitute"):
-            self.register_buffer(name, torch.empty(config.vocab_size, dtype=torch.int64), persistent=False)
-        self.fill_buffers()
+        self.switch = Switch(config.switch_spec, config.vocab_size)
         self.post_init()
-
-    @torch.no_grad()
-    def fill_buffers(self) -> None:
-        """Write what the config says into the buffers; models are built on the meta device, which leaves them empty."""
-        spec = self.config.switch_spec
-        tokens = torch.tensor([adapter.token_id for adapter in spec.adapters], dtype=torch.int64)
-        self.adapter_token_ids.copy_(tokens)
-        self.control_to_slot.fill_(-1)
-        self.control_to_substitute.copy_(torch.arange(len(self.control_to_substitute)))
-        for token, slot in spec.control_slots.items():
-            self.control_to_slot[token] = slot
-            self.control_to_substitute[token] = spec.substitutes[token]
 
     def forward(
         self,
@@ -199,9 +181,7 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        slots = self._slots(input_ids, inputs_embeds, past_key_values, base_only)
-        if inputs_embeds is None:
-            input_ids = self.control_to_substitute[input_ids]
+        slots, input_ids = self._switched(input_ids, inputs_embeds, past_key_values, base_only)
         return GraniteModel.forward(
             self,
             input_ids=input_ids,
@@ -214,15 +194,13 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
             **kwargs,
         )
 
-    def _slots(
+    def _switched(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None, base_only: bool
-    ) -> Tensor:
-        """The slot of each new token, [B, S], noted in the cache."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The slot of each new token, [B, S], noted in the cache; and the tokens to embed, if not embedded yet."""
         layer = None if cache is None else slot_layer(cache, self.config.num_hidden_layers)
         if input_ids is not None:
-            if self.control_to_slot.device != input_ids.device:
-                self.to_device_of(input_ids)
-            slots = slots_of(input_ids, self.control_to_slot, layer.last() if layer else None)
+            slots, input_ids = self.switch(input_ids, layer.last() if layer else None)
         elif inputs_embeds is not None and base_only:
             slots = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
         else:
@@ -232,12 +210,7 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
             )
         if layer is not None:
             layer.append(slots)
-        return slots
-
-    def to_device_of(self, input_ids: Tensor) -> None:
-        """Bring the look-up tables to the input: no device map need know them."""
-        for name in ("adapter_token_ids", "control_to_slot", "control_to_substitute"):
-            setattr(self, name, getattr(self, name).to(input_ids.device))
+        return slots, input_ids
 
 
 class GraniteSwitchForCausalLM(GraniteSwitchPreTrainedModel, GraniteForCausalLM):

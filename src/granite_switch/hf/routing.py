@@ -7,7 +7,54 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from granite_switch.core.spec import SwitchSpec
+
+
+class Switch(nn.Module):
+    """Reads control tokens and exchanges them.
+
+    Its tables are derived from the config and so are no part of a checkpoint: no loader has to fill them. They stand in
+    a module of their own because accelerate plans places for leaf modules, and for no buffer of a module that it splits.
+
+    Args:
+        spec: the adapters and their tokens.
+        vocab_size: V.
+    """
+
+    def __init__(self, spec: SwitchSpec, vocab_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        for name, size in [
+            ("adapter_token_ids", len(spec.adapters)),
+            ("control_to_slot", vocab_size),
+            ("control_to_substitute", vocab_size),
+        ]:
+            self.register_buffer(name, torch.empty(size, dtype=torch.int64), persistent=False)
+        self.fill()
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Write what the config says into the tables; models are built on the meta device, which leaves them empty."""
+        self.adapter_token_ids.copy_(torch.tensor([adapter.token_id for adapter in self.spec.adapters]))
+        self.control_to_slot.fill_(-1)
+        self.control_to_substitute.copy_(torch.arange(len(self.control_to_substitute)))
+        for token, slot in self.spec.control_slots.items():
+            self.control_to_slot[token] = slot
+            self.control_to_substitute[token] = self.spec.substitutes[token]
+
+    def forward(self, input_ids: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Slots and embedded tokens.
+
+        Args:
+            input_ids: [B, S] int64.
+            initial: [B] int64, the slots in force before; None for 0.
+
+        Returns:
+            The slot of each token, [B, S] int64, and the tokens with substitutes in the place of control tokens.
+        """
+        return slots_of(input_ids, self.control_to_slot, initial), self.control_to_substitute[input_ids]
 
 
 @dataclass(frozen=True)
