@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from granite_switch.core.staging import link_or_copy, staged
+from granite_switch.core.staging import link_or_copy, staged, staged_file
 from granite_switch.errors import OutputError
 
 
@@ -58,7 +58,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_nothing_under_the_name_and_the_next_cleans_up(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib; from granite_switch.core.staging import staged\n"
-        "with staged(pathlib.Path(sys.argv[1])) as f: (f / 'half').write_text('x'); print('in', flush=True); time.sleep(60)"
+        "with staged(pathlib.Path(sys.argv[1])) as f: (f / 'half').write_text('x');"
+        " print('in', flush=True); time.sleep(60)"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     assert writer.stdout
@@ -78,3 +79,23 @@ def test_links_follow_symlinks(tmp_path: Path) -> None:
     assert link_or_copy(tmp_path / "name", tmp_path / "linked")
     assert not (tmp_path / "linked").is_symlink()
     assert (tmp_path / "linked").stat().st_ino == (tmp_path / "blob").stat().st_ino
+
+
+def test_a_file_is_staged_like_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), staged_file(tmp_path / "out") as path:
+        path.write_text("half")
+        raise ZeroDivisionError
+    assert _left(tmp_path) == set()
+    with staged_file(tmp_path / "out") as path:
+        path.write_text("1")
+        with pytest.raises(OutputError, match="another command"), staged_file(tmp_path / "out"):
+            pass
+    with pytest.raises(OutputError, match="exists already"), staged_file(tmp_path / "out"):
+        pass
+    with staged_file(tmp_path / "out", force=True) as path:
+        path.write_text("2")
+    assert (tmp_path / "out").read_text() == "2"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="is a folder"), staged_file(tmp_path / "folder", force=True):
+        pass
+    assert _left(tmp_path) == {"out", "folder"}

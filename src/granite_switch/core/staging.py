@@ -1,4 +1,4 @@
-"""A folder that appears under its name whole or not at all.
+"""A folder, or a file, that appears under its name whole or not at all.
 
 It is written beside its place under a hidden name and then renamed; an existing folder is exchanged with it in one
 step. A lock file keeps two writers apart, and what a killed writer left behind is removed by the next.
@@ -29,18 +29,44 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: it exists, cannot be written, another command is writing it, or the disk is full.
     """
+    check_target(target, force=force)
+    with _beside(target) as partial:
+        partial.mkdir()
+        yield partial
+        _sync(partial)
+        _into_place(partial, target.absolute(), force)
+
+
+@contextmanager
+def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give the path of a file to write; on success it becomes `target`, on any error it is removed.
+
+    Args:
+        target: where the result is to stand.
+        force: replace the file that stands there.
+
+    Raises:
+        OutputError: as for `staged`.
+    """
+    check_file(target, force=force)
+    with _beside(target) as partial:
+        yield partial
+        _sync(partial)
+        check_file(target, force=force)  # it may have come while we wrote
+        partial.replace(target)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A hidden path beside the target, locked and empty; whatever is left there is removed."""
     target = target.absolute()
     partial, lock = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.lock"
-    check_target(target, force=force)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(lock, target):
             _remove(partial)
-            partial.mkdir()
             try:
                 yield partial
-                _sync(partial)
-                _into_place(partial, target, force)
             finally:
                 _remove(partial)
     except OSError as error:
@@ -50,6 +76,14 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
             f"{target}: cannot be written ({error.strerror})",
             hint="free some space or choose another --output; nothing was left behind",
         ) from None
+
+
+def check_file(target: Path, *, force: bool = False) -> None:
+    """Refuse a target that exists, unless `force` is set and it is a file."""
+    if (target.exists() or target.is_symlink()) and not force:
+        raise OutputError(f"{target}: exists already", hint="choose another name, or --force to replace it")
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder, not a file", hint="choose another name")
 
 
 def check_target(target: Path, *, force: bool = False) -> None:
@@ -102,8 +136,8 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
