@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from artefacts import CHATML, CHATML_TEMPLATE, make_adapter, make_base
-from conftest import ALL, ASSISTANT
+from conftest import ALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel

@@ -1,7 +1,7 @@
 """`granite-switch compose`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -75,7 +75,8 @@ def summary(plan: "Plan") -> Table:
     title = f"{plan.spec.base_model}: {size(plan.checkpoint.nbytes)}, vocabulary {plan.vocab_size:,}"
     table = Table(title=title, title_justify="left")
     for heading in ("slot", "adapter", "kind", "rank", "targets", "size", "control token", "acts from"):
-        table.add_column(heading, justify="right" if heading in ("slot", "rank", "size") else "left")
+        justify: Literal["right", "left"] = "right" if heading in ("slot", "rank", "size") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for slot, spec in enumerate(plan.spec.adapters, 1):
         adapter = plan.adapters[spec.name]
         ranks = sorted({r for pattern in spec.rank_pattern.values() for r in pattern if r} | {spec.rank})

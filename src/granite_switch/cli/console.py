@@ -1,5 +1,6 @@
 """How the commands speak: results on stdout, progress and errors on stderr."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,7 +9,8 @@ from rich.markup import escape
 
 from granite_switch.errors import SwitchError
 
-console = Console(highlight=False, soft_wrap=True)
+# what is piped into a file or another program is not folded at the width of a terminal
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,41 @@ class Tensor:
         """The values, for float32, float16 and bfloat16 tensors (float64 is rounded)."""
         return to_float32(self.read(), self.dtype).reshape(self.shape)
 
+    def named(self, name: str) -> "Tensor":
+        """The same under another name."""
+        return replace(self, name=name)
+
+    def __getitem__(self, index: tuple[int | slice, ...]) -> "Tensor":
+        """A part, without reading it: leading indices, then some rows, or of the last of two axes the first columns."""
+        if not index or all(part == slice(None) for part in index):
+            return self
+        first, rest = index[0], index[1:]
+        size = self.nbytes // self.shape[0]
+        if isinstance(first, int):
+            return replace(self, shape=self.shape[1:], start=self.start + first * size, nbytes=size)[rest]
+        start, stop, _ = first.indices(self.shape[0])
+        if not rest:
+            shape = (stop - start, *self.shape[1:])
+            return replace(self, shape=shape, start=self.start + start * size, nbytes=(stop - start) * size)
+        columns = rest[0]
+        if len(self.shape) != 2 or first != slice(None) or not isinstance(columns, slice) or columns.start:
+            raise IndexError(f"{self.name}: {index} is not supported")
+        width = len(range(self.shape[1])[columns])
+        nbytes = self.nbytes // self.shape[1] * width
+        return Columns(self.name, self.dtype, (self.shape[0], width), self.path, self.start, nbytes, self)
+
+
+@dataclass(frozen=True)
+class Columns(Tensor):
+    """The first columns of a matrix in a file: its bytes are not in one piece."""
+
+    whole: Tensor
+
+    def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
+        rows, width = self.shape[0], self.nbytes // self.shape[0]
+        data = np.frombuffer(self.whole.read(), np.uint8).reshape(rows, -1)[:, :width].tobytes()
+        return data[start : None if nbytes is None else start + nbytes]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -78,8 +113,7 @@ def copy_of(tensor: Tensor, name: str = "") -> Entry:
 def to_float32(data: bytes, dtype: str) -> npt.NDArray[np.float32]:
     """Decode little-endian floats. numpy has no bfloat16: its bits are the upper half of a float32's."""
     if dtype == "BF16":
-        bits: npt.NDArray[np.uint32] = np.frombuffer(data, "<u2").astype(np.uint32) << 16
-        return bits.view(np.float32)
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     return np.frombuffer(data, {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]).astype(np.float32)
 
 
@@ -144,12 +178,13 @@ def write(path: Path, entries: Iterable[Entry], on_bytes: Any = None) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
             for part in entry.parts:
-                if isinstance(part, Tensor):
+                if isinstance(part, Tensor) and not isinstance(part, Columns):
                     _stream(part, file, on_bytes)
                 else:
-                    file.write(part)
+                    data = part.read() if isinstance(part, Columns) else part
+                    file.write(data)
                     if on_bytes:
-                        on_bytes(len(part))
+                        on_bytes(len(data))
         file.flush()
 
 
