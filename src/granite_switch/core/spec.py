@@ -70,16 +70,25 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
+class Hiding:
+    """Generation 1 of the format: control tokens stay in the sequence, hidden from attention by group."""
+
+    groups: tuple[tuple[int, ...], ...]  # ids of the control tokens in each group
+    policy: tuple[tuple[int, ...], ...]  # for each slot, the base's first: indices of the groups that it does not see
+
+
+@dataclass(frozen=True)
 class SwitchSpec:
     """All that a backend needs to know about a checkpoint's adapters."""
 
     adapters: tuple[AdapterSpec, ...]
     base_token: str
-    base_token_id: int
+    base_token_id: int  # -1 in older generations that have no such token
     base_substitute_token_id: int
     base_model: str = ""
     generatable: bool = False
     format_version: int = FORMAT_VERSION
+    hiding: Hiding | None = None  # set: no control token gives way to a substitute
 
     @property
     def active(self) -> tuple[AdapterSpec, ...]:
@@ -90,15 +99,17 @@ class SwitchSpec:
     def control_slots(self) -> dict[int, int]:
         """Control token id -> slot. A retired adapter's token returns to the base."""
         slots = {a.token_id: 0 if a.retired else i for i, a in enumerate(self.adapters, 1)}
-        return {self.base_token_id: 0, **slots}
+        return slots if self.base_token_id < 0 else {self.base_token_id: 0, **slots}
 
     @property
     def substitutes(self) -> dict[int, int]:
         """Control token id -> id of the token that the decoder embeds in its place."""
-        return {
-            self.base_token_id: self.base_substitute_token_id,
-            **{a.token_id: a.substitute_token_id for a in self.adapters},
-        }
+        if self.hiding:
+            return {token: token for token in self.control_slots}
+        substitutes = {a.token_id: a.substitute_token_id for a in self.adapters}
+        if self.base_token_id < 0:
+            return substitutes
+        return {self.base_token_id: self.base_substitute_token_id, **substitutes}
 
     def slot(self, name: str) -> int:
         """The slot of an adapter that is there; 0 for "base"."""
@@ -118,7 +129,9 @@ class SwitchSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json, without what has its default value."""
-        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "adapters"}
+        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("adapters", "hiding")}
+        if self.hiding:
+            head["hiding"] = _lists(asdict(self.hiding))
         return {**head, "adapters": [_plain(adapter) for adapter in self.adapters]}
 
     @classmethod
@@ -136,7 +149,8 @@ class SwitchSpec:
             )
         try:
             adapters = tuple(_record(AdapterSpec, record) for record in data["adapters"])
-            spec: SwitchSpec = _record(cls, {**data, "adapters": adapters})
+            hiding = _record(Hiding, data["hiding"]) if data.get("hiding") else None
+            spec: SwitchSpec = _record(cls, {**data, "adapters": adapters, "hiding": hiding})
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: `switch` is not as format {version} has it: {error}") from None
         spec._check()
@@ -148,12 +162,12 @@ class SwitchSpec:
         problems += [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
         ids = [self.base_token_id, *(adapter.token_id for adapter in self.adapters)]
         problems += [f"token id {i} switches to two things" for i in sorted({i for i in ids if ids.count(i) > 1})]
-        controls = set(ids)
+        controls = set(self.control_slots)
         for name, substitute in [
             ("base", self.base_substitute_token_id),
             *((a.name, a.substitute_token_id) for a in self.adapters),
         ]:
-            if substitute in controls:
+            if substitute in controls and not self.hiding:
                 problems.append(f"{name}: its substitute {substitute} is itself a control token")
         for adapter in self.adapters:
             unknown = [name for name in adapter.target_modules if name not in PROJECTIONS]

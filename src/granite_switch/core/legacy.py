@@ -1,0 +1,318 @@
+"""The three older generations of checkpoints: told apart, read as format 1, split tensor by tensor.
+
+All of them fuse q, k, v and gate, up into one matrix, stack every adapter's A and B padded to the largest rank, and
+hold B already scaled. `split` is the one place that takes this apart; transformers, vLLM, GGUF and `upgrade` use it.
+docs/generations.md has the history and what each generation computes.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
+from granite_switch.core.spec import ARCHITECTURE, MODEL_TYPE, AdapterSpec, Hiding, SwitchSpec, control_token
+from granite_switch.errors import CheckpointError
+
+UPGRADE = "granite-switch upgrade OLD NEW"
+
+# fused module -> the projections in its rows, in order
+_FUSED: Mapping[str, tuple[str, ...]] = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "self_attn.o_proj": ("o_proj",),
+    "shared_mlp.input_linear": ("gate_proj", "up_proj"),
+    "shared_mlp.output_linear": ("down_proj",),
+}
+# entries of `lora_target_modules` -> fused module
+_TARGETS: Mapping[str, str] = {
+    "qkv_proj": "self_attn.qkv_proj",
+    "o_proj": "self_attn.o_proj",
+    "shared_input_linear": "shared_mlp.input_linear",
+    "shared_output_linear": "shared_mlp.output_linear",
+}
+_MODULES = "|".join(re.escape(module) for module in _FUSED)
+_FUSED_TENSOR = re.compile(
+    rf"model\.layers\.(\d+)\.({_MODULES})\.(?:(base_layer\.)?(weight|bias)|lora_([AB])(?:_slices\.(\d+))?)"
+)
+_PLAIN_TENSOR = re.compile(
+    r"lm_head\.weight|model\.norm\.weight|model\.embed_tokens\.weight"
+    r"|model\.layers\.\d+\.(?:input|post_attention)_layernorm\.weight"
+)
+# look-up tables that the old programs stored; all follow from the config
+_TABLES = re.compile(r"model\.(?:adapter_token_ids|token_to_group_mask|adapter_hiding_matrix|switch\..+)")
+
+# what a Granite config is, of what the old configs hold
+_GRANITE_KEYS = (
+    *("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "rope_parameters", "rope_theta"),
+    *("rope_scaling", "attention_bias", "attention_dropout", "embedding_multiplier", "logits_scaling"),
+    *("residual_multiplier", "attention_multiplier", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+    *("pad_token_id", "dtype", "torch_dtype", "quantization_config", "transformers_version"),
+)
+_SWITCH_KEYS = {
+    *("num_adapters", "adapter_names", "adapter_ranks", "adapter_token_ids", "adapter_substitute_token_ids"),
+    *("adapter_third_party", "control_dims", "control_token_gain", "hiding_groups", "hiding_policy"),
+    *("lora_target_modules", "max_lora_rank", "ms_code_m", "ms_code_type", "ms_counting_head_dim", "ms_memory_gain"),
+    *("switch_head_dim", "switch_type", "cross_stream_rank", "dual_stream"),
+}
+_SWITCH_PREFIXES = ("adapter_", "control_", "cross_stream", "dual_", "hiding_", "lora_", "ms_", "switch_")
+
+
+class Sliceable(Protocol):
+    """A tensor in memory or in a file: torch, numpy, safetensors' slices and `checkpoint.Tensor` are."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+T = TypeVar("T", bound=Sliceable)
+Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Old:
+    """A checkpoint of an older generation, read as what it would be in format 1."""
+
+    generation: int
+    config: Mapping[str, Any]  # Granite's keys, `switch` included
+    spec: SwitchSpec
+    checkpoint: Checkpoint  # the files, under their old names
+    tensors: Mapping[str, Tensor]  # under format 1's names
+
+
+def generation(config: Mapping[str, Any]) -> int:
+    """Which generation a config.json is of: 1 to 3, or 0 for format 1 and for models that are no switch."""
+    if config.get("model_type") != MODEL_TYPE or config.get("switch") is not None:
+        return 0
+    if "ms_code_m" in config or config.get("switch_type") == "multi":
+        return 3
+    if config.get("adapter_substitute_token_ids") is not None:
+        return 2
+    if "hiding_groups" in config or "control_dims" in config:
+        return 1
+    if "num_adapters" in config and not config["num_adapters"]:
+        return 2
+    return 0
+
+
+def format_1_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json that an older one amounts to: Granite's keys and the `switch` object.
+
+    Args:
+        config: of generation 1, 2 or 3.
+
+    Raises:
+        CheckpointError: with all that format 1 cannot hold.
+    """
+    _check(config)
+    offset = {1: 1, 2: 1, 3: 2}[generation(config)] if config.get("num_adapters") else 0
+    result = {key: config[key] for key in _GRANITE_KEYS if key in config}
+    result["num_hidden_layers"] = config["num_hidden_layers"] - offset
+    result["intermediate_size"] = config.get("shared_intermediate_size") or config["intermediate_size"]
+    result.setdefault("tie_word_embeddings", True)  # transformers 4 left it out where it was true
+    head = config.get("projection_head_dim")
+    if head and head * config["num_attention_heads"] != config["hidden_size"]:
+        result["head_dim"] = head
+    spec = _spec(config)
+    return {**result, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "switch": spec.to_dict()}
+
+
+def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Take an older checkpoint's tensors apart: format 1's names, and slices of the tensors given.
+
+    Names of format 1 pass through, the old programs' look-up tables are left out. A tensor is only sliced, `[...]`, so
+    whatever reads lazily stays lazy.
+
+    Args:
+        tensors: (name, tensor) as the checkpoint has them, in any order.
+        config: of format 1 (`format_1_config`).
+
+    Raises:
+        CheckpointError: at the end, with all names that are unknown.
+    """
+    spec, sizes = SwitchSpec.from_dict(config["switch"]), shapes(config)
+    unknown = []
+    for name, tensor in tensors:
+        if found := _FUSED_TENSOR.fullmatch(name):
+            for new, index in _pieces(found, spec, sizes):
+                yield new, tensor[index] if index else tensor
+        elif _PLAIN_TENSOR.fullmatch(name):
+            yield name, tensor
+        elif not _TABLES.fullmatch(name):
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            "the checkpoint holds tensors that no older generation has",
+            problems=unknown[:20],
+            hint="pip install --upgrade granite-switch, if a newer release wrote it",
+        )
+
+
+def is_fused(names: Iterable[str]) -> bool:
+    """Whether these are tensor names of an older generation; its own never occur in format 1."""
+    return any((m := _FUSED_TENSOR.fullmatch(name)) and not _is_format_1(m) for name in names)
+
+
+def read(folder: Path) -> Old:
+    """Open a folder with a checkpoint of an older generation. No tensor is read.
+
+    Raises:
+        CheckpointError: it is of no older generation, or its files contradict its config.
+    """
+    old = read_json(folder / "config.json")
+    number = generation(old)
+    if not number:
+        raise CheckpointError(f"{folder}: is not a checkpoint of an older generation")
+    config = format_1_config(old)
+    checkpoint = Checkpoint(folder)
+    spec = SwitchSpec.from_dict(config["switch"])
+    _check_stacks(checkpoint, spec)
+    return Old(number, config, spec, checkpoint, dict(_renamed(checkpoint, config)))
+
+
+def describe(folder: Path) -> list[str]:
+    """What a checkpoint of an older generation is and what upgrading would change, line by line."""
+    old = read(folder)
+    stacks = [t for t in old.checkpoint.tensors.values() if len(t.shape) == 4]
+    pairs = [t for name, t in old.tensors.items() if name not in old.checkpoint]
+    kept = sum(t.nbytes for t in pairs if "_lora." in t.name)
+    lines = [
+        f"generation {old.generation} ({_TITLES[old.generation]}): {len(old.spec.adapters)} adapters, "
+        f"{old.config['num_hidden_layers']} layers",
+        f"loads as it is in transformers{' and vLLM' if old.generation > 1 else ''}; to upgrade: {UPGRADE}",
+        "upgrading splits q, k, v and gate, up; writes every adapter as a file of its own "
+        f"({sum(t.nbytes for t in stacks):,} bytes of stacks, {kept:,} without padding)",
+        "upgrading adds a return-to-base token, and a chat template that wraps the base's",
+    ]
+    if old.generation == 1:
+        lines.append(
+            "upgrading exchanges control tokens for the token that they replace, where this generation inserts them "
+            "and hides them: prompts get a token shorter"
+        )
+    return lines
+
+
+_TITLES = {1: "control tokens hidden", 2: "token exchange", 3: "token exchange, any number of switches"}
+
+
+def _pieces(
+    found: re.Match[str], spec: SwitchSpec, sizes: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, Index]]:
+    """Format 1's names of what a fused tensor holds, and where in it each stands."""
+    layer, module, _, kind, matrix, part = found.groups()
+    rows = _FUSED[module]
+    if kind:
+        start = 0
+        for name in rows:
+            end = start + sizes[name][0]
+            index: Index = (slice(start, end),) if len(rows) > 1 else ()
+            yield f"model.layers.{layer}.{PROJECTIONS[name].path}.{kind}", index
+            start = end
+        return
+    name = rows[int(part or 0)]
+    for i, adapter in enumerate(spec.adapters):
+        if rank := adapter.rank_of(name, int(layer)):
+            key = AdapterTensor(adapter.name, int(layer), name, matrix).key
+            yield key, (i, 0, slice(0, rank)) if matrix == "A" else (i, 0, slice(None), slice(0, rank))
+
+
+def _is_format_1(found: re.Match[str]) -> bool:
+    """`self_attn.o_proj.weight` is called so in every generation."""
+    return found[2] == "self_attn.o_proj" and bool(found[4]) and not found[3]
+
+
+def _renamed(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in split(checkpoint.tensors.items(), config):
+        yield name, tensor.named(name)
+
+
+def _spec(config: Mapping[str, Any]) -> SwitchSpec:
+    count = config.get("num_adapters") or 0
+    names = config.get("adapter_names") or [f"adapter_{i}" for i in range(count)]
+    tokens = list(config.get("adapter_token_ids") or ())
+    substitutes = list(config.get("adapter_substitute_token_ids") or tokens)
+    back = (tokens.pop(0), substitutes.pop(0)) if len(tokens) == count + 1 else (-1, -1)
+    modules = config.get("lora_target_modules")
+    targets = [name for entry in (_TARGETS if modules is None else modules) for name in _FUSED[_TARGETS[entry]]]
+    adapters = tuple(
+        AdapterSpec(
+            name=name,
+            technology="lora",  # the config does not say which; it matters to the template alone
+            token=control_token(name),
+            token_id=token,
+            substitute_token_id=substitute,
+            rank=rank,
+            alpha=rank,  # B is stored scaled
+            target_modules=tuple(name for name in PROJECTIONS if name in targets),
+        )
+        for name, token, substitute, rank in zip(
+            names, tokens, substitutes, config.get("adapter_ranks") or (), strict=True
+        )
+    )
+    return SwitchSpec(
+        adapters=adapters,
+        base_token="<|base_reset|>" if back[0] >= 0 else "",
+        base_token_id=back[0],
+        base_substitute_token_id=back[1],
+        hiding=_hiding(config, dict(zip(names, tokens, strict=True))) if generation(config) == 1 else None,
+    )
+
+
+def _hiding(config: Mapping[str, Any], tokens: Mapping[str, int]) -> Hiding:
+    """Generation 1's groups and policies, by name, as ids and indices."""
+    groups, policy = config.get("hiding_groups") or {}, config.get("hiding_policy") or {}
+    order = list(groups)
+    return Hiding(
+        groups=tuple(tuple(tokens[name] for name in groups[group] if name in tokens) for group in order),
+        policy=tuple(
+            tuple(i for i, group in enumerate(order) if group in policy.get(name, ())) for name in ("base", *tokens)
+        ),
+    )
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuse what format 1 cannot hold, all at once."""
+    count = config.get("num_adapters") or 0
+    problems = [
+        f"unknown key {key!r}" for key in config if key.startswith(_SWITCH_PREFIXES) and key not in _SWITCH_KEYS
+    ]
+    if config.get("switch_type") not in (None, "single", "multi"):
+        problems.append(f"switch_type {config['switch_type']!r} is unknown")
+    if config.get("dual_stream") or config.get("cross_stream_rank") or config.get("unfused_qkv"):
+        problems.append("its adapters are of the kind `dual_stream`, which is neither LoRA nor aLoRA")
+    if config.get("num_local_experts"):
+        problems.append(f"its base has {config['num_local_experts']} experts; only dense Granite is supported")
+    if config.get("position_embedding_type") not in (None, "rope"):
+        problems.append(f"its base has position_embedding_type {config['position_embedding_type']!r}, not 'rope'")
+    if config.get("qk_norm"):
+        problems.append("its base normalises queries and keys (`qk_norm`), which Granite does not")
+    if other := sorted(set(config.get("layer_types") or ()) - {"attention", "full_attention"}):
+        problems.append(f"its base has layers of type {', '.join(other)}")
+    problems += [f"unknown target module {m!r}" for m in config.get("lora_target_modules") or () if m not in _TARGETS]
+    for key in ("adapter_names", "adapter_ranks", "adapter_token_ids", "adapter_substitute_token_ids"):
+        value = config.get(key)
+        allowed = (count, count + 1) if key.endswith("_ids") and generation(config) == 3 else (count,)
+        required = bool(count) and key in ("adapter_ranks", "adapter_token_ids")
+        if (value is None and required) or (value is not None and len(value) not in allowed):
+            problems.append(f"{key} must have {count} entries: {value}")
+    if problems:
+        raise CheckpointError(
+            "config.json: cannot be read as an older generation of this project's checkpoints",
+            problems=problems,
+            hint="pip install --upgrade granite-switch, or compose the model anew from its adapters",
+        )
+
+
+def _check_stacks(checkpoint: Checkpoint, spec: SwitchSpec) -> None:
+    """Every stack must hold every adapter, at its rank."""
+    count, rank = len(spec.adapters), max((a.rank for a in spec.adapters), default=0)
+    problems = []
+    for name, tensor in checkpoint.tensors.items():
+        found = _FUSED_TENSOR.fullmatch(name)
+        if found and found[5]:
+            have = tensor.shape[-2 if found[5] == "A" else -1] if len(tensor.shape) == 4 else 0
+            if len(tensor.shape) != 4 or tensor.shape[0] != count or have < rank:
+                problems.append(f"{name}: {list(tensor.shape)}, for {count} adapters of rank up to {rank}")
+    if problems:
+        raise CheckpointError(f"{checkpoint.folder}: its tensors contradict its config", problems=problems[:20])
