@@ -31,6 +31,7 @@ def compose(
     technology: Annotated[str, typer.Option(help="alora or lora, where only one is wanted.")] = "",
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repositories.")] = None,
     generatable: Annotated[bool, typer.Option(help="Let the model generate control tokens.")] = False,
+    create_io_yaml: Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show what the sources hold and stop.")] = False,
@@ -59,6 +60,7 @@ def compose(
         exclude=exclude or (),
         technology=technology,
         generatable=generatable,
+        create_io_yaml=create_io_yaml,
     )
     for warning in plan.warnings:
         warn(warning)
@@ -105,7 +107,12 @@ def show_sources(sources: list[str], revision: str | None) -> None:
     for heading in ("adapter", "base", "kind", "source"):
         table.add_column(heading)
     for one in found:
-        table.add_row(one.name, one.base_name or "any", one.technology or "as its config says", one.source)
+        table.add_row(
+            one.name,
+            one.base_name or "any",
+            "retired" if one.retired else one.technology or "as its config says",
+            one.source,
+        )
     console.print(table)
 
 

@@ -59,6 +59,7 @@ def prepare(
     exclude: Sequence[str] = (),
     technology: str = "",
     generatable: bool = False,
+    create_io_yaml: bool = False,
 ) -> Plan:
     """Read and check everything, and write nothing.
 
@@ -71,13 +72,16 @@ def prepare(
         exclude: globs of adapter names to leave out.
         technology: "alora" or "lora", where only one is wanted. Of both, aLoRA is preferred.
         generatable: let the model generate control tokens.
+        create_io_yaml: write a minimal io.yaml for adapters without one.
     """
     folder = base_folder(str(base), revision)
     name = base_name or own_name(str(base), folder)
     selection = Selection(name, tuple(include), tuple(exclude), technology)
     found = find([str(source) for source in adapters], selection, revision)
     label = name if Path(base).exists() else str(base)
-    return plan(folder, found, base_name=name, base_source=label, generatable=generatable)
+    return plan(
+        folder, found, base_name=name, base_source=label, generatable=generatable, create_io_yaml=create_io_yaml
+    )
 
 
 class _Callable(ModuleType):

@@ -4,6 +4,7 @@ PEFT itself is not imported: its files are two, and their meaning is a few rules
 follows. The tests hold the composed model against PEFT.
 """
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from granite_switch.compose.sources import Found
+from granite_switch.compose.sources import PROVENANCE, Found
 from granite_switch.core.checkpoint import Tensor, read_header, read_json, sha256, to_float32
 from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
 from granite_switch.errors import AdapterError, CheckpointError
@@ -55,11 +56,21 @@ class Adapter:
     tensors: Mapping[AdapterTensor, Tensor]
     source: str
     sha256: str
+    digest: str
     io_yaml: Path | None
+    file: Path | None = None  # of a composed model, where it holds these tensors under this adapter's name
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Retired:
+    """What a removed adapter leaves: its slot and its token stay taken."""
+
+    name: str
+    substitute_token_id: int | None  # None: the base's own
 
 
 def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
@@ -98,6 +109,8 @@ def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
     alpha, alpha_pattern = _alphas(ranks, config, layers)
     invocation = _invocation(where, config, base)
     io_yaml = found.folder / "io.yaml"
+    contents = digest(tensors)
+    source, file_hash = _provenance(found, contents) or (found.source, sha256(weights))
     return Adapter(
         name=found.name,
         technology="alora" if invocation else "lora",
@@ -109,10 +122,30 @@ def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
         alpha_pattern=alpha_pattern,
         invocation_tokens=invocation,
         tensors=tensors,
-        source=found.source,
-        sha256=sha256(weights),
+        source=source,
+        sha256=file_hash,
+        digest=contents,
         io_yaml=io_yaml if io_yaml.is_file() else None,
     )
+
+
+def read_retired(found: Found, base: Mapping[str, Any]) -> Retired:
+    """Check a manifest's entry for a removed adapter."""
+    check_name(found.name)
+    token = found.substitute_token_id
+    if token is not None and not 0 <= token < base["vocab_size"]:
+        raise AdapterError(f"{found.name}: substitute_token_id {token} is not in the base's vocabulary")
+    return Retired(found.name, token)
+
+
+def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:
+    """sha256 of an adapter's tensors, whatever file, names and order they stand in (docs/format.md)."""
+    result = hashlib.sha256()
+    for key in sorted(tensors, key=AdapterTensor.order):
+        tensor = tensors[key]
+        result.update(f"{key.layer} {key.projection} {key.matrix} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        result.update(tensor.read())
+    return result.hexdigest()
 
 
 def check_name(name: str) -> None:
@@ -132,6 +165,15 @@ def check_name(name: str) -> None:
         reason = "is longer than 100 bytes"
     if reason:
         raise AdapterError(f"adapter name {name!r} {reason}", hint="give it another name in a YAML manifest")
+
+
+def _provenance(found: Found, contents: str) -> tuple[str, str] | None:
+    """Source and sha256 of an adapter that came out of a composed model, if its weights are still the same."""
+    path = found.folder / PROVENANCE
+    record = read_json(path) if path.is_file() else None
+    if not isinstance(record, dict) or record.get("digest") != contents:
+        return None
+    return str(record["source"]), str(record["sha256"])
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The model card: what was composed from what, and the two ways to call it."""
 
-from granite_switch.compose.plan import Plan
+from collections.abc import Mapping
+
+from granite_switch.compose.adapters import Adapter
+from granite_switch.core.spec import SwitchSpec
 
 _CARD = """---
 library_name: transformers
@@ -38,18 +41,18 @@ Served by vLLM with `pip install granite-switch[vllm]`, the same name goes into
 """
 
 
-def model_card(plan: Plan) -> str:
+def model_card(model: SwitchSpec, adapters: Mapping[str, Adapter]) -> str:
     """README.md of the composed model. Says nothing that changes from run to run."""
     rows = []
-    for slot, spec in enumerate(plan.spec.adapters, 1):
+    for slot, spec in enumerate(model.adapters, 1):
         if spec.retired:
             continue
-        adapter = plan.adapters[spec.name]
+        adapter = adapters[spec.name]
         parameters = sum(t.shape[0] * t.shape[1] for t in adapter.tensors.values())
         targets = ", ".join(spec.target_modules)
         rows.append(
             f"| {slot} | `{spec.name}` | {spec.technology} | {spec.rank} | {targets} | {parameters:,} "
             f"| {spec.source} | `{spec.sha256[:16]}` |"
         )
-    example = plan.spec.names[0] if plan.spec.names else "base"
-    return _CARD.format(base=plan.spec.base_model, count=len(rows), rows="\n".join(rows), example=example)
+    example = model.names[0] if model.names else "base"
+    return _CARD.format(base=model.base_model, count=len(rows), rows="\n".join(rows), example=example)

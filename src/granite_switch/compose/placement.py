@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.core.chat import Placement, render, wrap
+from granite_switch.core.chat import Placement, render
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.errors import AdapterError, BaseModelError, TemplateError
 
@@ -96,13 +96,19 @@ def placement(adapter: AdapterSpec, opening_text: str, tokenizer: Tokenizer) -> 
 
 
 def prove(
-    spec: SwitchSpec, placements: Sequence[Placement], base: str, samples: Sequence[Chat], tokenizer: Tokenizer
+    spec: SwitchSpec,
+    placements: Sequence[Placement],
+    template: str,
+    base: str,
+    samples: Sequence[Chat],
+    tokenizer: Tokenizer,
 ) -> None:
     """Render, tokenise and exchange every sample chat with every adapter.
 
     Args:
         spec: the adapters.
         placements: of each adapter.
+        template: the composed chat template.
         base: the base's chat template.
         samples: chats that it renders.
         tokenizer: with the control tokens in it.
@@ -110,7 +116,6 @@ def prove(
     Raises:
         AdapterError: with everything that came out otherwise.
     """
-    template = wrap(base, placements, controls(spec))
     problems: list[str] = []
     for adapter, place in zip(spec.active, placements, strict=True):
         for sample in samples:

@@ -13,31 +13,53 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from granite_switch.compose import placement as place
-from granite_switch.compose.adapters import Adapter, read_adapter
+from granite_switch.compose.adapters import Adapter, Retired, read_adapter, read_retired
 from granite_switch.compose.sources import Found
-from granite_switch.compose.tokenizer import BaseTokenizer, extended, read_tokenizer
+from granite_switch.compose.tokenizer import extended
 from granite_switch.core.chat import Placement, wrap
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
 from granite_switch.core.layout import GRANITE, MODEL_TYPES
 from granite_switch.core.spec import ARCHITECTURE, BASE_TOKEN, MODEL_TYPE, AdapterSpec, SwitchSpec, control_token
+from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import AdapterError, BaseModelError, CheckpointError, SwitchError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
+class Base:
+    """A base model that can carry adapters, read and checked."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint
+    tokenizer: BaseTokenizer
+
+    @property
+    def size(self) -> int:
+        """The first token id that nothing of the base can mean: padding rows count as taken."""
+        return max(self.tokenizer.size, self.checkpoint[EMBEDDING].shape[0], self.config["vocab_size"])
+
+
+@dataclass(frozen=True)
 class Plan:
     """A composition that can be written."""
 
-    base: Path
-    base_config: Mapping[str, Any]
-    checkpoint: Checkpoint
-    tokenizer: BaseTokenizer
+    base: Base
+    slots: tuple[Adapter | Retired, ...]
+    spec: SwitchSpec
     tokenizer_data: Mapping[str, Any]  # tokenizer.json with the control tokens
     templates: Mapping[str, str]  # composed chat templates by name; empty if the base has none
-    spec: SwitchSpec
-    adapters: Mapping[str, Adapter]
+    create_io_yaml: bool
     warnings: tuple[str, ...]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.base.checkpoint
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        return {slot.name: slot for slot in self.slots if isinstance(slot, Adapter)}
 
     @property
     def vocab_size(self) -> int:
@@ -47,7 +69,7 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """config.json of the composed model."""
         head = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "vocab_size": self.vocab_size}
-        base = {key: value for key, value in self.base_config.items() if key not in ("auto_map", "_name_or_path")}
+        base = {key: value for key, value in self.base.config.items() if key not in ("auto_map", "_name_or_path")}
         return {**base, **head, "switch": self.spec.to_dict()}
 
     @property
@@ -61,7 +83,13 @@ class Plan:
 
 
 def plan(
-    base: Path, found: Sequence[Found], *, base_name: str, base_source: str = "", generatable: bool = False
+    base: Path,
+    found: Sequence[Found],
+    *,
+    base_name: str,
+    base_source: str = "",
+    generatable: bool = False,
+    create_io_yaml: bool = False,
 ) -> Plan:
     """Read the base and every adapter and work out the composed model.
 
@@ -71,50 +99,79 @@ def plan(
         base_name: how the base is called in the records.
         base_source: hub id or name under which it is recorded; `base_name` by default.
         generatable: let the model generate control tokens.
+        create_io_yaml: write a minimal io.yaml for adapters without one.
 
     Raises:
         BaseModelError, AdapterError: all that is wrong, at once for all adapters.
     """
-    config = read_base_config(base)
-    try:
-        checkpoint = Checkpoint(base)
-    except CheckpointError as error:
-        raise BaseModelError(error.message, problems=error.problems, hint=error.hint) from None
-    _check_base(base, config, checkpoint)
-    tokenizer = read_tokenizer(base)
-    adapters = _read_all(found, config)
-    base_template = tokenizer.templates.get("default")
+    read = read_base(base)
+    slots = read_slots(found, read.config)
+    return assemble(read, slots, base_source or base_name, generatable, create_io_yaml=create_io_yaml)
+
+
+def assemble(
+    base: Base,
+    slots: Sequence[Adapter | Retired],
+    base_model: str,
+    generatable: bool,
+    *,
+    create_io_yaml: bool = False,
+    kept: SwitchSpec | None = None,
+) -> Plan:
+    """Work out the composed model from what has been read.
+
+    Args:
+        base: the base model.
+        slots: the adapters, in the order of their slots.
+        base_model: the base as the records name it.
+        generatable: let the model generate control tokens.
+        create_io_yaml: write a minimal io.yaml for adapters without one.
+        kept: the adapters of the model that is being changed; their token ids stay.
+    """
+    library = base.tokenizer.library
+    template = base.tokenizer.templates.get("default")
     warnings = []
-    library = Tokenizer.from_str(json.dumps(tokenizer.data))
-    if base_template is None:
+    if template is None:
         samples: list[place.Chat] = []
-        text, opening_id = "", _first_token(config, tokenizer)
+        text, opening_id = "", _first_token(base.config, base.tokenizer)
         warnings.append(
-            f"{base}: there is no chat template; `adapter_name` needs one. Place control tokens by hand: "
+            f"{base.folder}: there is no chat template; `adapter_name` needs one. Place control tokens by hand: "
             "a LoRA's first, an aLoRA's in the place of its invocation sequence's first token"
         )
     else:
-        samples = place.chats(base_template, tokenizer.special_tokens)
+        samples = place.chats(template, base.tokenizer.special_tokens)
         text, opening_id = place.opening(samples, library)
-    first = max(tokenizer.size, checkpoint[EMBEDDING].shape[0], config["vocab_size"])
+    if kept:
+        opening_id = kept.base_substitute_token_id
+    first = kept.base_token_id if kept else base.size
     spec = SwitchSpec(
-        adapters=tuple(_spec(a, first + i, opening_id, library) for i, a in enumerate(adapters, 1)),
-        base_token=BASE_TOKEN,
+        adapters=_records(slots, first, opening_id, library, kept),
+        base_token=kept.base_token if kept else BASE_TOKEN,
         base_token_id=first,
         base_substitute_token_id=opening_id,
-        base_model=base_source or base_name,
+        base_model=base_model,
         generatable=generatable,
     )
-    data = extended(tokenizer, _new_tokens(spec, tokenizer))
+    data = extended(base.tokenizer, _new_tokens(spec, base.tokenizer))
     templates: dict[str, str] = {}
-    if base_template is not None:
+    if template is not None:
         library = Tokenizer.from_str(json.dumps(data))
         placements = [place.placement(adapter, text, library) for adapter in spec.active]
-        place.prove(spec, placements, base_template, samples, library)
-        templates = _wrap_all(tokenizer.templates, placements, spec)
-    return Plan(
-        base, config, checkpoint, tokenizer, data, templates, spec, {a.name: a for a in adapters}, tuple(warnings)
-    )
+        composed = wrap(template, placements, place.controls(spec))
+        place.prove(spec, placements, composed, template, samples, library)
+        templates = _wrap_all(base.tokenizer.templates, placements, spec)
+    return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings))
+
+
+def read_base(folder: Path) -> Base:
+    """Read a base model and check that it can carry adapters."""
+    config = read_base_config(folder)
+    try:
+        checkpoint = Checkpoint(folder)
+    except CheckpointError as error:
+        raise BaseModelError(error.message, problems=error.problems, hint=error.hint) from None
+    check_base(folder, config, checkpoint)
+    return Base(folder, config, checkpoint, read_tokenizer(folder))
 
 
 def read_base_config(base: Path) -> dict[str, Any]:
@@ -139,7 +196,7 @@ def read_base_config(base: Path) -> dict[str, Any]:
     return config
 
 
-def _check_base(base: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def check_base(base: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """The projections that the adapters act on must be there, and the embedding must have rows to extend."""
     wanted = [f"model.layers.{i}.{row.path}.weight" for i in range(config["num_hidden_layers"]) for row in GRANITE]
     missing = [name for name in [EMBEDDING, *wanted] if name not in checkpoint]
@@ -157,12 +214,13 @@ def _check_base(base: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -
             )
 
 
-def _read_all(found: Sequence[Found], config: Mapping[str, Any]) -> list[Adapter]:
+def read_slots(found: Sequence[Found], config: Mapping[str, Any]) -> list[Adapter | Retired]:
     """Read every adapter; what is wrong with them is said of all at once."""
-    adapters, errors = [], []
+    slots: list[Adapter | Retired] = []
+    errors = []
     for one in found:
         try:
-            adapters.append(read_adapter(one, config))
+            slots.append(read_adapter(one, config) if not one.retired else read_retired(one, config))
         except SwitchError as error:
             errors.append(error)
     if len(errors) == 1:
@@ -171,7 +229,7 @@ def _read_all(found: Sequence[Found], config: Mapping[str, Any]) -> list[Adapter
         problems = [line for error in errors for line in (error.message, *(f"  {p}" for p in error.problems))]
         hints = dict.fromkeys(error.hint for error in errors if error.hint)
         raise AdapterError(f"{len(errors)} adapters cannot be composed", problems=problems, hint="; ".join(hints))
-    return adapters
+    return slots
 
 
 def _first_token(config: Mapping[str, Any], tokenizer: BaseTokenizer) -> int:
@@ -186,24 +244,53 @@ def _first_token(config: Mapping[str, Any], tokenizer: BaseTokenizer) -> int:
     return 0
 
 
-def _spec(adapter: Adapter, token_id: int, opening_id: int, tokenizer: Tokenizer) -> AdapterSpec:
-    invocation = adapter.invocation_tokens
+def _records(
+    slots: Sequence[Adapter | Retired], first: int, opening_id: int, tokenizer: Tokenizer, kept: SwitchSpec | None
+) -> tuple[AdapterSpec, ...]:
+    """The slots' records. Slots that are kept have their token; new ones the next id, and a text not yet taken."""
+    known = kept.adapters if kept else ()
+    fresh = max(kept.control_slots) + 1 if kept else first + 1
+    taken = {BASE_TOKEN, *(old.token for old in known)}
+    records = []
+    for index, slot in enumerate(slots):
+        old = known[index] if index < len(known) else None
+        token_id = old.token_id if old else fresh + index - len(known)
+        token = old.token if old and old.name == slot.name else _free_text(slot.name, taken)
+        taken.add(token)
+        records.append(_record(slot, token, token_id, opening_id, tokenizer))
+    return tuple(records)
+
+
+def _free_text(name: str, taken: set[str]) -> str:
+    """The text of an adapter's control token; numbered where a removed adapter of that name has it."""
+    token, number = control_token(name), 2
+    while token in taken:
+        token, number = control_token(f"{name}:{number}"), number + 1
+    return token
+
+
+def _record(slot: Adapter | Retired, token: str, token_id: int, opening_id: int, tokenizer: Tokenizer) -> AdapterSpec:
+    if isinstance(slot, Retired):
+        substitute = opening_id if slot.substitute_token_id is None else slot.substitute_token_id
+        return AdapterSpec(slot.name, "lora", token, token_id, substitute, 0, 0, (), retired=True)
+    invocation = slot.invocation_tokens
     return AdapterSpec(
-        name=adapter.name,
+        name=slot.name,
         technology="alora" if invocation else "lora",
-        token=control_token(adapter.name),
+        token=token,
         token_id=token_id,
         substitute_token_id=invocation[0] if invocation else opening_id,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        target_modules=adapter.target_modules,
-        use_rslora=adapter.use_rslora,
-        rank_pattern=adapter.rank_pattern,
-        alpha_pattern=adapter.alpha_pattern,
+        rank=slot.rank,
+        alpha=slot.alpha,
+        target_modules=slot.target_modules,
+        use_rslora=slot.use_rslora,
+        rank_pattern=slot.rank_pattern,
+        alpha_pattern=slot.alpha_pattern,
         invocation_tokens=invocation,
         invocation_text=tokenizer.decode(list(invocation), skip_special_tokens=False),
-        source=adapter.source,
-        sha256=adapter.sha256,
+        source=slot.source,
+        sha256=slot.sha256,
+        digest=slot.digest,
     )
 
 

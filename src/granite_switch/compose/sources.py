@@ -15,7 +15,8 @@ from granite_switch.core.checkpoint import read_json
 from granite_switch.errors import AdapterError, BaseModelError
 
 TECHNOLOGIES = ("alora", "lora")  # in order of preference
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "io.yaml")
+PROVENANCE = "granite_switch.json"  # beside an adapter that `extract` took out of a composed model
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "io.yaml", PROVENANCE)
 _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 
 
@@ -28,6 +29,8 @@ class Found:
     source: str  # for the record: a hub id with its path, or the folder's own name
     technology: str = ""  # as the library's folder has it; "" where the adapter's config decides
     base_name: str = ""  # as the library's folder has it; "" for a plain adapter folder
+    retired: bool = False  # a removed adapter, whose slot is to stay taken
+    substitute_token_id: int | None = None  # of a removed adapter; None for the base's
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,11 @@ def find(sources: Sequence[str], selection: Selection, revision: str | None = No
         found += _choose(source, here, selection)
     if not found:
         raise AdapterError("no adapter is left to compose", hint="see --list, --include, --exclude and --technology")
+    live = [f for f in found if not f.retired]
     problems = [
-        f"{name}: {', '.join(str(f.folder) for f in found if f.name == name)}"
-        for name in dict.fromkeys(f.name for f in found)
-        if sum(f.name == name for f in found) > 1
+        f"{name}: {', '.join(str(f.folder) for f in live if f.name == name)}"
+        for name in dict.fromkeys(f.name for f in live)
+        if sum(f.name == name for f in live) > 1
     ]
     if problems:
         raise AdapterError(
@@ -108,16 +112,15 @@ def _choose(source: str, found: list[Found], selection: Selection) -> list[Found
             problems=[f"there is {name!r}" for name in bases],
             hint="choose one with --base-name",
         )
-    result = []
-    for name in dict.fromkeys(f.name for f in matching):
-        same = [f for f in matching if f.name == name]
-        if selection.technology:
-            result += [f for f in same if _technology(f) == selection.technology]
-        elif len(same) == 2 and {f.technology for f in same} == set(TECHNOLOGIES):
-            result += [f for f in same if f.technology == TECHNOLOGIES[0]]
-        else:
-            result += same
-    return result
+    return [f for f in matching if f.retired or _preferred(f, matching, selection.technology)]
+
+
+def _preferred(found: Found, others: Sequence[Found], technology: str) -> bool:
+    """Whether an adapter is of the wanted technology, or of the better one where its library has both."""
+    if technology:
+        return _technology(found) == technology
+    both = {f.technology for f in others if f.name == found.name and not f.retired} == set(TECHNOLOGIES)
+    return not both or found.technology == TECHNOLOGIES[0]
 
 
 def _technology(found: Found) -> str:
@@ -159,7 +162,10 @@ def _folder(path: Path, label: str) -> Iterable[Found]:
 
 
 def _manifest(path: Path, selection: Selection) -> Iterable[Found]:
-    """A YAML list of {name, path, revision}, also under the key `adapters`; paths are relative to the file."""
+    """A YAML list of {name, path, revision}, also under the key `adapters`; paths are relative to the file.
+
+    An entry {name, retired: true, substitute_token_id} keeps a removed adapter's slot and token taken.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -174,6 +180,8 @@ def _manifest(path: Path, selection: Selection) -> Iterable[Found]:
 
 
 def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) -> Found:
+    if isinstance(record, dict) and record.get("retired"):
+        return _manifest_retired(path, number, record)
     if not isinstance(record, dict) or not isinstance(record.get("path"), str):
         raise AdapterError(f"{path}: entry {number} has no `path`", hint="each entry has `name`, `path`, `revision`")
     if unknown := set(record) - {"name", "path", "revision"}:
@@ -190,6 +198,17 @@ def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) 
         )
     name = str(record.get("name") or here[0].name)
     return Found(name, here[0].folder, here[0].source, here[0].technology)
+
+
+def _manifest_retired(path: Path, number: int, record: dict[str, Any]) -> Found:
+    token = record.get("substitute_token_id")
+    if unknown := set(record) - {"name", "retired", "substitute_token_id"}:
+        raise AdapterError(f"{path}: entry {number} has unknown key(s) {', '.join(sorted(map(str, unknown)))}")
+    if not isinstance(record.get("name"), str) or not isinstance(token, int | None):
+        raise AdapterError(
+            f"{path}: entry {number}: a removed adapter has a `name`, its substitute_token_id is a number"
+        )
+    return Found(record["name"], path, "", retired=True, substitute_token_id=token)
 
 
 def _fetch(

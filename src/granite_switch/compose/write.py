@@ -24,7 +24,7 @@ from granite_switch.core.checkpoint import (
     write_json,
 )
 from granite_switch.core.layout import AdapterTensor, adapter_file
-from granite_switch.core.spec import AdapterSpec
+from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.staging import link_or_copy
 from granite_switch.errors import CheckpointError
 
@@ -35,30 +35,37 @@ _REPLACED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_tem
 _REPLACED |= {"README.md", INDEX, "added_tokens.json", "adapter_index.json"}
 _KEPT = {".json", ".txt", ".model"}
 
+# an io.yaml that changes neither request nor answer: clients want these keys
+_IO_YAML = b"model: null\nresponse_format: null\ntransformations: null\n"
 
-def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None) -> None:
+
+def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, same_tokens: bool = False) -> None:
     """Write the composed model into an empty folder.
 
     Args:
         plan: what to write.
         folder: exists and is empty.
         on_bytes: called with the number of bytes after each piece that is copied.
+        same_tokens: the base's files are of a composed model with the same control tokens, and have their rows already.
     """
     files: dict[str, Mapping[str, Tensor]] = {}
     for name, tensors in plan.checkpoint.files.items():
         target = "model-00001-of-00001.safetensors" if name == SINGLE else name
-        if tensors.keys() & plan.grown.keys():
+        if tensors.keys() & plan.grown.keys() and not same_tokens:
             write(folder / target, [_entry(plan, tensor) for tensor in tensors.values()], on_bytes)
             files[target] = read_header(folder / target)[0]
         else:
             source = plan.checkpoint.folder / name
             link_or_copy(source, folder / target)
-            files[target] = tensors
+            files[target] = tensors if not same_tokens else read_header(folder / target)[0]
             if on_bytes:
                 on_bytes(source.stat().st_size)
     for adapter in plan.spec.active:
-        target = adapter_file(adapter.name)
-        write(folder / target, adapter_entries(adapter, plan.adapters[adapter.name].tensors), on_bytes)
+        target, weights = adapter_file(adapter.name), plan.adapters[adapter.name]
+        if weights.file:
+            link_or_copy(weights.file, folder / target)
+        else:
+            write(folder / target, adapter_entries(adapter, weights.tensors), on_bytes)
         files[target] = read_header(folder / target)[0]
     write_index(folder, files)
     _write_small_files(plan, folder)
@@ -88,34 +95,34 @@ def _entry(plan: Plan, tensor: Tensor) -> Entry:
 def _write_small_files(plan: Plan, folder: Path) -> None:
     write_json(folder / "config.json", plan.config)
     write_json(folder / "tokenizer.json", plan.tokenizer_data)
-    write_json(folder / "tokenizer_config.json", extended_config(plan.tokenizer, plan.tokenizer_data))
+    write_json(folder / "tokenizer_config.json", extended_config(plan.base.tokenizer, plan.tokenizer_data))
     for name, template in plan.templates.items():
         path = folder / "chat_template.jinja"
         if name != "default":
             path = folder / "additional_chat_templates" / f"{name}.jinja"
             path.parent.mkdir(exist_ok=True)
         path.write_bytes(template.encode())
-    for path in sorted(plan.base.iterdir()):
+    for path in sorted(plan.base.folder.iterdir()):
         keep = path.suffix in _KEPT or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and keep and path.name not in _REPLACED and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     for adapter in plan.spec.active:
-        if source := plan.adapters[adapter.name].io_yaml:
-            target = folder / io_config(adapter.name)
+        source, target = plan.adapters[adapter.name].io_yaml, folder / io_config(adapter.name)
+        if source or plan.create_io_yaml:
             target.parent.mkdir(parents=True)
-            shutil.copyfile(source, target)
-    write_json(folder / "adapter_index.json", adapter_index(plan, folder))
-    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+            target.write_bytes(source.read_bytes() if source else _IO_YAML)
+    write_json(folder / "adapter_index.json", adapter_index(plan.spec, folder))
+    (folder / "README.md").write_text(model_card(plan.spec, plan.adapters), encoding="utf-8")
 
 
 def io_config(name: str) -> str:
     return f"io_configs/{name}/io.yaml"
 
 
-def adapter_index(plan: Plan, folder: Path) -> dict[str, Any]:
+def adapter_index(spec: SwitchSpec, folder: Path) -> dict[str, Any]:
     """adapter_index.json: how clients such as Mellea find the adapters."""
     records = []
-    for slot, adapter in enumerate(plan.spec.adapters, 1):
+    for slot, adapter in enumerate(spec.adapters, 1):
         if adapter.retired:
             continue
         record: dict[str, Any] = {"adapter_index": slot, "adapter_name": adapter.name}
@@ -124,5 +131,5 @@ def adapter_index(plan: Plan, folder: Path) -> dict[str, Any]:
         if (folder / io_config(adapter.name)).is_file():
             record["io_config"] = io_config(adapter.name)
         records.append(record)
-    info = {"num_adapters": len(records), "base_model": plan.spec.base_model}
+    info = {"num_adapters": len(records), "base_model": spec.base_model}
     return {"model_info": info, "adapters": records}

@@ -41,7 +41,8 @@ class AdapterSpec:
     invocation_tokens: tuple[int, ...] = ()
     invocation_text: str = ""
     source: str = ""
-    sha256: str = ""
+    sha256: str = ""  # of the source's adapter_model.safetensors
+    digest: str = ""  # of the tensors themselves, whatever file they stand in
     retired: bool = False  # removed from the model; its slot and its token stay taken
 
     def rank_of(self, projection: str, layer: int) -> int:

@@ -1,0 +1,91 @@
+"""Read a tokenizer's files: what every part that renders or tokenises without transformers needs.
+
+The files are JSON and are kept as parsed. Needs `tokenizer.json`, the format of every Granite since 3.0.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from granite_switch.core.checkpoint import read_json
+from granite_switch.errors import BaseModelError, CheckpointError
+
+_SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class BaseTokenizer:
+    """A tokenizer: its files parsed, and the library's own object to tokenise with."""
+
+    data: Mapping[str, Any]  # tokenizer.json
+    config: Mapping[str, Any]  # tokenizer_config.json
+    templates: Mapping[str, str]  # chat templates by name; "default" is the one that is used
+    special_tokens: Mapping[str, str]  # bos_token and the like, as templates see them
+
+    @cached_property
+    def library(self) -> Tokenizer:
+        """The object to tokenise with."""
+        return Tokenizer.from_str(json.dumps(self.data))
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        return self.library.get_vocab(with_added_tokens=True)
+
+    @property
+    def size(self) -> int:
+        """One more than the largest token id."""
+        return max(self.tokens.values()) + 1
+
+
+def read_tokenizer(folder: Path) -> BaseTokenizer:
+    """Read a model's tokenizer files.
+
+    Raises:
+        BaseModelError: there is no tokenizer.json, or it cannot be used.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise BaseModelError(
+            f"{folder}: there is no tokenizer.json",
+            hint="load the tokenizer with transformers and save_pretrained it to get one",
+        )
+    try:
+        data = read_json(folder / "tokenizer.json")
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        specials = {key: _text(config[key]) for key in _SPECIALS if config.get(key)}
+        tokenizer = BaseTokenizer(data, config, _templates(folder, config), specials)
+        tokenizer.library  # noqa: B018  (a bad file is an error here, not at the first use)
+    except CheckpointError as error:
+        raise BaseModelError(error.message) from None
+    except Exception as error:  # the library raises bare Exception
+        raise BaseModelError(f"{folder / 'tokenizer.json'}: is not a tokenizer ({error})") from None
+    return tokenizer
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name, from whichever of the places transformers knows; files win."""
+    inside = config.get("chat_template") or {}
+    if isinstance(inside, str):
+        inside = {"default": inside}
+    elif isinstance(inside, list):
+        inside = {record["name"]: record["template"] for record in inside}
+    templates = dict(inside)
+    if (folder / "chat_template.json").is_file() and not templates:
+        templates["default"] = read_json(folder / "chat_template.json")["chat_template"]
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = _read(folder / "chat_template.jinja")
+    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        templates[file.stem] = _read(file)
+    return templates
+
+
+def _read(path: Path) -> str:
+    return path.read_bytes().decode("utf-8")  # newlines as they are
