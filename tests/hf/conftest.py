@@ -27,7 +27,7 @@ BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 class Seen:
     """How a way of loading compares with the plain load."""
 
-    difference: float  # largest, of all logits that are finite
+    difference: float  # largest, relative to the largest logit
     effects: dict[str, float]  # adapter -> its change of the base's logits, relative to that change in the plain load
 
 
@@ -36,7 +36,7 @@ class Reference:
 
     Args:
         folder: a composed checkpoint.
-        messages: adapter -> the conversation it is asked about.
+        question: what the user asks in the prompts.
     """
 
     def __init__(self, folder: Path, question: str) -> None:
@@ -71,19 +71,19 @@ class Reference:
         device = model.get_input_embeddings().weight.device
         return model(ids if device.type == "meta" else ids.to(device)).logits.float().cpu()
 
-    def seen(self, model: Any, full: "Reference | None" = None) -> Seen:
-        """Compare a model with this one.
+    def seen(self, model: Any) -> Seen:
+        """Compare a model with this one: the same checkpoint, loaded another way."""
+        return self.compare({name: self.of(model, ids) for name, ids in self.prompts.items()})
 
-        Args:
-            model: the same checkpoint, loaded another way.
-        """
-        logits = {name: self.of(model, ids) for name, ids in self.prompts.items()}
-        difference = max(
-            (logits[name] - expected).nan_to_num(nan=float("inf"), posinf=float("inf"))[expected.isfinite()].abs().max()
-            for name, expected in self.logits.items()
-        )
+    def compare(self, logits: dict[str | None, Tensor]) -> Seen:
+        """Compare logits of the prompts with this model's."""
+        differences = []
+        for name, expected in self.logits.items():
+            finite = expected.isfinite()
+            largest = (logits[name] - expected)[finite].abs().nan_to_num(nan=float("inf")).max()
+            differences.append(largest / expected[finite].abs().max())
         effects = {name: _change(logits, name) / _change(self.logits, name) for name in self.spec.names}
-        return Seen(float(difference), effects)
+        return Seen(float(max(differences)), effects)
 
 
 def _change(logits: dict[str | None, Tensor], adapter: str) -> float:

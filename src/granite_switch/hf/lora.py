@@ -6,7 +6,7 @@ own forward, so accelerate's hooks bring offloaded ones in. `core.lora` is the d
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,8 @@ class SwitchedLora(nn.Module):
         shapes: Mapping[str, tuple[int, int]],
     ) -> None:
         super().__init__()
+        # set where the projections are split over processes: what is to be done with the products with A
+        self.exchange: Callable[[Tensor], Tensor] | None = None
         self.updates: dict[int, list[_Update]] = {}
         for slot, adapter in enumerate(spec.adapters, 1):
             for index, row in enumerate(projections):
@@ -86,13 +88,17 @@ class SwitchedLora(nn.Module):
             flats = self._masked(flat, flats, routing.slots.flatten())
         else:
             for group in routing.groups:
+                chosen = flat if group.rows is None else flat[group.rows]
                 for update in self.updates.get(group.slot, ()):
+                    hidden = self._hidden(chosen, getattr(self, update.a))
                     y = flats[update.output]
-                    flats[update.output] = _add(y, flat, group.rows, *self._matrices(update), update.scale)
+                    flats[update.output] = _add(y, hidden, group.rows, getattr(self, update.b), update.scale)
         return [y.view_as(shape) for y, shape in zip(flats, outputs, strict=True)]
 
-    def _matrices(self, update: _Update) -> tuple[Tensor, Tensor]:
-        return getattr(self, update.a), getattr(self, update.b)
+    def _hidden(self, x: Tensor, a: Tensor) -> Tensor:
+        """x A^T, in A's dtype."""
+        hidden = F.linear(x.to(a.dtype), a)
+        return hidden if self.exchange is None else self.exchange(hidden)
 
     def _masked(self, x: Tensor, outputs: list[Tensor], slots: Tensor) -> list[Tensor]:
         """The same with shapes that do not depend on the routing, for compiled graphs.
@@ -105,18 +111,17 @@ class SwitchedLora(nn.Module):
                 continue
             a = torch.cat([getattr(self, u.a) for _, u in updates])
             b = torch.cat([getattr(self, u.b) for _, u in updates], dim=1)
-            owners = [slot for slot, u in updates for _ in range(u.rank)]
-            scales = [u.scale for _, u in updates for _ in range(u.rank)]
-            own = slots[:, None] == torch.tensor(owners, device=slots.device)
-            hidden = F.linear(x.to(a.dtype), a) * torch.tensor(scales, device=a.device, dtype=a.dtype)
+            # filled in the graph: a constant from the host would have to be copied to the device in every step
+            owners = torch.cat([torch.full((u.rank,), slot, device=slots.device) for slot, u in updates])
+            scales = torch.cat([torch.full((u.rank,), u.scale, dtype=a.dtype, device=a.device) for _, u in updates])
+            own = slots[:, None] == owners
+            hidden = self._hidden(x, a) * scales
             outputs[index] = y + F.linear(torch.where(own, hidden, 0), b).to(y.dtype)
         return outputs
 
 
-def _add(y: Tensor, x: Tensor, rows: slice | Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y[rows] += scale * (x[rows] A^T) B^T, with x [T, in], y [T, out]."""
-    chosen = x if rows is None else x[rows]
-    hidden = F.linear(chosen.to(a.dtype), a)
+def _add(y: Tensor, hidden: Tensor, rows: slice | Tensor | None, b: Tensor, scale: float) -> Tensor:
+    """y[rows] += scale * hidden B^T, with y [T, out], hidden [rows, r]."""
     if torch.is_grad_enabled():
         delta = (F.linear(hidden, b) * scale).to(y.dtype)
         if rows is None:

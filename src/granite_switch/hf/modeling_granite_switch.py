@@ -5,7 +5,7 @@ its projections; control tokens cannot be generated. Everything else is inherite
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from granite_switch.core import layout
 from granite_switch.errors import RoutingError
 from granite_switch.hf.cache import slot_layer
 from granite_switch.hf.lora import SwitchedLora
+from granite_switch.hf.parallel import PLAN
 from granite_switch.hf.routing import Routing, Switch, route
 from granite_switch.hf.saving import save_switch_model
 
@@ -121,10 +122,10 @@ class GraniteSwitchPreTrainedModel(GranitePreTrainedModel):
 
     config: GraniteSwitchConfig
     config_class = GraniteSwitchConfig
-    _no_split_modules = ["GraniteSwitchDecoderLayer"]
-    _can_record_outputs = {"hidden_states": GraniteSwitchDecoderLayer, "attentions": GraniteSwitchAttention}
+    _no_split_modules: ClassVar = ["GraniteSwitchDecoderLayer"]
+    _can_record_outputs: ClassVar = {"hidden_states": GraniteSwitchDecoderLayer, "attentions": GraniteSwitchAttention}
     # older checkpoints hold them; here they are derived from the config
-    _keys_to_ignore_on_load_unexpected = [
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
         r"(^|\.)adapter_token_ids$",
         r"(^|\.)token_to_group_mask$",
         r"(^|\.)adapter_hiding_matrix$",
@@ -145,6 +146,8 @@ class GraniteSwitchPreTrainedModel(GranitePreTrainedModel):
 
 class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
     """Granite's decoder with a switch in front."""
+
+    _tp_plan: ClassVar = PLAN
 
     def __init__(self, config: GraniteSwitchConfig) -> None:
         PreTrainedModel.__init__(self, config)

@@ -15,8 +15,8 @@ from granite_switch.core.spec import SwitchSpec
 class Switch(nn.Module):
     """Reads control tokens and exchanges them.
 
-    Its tables are derived from the config and so are no part of a checkpoint: no loader has to fill them. They stand in
-    a module of their own because accelerate plans places for leaf modules, and for no buffer of a module that it splits.
+    Its tables are derived from the config and so are no part of a checkpoint: no loader has to fill them. They stand
+    in a module of their own because accelerate plans no place for the buffers of a module that it splits.
 
     Args:
         spec: the adapters and their tokens.

@@ -1,0 +1,67 @@
+"""Tensor parallel as transformers does it: two processes on the CPU are one model."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).parent / "parallel_worker.py"
+
+
+@pytest.fixture(scope="module")
+def together(composed, reference, tmp_path_factory):
+    """What two processes computed, and the folder that they saved."""
+    folder = tmp_path_factory.mktemp("parallel")
+    torch.save(reference.prompts, folder / "prompts.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    files = [composed, folder / "prompts.pt", folder / "results.pt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, WORKER, *files], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(**torch.load(folder / "results.pt"), saved=folder / "results.saved")
+
+
+@pytest.mark.slow
+class TestTwoProcesses:
+    def test_logits(self, together, reference, row):
+        seen = reference.compare(together.logits)
+        assert seen.difference <= 1e-5
+        row("Devices", '`tp_plan="auto"`, two processes', seen=seen)
+
+    def test_text(self, together, reference):
+        for name, ids in reference.prompts.items():
+            expected = reference.model.generate(ids, max_new_tokens=6, do_sample=False)
+            assert together.text[name].tolist() == expected.tolist()
+
+    def test_each_holds_a_part(self, together, reference):
+        whole = dict(reference.model.named_parameters())
+        split = {name for name in together.held if "_lora" in name}
+        assert {name.rsplit("-", 1)[1] for name in split if "qkv_lora" in name or "gate_up_lora" in name} == {"B"}
+        assert {name.rsplit("-", 1)[1] for name in split if "o_lora" in name or "down_lora" in name} == {"A"}
+        assert all(together.held[name] * 2 == whole[name].numel() for name in split)
+
+    def test_gradients(self, together, reference):
+        model = copy.deepcopy(reference.model)
+        for ids in reference.prompts.values():
+            model(ids, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            if "_lora" in name:
+                torch.testing.assert_close(together.gradients[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+    def test_saving(self, together, composed):
+        for file in composed.glob("adapter-*.safetensors"):
+            assert file.read_bytes() == (together.saved / file.name).read_bytes()
+        saved, original = ({}, {})
+        for folder, tensors in ((together.saved, saved), (composed, original)):
+            for file in folder.glob("*.safetensors"):
+                tensors |= load_file(file)
+        assert saved.keys() == original.keys()
+        assert all(torch.equal(saved[key], original[key]) for key in saved)
