@@ -121,8 +121,8 @@ def format_1_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Take an older checkpoint's tensors apart: format 1's names, and slices of the tensors given.
 
-    Names of format 1 pass through, the old programs' look-up tables are left out. A tensor is only sliced, `[...]`, so
-    whatever reads lazily stays lazy.
+    The old programs' look-up tables are left out. A tensor is only sliced, once and by one `[...]`, so whatever reads
+    lazily stays lazy.
 
     Args:
         tensors: (name, tensor) as the checkpoint has them, in any order.
@@ -136,9 +136,9 @@ def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterat
     for name, tensor in tensors:
         if found := _FUSED_TENSOR.fullmatch(name):
             for new, index in _pieces(found, spec, sizes):
-                yield new, tensor[index] if index else tensor
+                yield new, tensor[index]
         elif _PLAIN_TENSOR.fullmatch(name):
-            yield name, tensor
+            yield name, tensor[()]
         elif not _TABLES.fullmatch(name):
             unknown.append(name)
     if unknown:

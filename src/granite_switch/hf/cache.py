@@ -1,6 +1,7 @@
-"""The slot of every cached position, kept in one more layer of the model's own KV cache.
+"""The slot and the token of every cached position, kept in one more layer of the model's own KV cache.
 
-So whatever is done to the cache is done to the slots: beam reordering, cropping, repeating, selecting, resetting.
+Only generation 1 asks for the tokens again, to know what it hides. Whatever is done to the cache is done to both:
+beam reordering, cropping, repeating, selecting, resetting.
 """
 
 import torch
@@ -9,14 +10,14 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
 class _Slots:
-    """What both kinds of layer share: slots stand where keys and values do, as [B, 1, S, 1] int64."""
+    """What both kinds of layer share: slots stand where keys do and tokens where values do, as [B, 1, S, 1] int64."""
 
     cache: Cache
 
-    def append(self, slots: Tensor) -> None:
-        """Add the slots of new positions, [B, S]."""
-        states = slots[:, None, :, None]
-        self.update(states, states)  # type: ignore[attr-defined]
+    def append(self, slots: Tensor, tokens: Tensor) -> Tensor:
+        """Add the slots and tokens of new positions, both [B, S]; gives the tokens of all positions, [B, K]."""
+        _, tokens = self.update(slots[:, None, :, None], tokens[:, None, :, None])  # type: ignore[attr-defined]
+        return tokens[:, 0, :, 0]
 
     def prefetch(self) -> None:
         """Offloaded caches fetch the layer after the last one ahead of time: that is the first, not this."""
@@ -59,5 +60,6 @@ def slot_layer(cache: Cache, num_hidden_layers: int) -> DynamicSlotLayer | Stati
         before = int(first.get_seq_length())
         if before:
             batch, device = first.keys.shape[0], first.keys.device
-            layer.append(torch.zeros(batch, before, dtype=torch.int64, device=device))
+            none = torch.zeros(batch, before, dtype=torch.int64, device=device)
+            layer.append(none, none)
     return cache.layers[num_hidden_layers]

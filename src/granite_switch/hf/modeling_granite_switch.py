@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,6 +31,7 @@ from granite_switch.config import GraniteSwitchConfig
 from granite_switch.core import layout
 from granite_switch.errors import RoutingError
 from granite_switch.hf.cache import slot_layer
+from granite_switch.hf.generations import Hiding, masked, state_dict_of
 from granite_switch.hf.lora import SwitchedLora
 from granite_switch.hf.parallel import PLAN
 from granite_switch.hf.routing import Routing, Switch, route
@@ -136,8 +138,16 @@ class GraniteSwitchPreTrainedModel(GranitePreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SwitchedLora):
             module.reset_parameters()
-        elif isinstance(module, Switch):
+        elif isinstance(module, (Switch, Hiding)):
             module.fill()
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers'; an older generation's tensors go by format 1's names."""
+        state_dict = state_dict_of(model.config, state_dict, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write the model as a format-1 checkpoint; as `PreTrainedModel.save_pretrained`."""
@@ -159,7 +169,9 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
         self.rotary_emb = GraniteRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.embedding_multiplier = config.embedding_multiplier
-        self.switch = Switch(config.switch_spec, config.vocab_size)
+        spec = config.switch_spec
+        self.switch = Switch(spec, config.vocab_size)
+        self.hiding = Hiding(spec, config.vocab_size) if spec.hiding else None
         self.post_init()
 
     def forward(
@@ -184,10 +196,12 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        slots, input_ids = self._switched(input_ids, inputs_embeds, past_key_values, base_only)
+        slots, seen, embedded = self._switched(input_ids, inputs_embeds, past_key_values, base_only)
+        if self.hiding is not None:
+            attention_mask, position_ids = self._hide(slots, seen, attention_mask, past_key_values, position_ids)
         return GraniteModel.forward(
             self,
-            input_ids=input_ids,
+            input_ids=embedded,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -199,21 +213,36 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
 
     def _switched(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None, base_only: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The slot of each new token, [B, S], noted in the cache; and the tokens to embed, if not embedded yet."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The slot of each new token, [B, S], and the tokens seen so far, [B, K], both noted in the cache.
+
+        And the tokens to embed, [B, S], if they are not embedded yet.
+        """
         layer = None if cache is None else slot_layer(cache, self.config.num_hidden_layers)
+        embedded = None
         if input_ids is not None:
-            slots, input_ids = self.switch(input_ids, layer.last() if layer else None)
+            slots, embedded = self.switch(input_ids, layer.last() if layer else None)
         elif inputs_embeds is not None and base_only:
-            slots = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
+            slots = input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
         else:
             raise RoutingError(
                 "control tokens are read from `input_ids`, and there are none",
                 hint="pass input_ids, or base_only=True with inputs_embeds if every token is meant for the base model",
             )
-        if layer is not None:
-            layer.append(slots)
-        return slots, input_ids
+        return slots, input_ids if layer is None else layer.append(slots, input_ids), embedded
+
+    def _hide(
+        self, slots: Tensor, seen: Tensor, attention_mask: Any, cache: Cache | None, position_ids: Tensor | None
+    ) -> tuple[Any, Tensor]:
+        """Generation 1: the attention mask without the keys that adapters hide, and positions without their gaps."""
+        past = 0 if cache is None else cache.get_seq_length()
+        where = torch.arange(slots.shape[1], device=slots.device) + past
+        hidden, count = self.hiding(seen[:, where], seen, slots)
+        positions = where[None] if position_ids is None else position_ids
+        if self.config.switch_spec.hiding.groups:
+            like = torch.empty((*slots.shape, 0), dtype=self.dtype, device=slots.device)
+            attention_mask = masked(self.config, hidden, like, attention_mask, cache, position_ids, past)
+        return attention_mask, (positions - count).clamp(min=0)
 
 
 class GraniteSwitchForCausalLM(GraniteSwitchPreTrainedModel, GraniteForCausalLM):
@@ -228,6 +257,12 @@ class GraniteSwitchForCausalLM(GraniteSwitchPreTrainedModel, GraniteForCausalLM)
         self.substitutes = spec.substitutes
         self.forbidden = () if spec.generatable else tuple(_ranges(spec.control_slots))
         self.post_init()
+
+    def create_masks_for_generate(self, attention_mask: Any, **kwargs: Any) -> Any:
+        """As transformers', which makes a static cache's masks ahead; where tokens are hidden, `forward` makes them."""
+        if self.model.hiding is not None:
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def forward(
         self,

@@ -1,0 +1,174 @@
+"""Checkpoints of older generations in transformers: their tensors by format 1's names, and generation 1's hiding.
+
+Loading hands transformers a state dict of lazy slices, so that to quantisers, device maps and tensor parallelism an old
+checkpoint is one of format 1. Converters of transformers' own would give them q, k and v in one piece, and some
+quantisers take only the first.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from granite_switch.config import GraniteSwitchConfig
+from granite_switch.core import legacy
+from granite_switch.core.spec import SwitchSpec
+from granite_switch.errors import CheckpointError
+
+
+class Hiding(nn.Module):
+    """Generation 1: which keys a query does not see, and the positions that hidden tokens do not count for.
+
+    Its tables follow from the config: non-persistent, as `Switch`'s.
+
+    Args:
+        spec: with `hiding`.
+        vocab_size: V.
+    """
+
+    def __init__(self, spec: SwitchSpec, vocab_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        groups = len(spec.hiding.groups)
+        for name, rows in [("token_to_group_mask", vocab_size), ("adapter_hiding_matrix", len(spec.adapters) + 1)]:
+            self.register_buffer(name, torch.zeros(rows, groups, dtype=torch.bool), persistent=False)
+        self.register_buffer("is_control", torch.zeros(vocab_size, dtype=torch.bool), persistent=False)
+        self.fill()
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Write what the config says into the tables."""
+        for table in (self.token_to_group_mask, self.adapter_hiding_matrix, self.is_control):
+            table.zero_()
+        for group, tokens in enumerate(self.spec.hiding.groups):
+            for token in tokens:
+                self.token_to_group_mask[token, group] = True
+        for slot, hidden in enumerate(self.spec.hiding.policy):
+            for group in hidden:
+                self.adapter_hiding_matrix[slot, group] = True
+        for token in self.spec.control_slots:
+            self.is_control[token] = True
+
+    def forward(self, new: Tensor, cached: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """What is hidden from whom.
+
+        Args:
+            new: [B, S] int64, the tokens of this forward.
+            cached: [B, K] int64, the tokens of every cached position, the new ones among them.
+            slots: [B, S] int64, of the new tokens.
+
+        Returns:
+            [B, S, K] bool, true where a query does not see a key: its adapter hides a group that the key is in and
+            the query itself is not. And [B, S] int64, the control tokens at or before each new token.
+        """
+        suppressed = self.adapter_hiding_matrix[slots] & ~self.token_to_group_mask[new]
+        members = self.token_to_group_mask[cached]
+        hidden = (suppressed.float() @ members.float().transpose(1, 2)) > 0
+        here = self.is_control[new].cumsum(1)
+        before = self.is_control[cached].sum(1, keepdim=True) - here[:, -1:]
+        return hidden, before + here
+
+
+def masked(
+    config: GraniteSwitchConfig,
+    hidden: Tensor,
+    like: Tensor,
+    attention_mask: Any,
+    cache: Cache | None,
+    position_ids: Tensor | None,
+    past: int | Tensor,
+) -> Any:
+    """The causal mask without the hidden keys, as the attention in use takes it.
+
+    Args:
+        config: names the attention.
+        hidden: [B, S, K] bool.
+        like: [B, S, ...] of the model's dtype.
+        attention_mask: of padding [B, K], or one that is finished [B, 1, S, K].
+        cache: with the new tokens' slots in it, and not yet their keys.
+        position_ids: [B, S] or None, as the caller gave them.
+        past: cached positions before the new ones.
+
+    Raises:
+        CheckpointError: the attention in use takes no mask.
+    """
+    if "flash" in config._attn_implementation:
+        raise CheckpointError(
+            f"attention {config._attn_implementation!r} cannot hide control tokens, which generation 1 needs",
+            hint=f"attn_implementation='sdpa', or {legacy.UPGRADE}",
+        )
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        unseen = hidden[:, None, :, : attention_mask.shape[-1]]
+        if attention_mask.dtype == torch.bool:
+            return attention_mask & ~unseen
+        return attention_mask.masked_fill(unseen, torch.finfo(attention_mask.dtype).min)
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return ~hidden[batch, query - past, key]
+
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=like,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        position_ids=position_ids,
+        and_mask_function=seen,
+    )
+
+
+def state_dict_of(
+    config: GraniteSwitchConfig, state_dict: Mapping[str, Any] | None, files: Sequence[str] | None
+) -> Mapping[str, Any] | None:
+    """A state dict under format 1's names, where what is to be loaded is of an older generation.
+
+    Args:
+        config: the model's.
+        state_dict: as given to `from_pretrained`, or None.
+        files: the checkpoint's, or None.
+
+    Returns:
+        Lazy slices of its tensors; `state_dict` itself where there is nothing to convert.
+    """
+    if state_dict is None:
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            return None
+        opened = [safe_open(file, framework="pt") for file in files]
+        named = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  (no mapping)
+        if not legacy.is_fused(named):
+            return None
+        tensors = {name: _Source(file, name) for name, file in named.items()}
+        return dict(legacy.split(tensors.items(), config.to_dict()))
+    if not legacy.is_fused(state_dict):
+        return state_dict
+    return dict(legacy.split(state_dict.items(), config.to_dict()))
+
+
+class _Source:
+    """A tensor in a file; what is sliced from it is read later."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self.file, self.name = file, name
+
+    def __getitem__(self, index: Any) -> "_Slice":
+        return _Slice(self.file, self.name, index or ...)
+
+
+class _Slice:
+    """A part of a tensor in a file, read when it is indexed, as safetensors' own slices are."""
+
+    def __init__(self, file: Any, name: str, part: Any) -> None:
+        self.file, self.name, self.part = file, name, part
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.file.get_slice(self.name)[self.part][index].contiguous()
+
+    def get_shape(self) -> list[int]:
+        whole = torch.empty(self.file.get_slice(self.name).get_shape(), device="meta")
+        return list(whole[self.part].shape)
+
+    def get_dtype(self) -> str:
+        return self.file.get_slice(self.name).get_dtype()
