@@ -1,0 +1,359 @@
+"""Export a composed model to one GGUF file of llama.cpp's `graniteswitch` architecture.
+
+First everything is read and checked (`prepare`), then the file is streamed (`write`). What the engine does not check is
+checked here: src/models/granite-switch.cpp loads duplicate or unknown control tokens without a word.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter, LlamaFileType
+
+from granite_switch.core import legacy
+from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.layout import widths
+from granite_switch.core.spec import MODEL_TYPE, SwitchSpec
+from granite_switch.core.staging import staged_file
+from granite_switch.core.tokenizer import read_tokenizer
+from granite_switch.errors import CheckpointError
+from granite_switch.gguf.pretokenizer import NAMES, detect
+from granite_switch.gguf.tensors import EMBEDDING, HEAD, TYPES, Target, expected, max_rank, targets
+from granite_switch.gguf.vocabulary import Vocabulary, vocabulary
+
+ARCH = "graniteswitch"
+ROUTER_GAIN = 15.0  # llama.cpp's default: another token's weight against the control token's is e^-30
+MOST_ADAPTERS = MOST_RANKS = 4096
+OUTTYPES = tuple(TYPES)
+_OWN = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_FILE_TYPES = {
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+# transformers' GraniteConfig, for what a config.json leaves out
+_DEFAULTS: Mapping[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "rope_theta": 10000.0,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export that can be written."""
+
+    config: Mapping[str, Any]
+    spec: SwitchSpec
+    targets: tuple[Target, ...]
+    vocabulary: Vocabulary
+    pre: str
+    outtype: str
+    io_configs: Mapping[str, str]  # adapter -> its io.yaml
+    warnings: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return sum(target.nbytes for target in self.targets)
+
+
+def export(
+    model: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    outtype: str = "",
+    pre: str = "",
+    force: bool = False,
+    on_bytes: Callable[[int], Any] | None = None,
+) -> Plan:
+    """Write a composed model as one GGUF file.
+
+    Args:
+        model: folder of a composed model, also of an older generation that exchanges tokens.
+        output: the file; it appears only when it is complete.
+        outtype: one of f32, f16, bf16, q8_0; the model's own dtype by default.
+        pre: llama.cpp's name of the pre-tokenizer; worked out by default.
+        force: replace an existing file.
+        on_bytes: called with the number of bytes after each piece that is written.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: with all that keeps the model from being exported.
+    """
+    plan = prepare(model, outtype=outtype, pre=pre)
+    with staged_file(Path(output), force=force) as path:
+        write(plan, path, on_bytes)
+    return plan
+
+
+def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> Plan:
+    """Read and check everything, and write nothing. Arguments as for `export`."""
+    folder = Path(model)
+    config, spec, tensors = _read(folder)
+    config = {**_DEFAULTS, **config}
+    problems = [*_base_problems(config), *_switch_problems(config, spec), *_tensor_problems(config, spec, tensors)]
+    tokenizer = read_tokenizer(folder)
+    words, more, warnings = vocabulary(tokenizer, config["vocab_size"], spec, _end_tokens(folder, config))
+    problems += more
+    if problems:
+        raise CheckpointError(f"{folder}: cannot be exported to llama.cpp", problems=problems)
+    outtype = outtype or _OWN[tensors[EMBEDDING].dtype]
+    pre, doubt = _pre(folder, detect(tokenizer.data), pre)
+    return Plan(
+        config=config,
+        spec=spec,
+        targets=tuple(targets(config, spec, tensors, outtype)),
+        vocabulary=words,
+        pre=pre,
+        outtype=outtype,
+        io_configs=_io_configs(folder, spec),
+        warnings=(*warnings, *doubt),
+    )
+
+
+def write(plan: Plan, path: Path, on_bytes: Callable[[int], Any] | None = None) -> None:
+    """Stream the file.
+
+    Args:
+        plan: what to write.
+        path: where, replacing what is there.
+        on_bytes: called with the number of bytes after each piece.
+    """
+    writer = GGUFWriter(path, ARCH)
+    _general(writer, plan)
+    _hyperparameters(writer, plan)
+    _tokenizer(writer, plan)
+    _own_keys(writer, plan)
+    for target in plan.targets:
+        writer.add_tensor_info(target.name, target.shape, np.dtype(np.float32), target.nbytes, target.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    (file,) = writer.fout
+    try:
+        for target in plan.targets:
+            writer.write_padding(file, file.tell())
+            for data in target.encoded():
+                file.write(data)
+                if on_bytes:
+                    on_bytes(len(data))
+        writer.write_padding(file, file.tell())
+    finally:
+        writer.close()
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], SwitchSpec, Mapping[str, Tensor]]:
+    """config.json, its switch and the tensors under format 1's names; of older generations too."""
+    config = read_json(folder / "config.json")
+    if legacy.generation(config):
+        old = legacy.read(folder)
+        if old.spec.hiding:
+            raise CheckpointError(
+                f"{folder}: is of generation 1, which hides control tokens; llama.cpp exchanges them",
+                hint=f"{legacy.UPGRADE}, and export NEW",
+            )
+        return dict(old.config), _with_technologies(folder, old.spec), old.tensors
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE or "switch" not in config:
+        raise CheckpointError(
+            f"{folder}: is not a composed model",
+            hint="granite-switch compose makes one; llama.cpp's own convert_hf_to_gguf.py exports plain Granite",
+        )
+    return config, SwitchSpec.from_dict(config["switch"]), Checkpoint(folder).tensors
+
+
+def _with_technologies(folder: Path, spec: SwitchSpec) -> SwitchSpec:
+    """Older configs do not say which adapters are aLoRA; adapter_index.json does."""
+    index = read_json(folder / "adapter_index.json") if (folder / "adapter_index.json").is_file() else {}
+    kinds = {record.get("adapter_name"): record.get("technology") for record in index.get("adapters", ())}
+    adapters = tuple(replace(a, technology=kinds.get(a.name) or a.technology) for a in spec.adapters)
+    return replace(spec, adapters=adapters)
+
+
+def _base_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What of the base `graniteswitch` cannot express."""
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            yield f"{key}: llama.cpp's architecture has no biases"
+    if config["hidden_act"] != "silu":
+        yield f"hidden_act {config['hidden_act']!r}: llama.cpp computes silu"
+    if config.get("quantization_config"):
+        yield "the base is quantised: compose from the base in full precision and choose --outtype q8_0"
+    head = widths(config)["query"] // config["num_attention_heads"]
+    if head % 2:
+        yield f"head size {head} is odd"
+    try:
+        _rope(config)
+    except ValueError as error:
+        yield f"rotary embeddings: {error}"
+
+
+def _switch_problems(config: Mapping[str, Any], spec: SwitchSpec) -> Iterator[str]:
+    """What the engine would load without a word, or fail on later."""
+    size, rank = config["vocab_size"], max_rank(spec, config["num_hidden_layers"])
+    if not spec.active:
+        yield "it has no adapters: export the base itself with llama.cpp's convert_hf_to_gguf.py"
+    if len(spec.active) > MOST_ADAPTERS or rank > MOST_RANKS:
+        yield f"{len(spec.active)} adapters of rank up to {rank}; llama.cpp takes {MOST_ADAPTERS} of {MOST_RANKS}"
+    ids = [adapter.token_id for adapter in spec.active]
+    for adapter in spec.active:
+        for what, token in (("control token", adapter.token_id), ("substitute", adapter.substitute_token_id)):
+            if not 0 <= token < size:
+                yield f"{adapter.name}: {what} {token} is not in the vocabulary of {size}"
+        if ids.count(adapter.token_id) > 1:
+            yield f"{adapter.name}: control token {adapter.token_id} belongs to another adapter too"
+
+
+def _tensor_problems(config: Mapping[str, Any], spec: SwitchSpec, tensors: Mapping[str, Tensor]) -> list[str]:
+    wanted = expected(config, spec)
+    problems = [f"{name}: missing" for name in wanted if name not in tensors]
+    for name, tensor in tensors.items():
+        if name in wanted and tensor.shape != wanted[name]:
+            problems.append(f"{name}: {list(tensor.shape)}, where config.json says {list(wanted[name])}")
+        elif name in wanted and tensor.dtype not in _OWN:
+            problems.append(f"{name}: dtype {tensor.dtype}; {', '.join(_OWN)} can be exported")
+        elif name not in wanted and name != HEAD:
+            problems.append(f"{name}: llama.cpp's architecture has no such tensor")
+    return problems[:20]
+
+
+def _end_tokens(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    path = folder / "generation_config.json"
+    found = (read_json(path) if path.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _pre(folder: Path, detected: str | None, chosen: str) -> tuple[str, list[str]]:
+    if chosen and chosen not in NAMES:
+        raise CheckpointError(f"--pre {chosen}: llama.cpp has no such pre-tokenizer", hint="one of " + ", ".join(NAMES))
+    if not chosen and not detected:
+        raise CheckpointError(
+            f"{folder}: no pre-tokenizer of llama.cpp is known to split text as this tokenizer does",
+            hint="say with --pre which one does, one of " + ", ".join(NAMES),
+        )
+    if chosen and detected and chosen != detected:
+        return chosen, [f"--pre {chosen}: the tokenizer splits text as {detected} does"]
+    return chosen or str(detected), []
+
+
+def _io_configs(folder: Path, spec: SwitchSpec) -> dict[str, str]:
+    paths = {name: folder / "io_configs" / name / "io.yaml" for name in spec.names}
+    return {name: path.read_text(encoding="utf-8") if path.is_file() else "" for name, path in paths.items()}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope.scaling.*` for a config's rotary embeddings, as transformers' modeling_rope_utils defines them.
+
+    Raises:
+        ValueError: llama.cpp cannot compute them in this architecture.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("only a part of each head is turned")
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"type": "linear", "factor": float(rope["factor"])}
+    if kind != "yarn":
+        raise ValueError(f"type {kind!r} is not in llama.cpp's architecture")
+    if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)) != (32, 1, True):
+        raise ValueError("llama.cpp reads no beta_fast, beta_slow and truncate for yarn here")
+    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    factor = float(rope.get("factor") or config["max_position_embeddings"] / original)
+    usual, own = _mscale(factor), rope.get("attention_factor")
+    if own is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        own = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
+    result = {"type": "yarn", "factor": factor, "original_context_length": original}
+    return result if own is None else {**result, "attn_factor": own / usual}  # on top of yarn's own
+
+
+def _mscale(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _general(writer: GGUFWriter, plan: Plan) -> None:
+    writer.add_type("model")
+    writer.add_name(f"{plan.spec.base_model or 'Granite'} with {len(plan.spec.active)} adapters")
+    writer.add_file_type(_FILE_TYPES[plan.outtype])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
+    config, spec = plan.config, plan.spec
+    heads = config["num_attention_heads"]
+    head = widths(config)["query"] // heads
+    rope = config.get("rope_parameters") or {}
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", config["rope_theta"])))
+    for key, value in _rope(config).items():
+        kind = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}[type(value)]
+        writer.add_key_value(f"{ARCH}.rope.scaling.{key}", value, kind)
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+    writer.add_uint32(f"{ARCH}.adapters.count", len(spec.active))
+    writer.add_uint32(f"{ARCH}.adapters.lora_rank", max_rank(spec, config["num_hidden_layers"]))
+    writer.add_array(f"{ARCH}.adapters.token_ids_activate", [a.token_id for a in spec.active])
+    writer.add_array(f"{ARCH}.adapters.token_ids_substitute", [a.substitute_token_id for a in spec.active])
+    writer.add_float32(f"{ARCH}.adapters.router_gain", ROUTER_GAIN)
+
+
+def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
+    words = plan.vocabulary
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(plan.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    if words.merges:
+        writer.add_token_merges(words.merges)
+    for name, index in words.special.items():
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(words.add_bos)
+    writer.add_add_eos_token(words.add_eos)
+    if not plan.spec.generatable:
+        writer.add_array("tokenizer.ggml.suppress_tokens", sorted(plan.spec.control_slots))
+    if set(words.templates) == {"default"}:
+        writer.add_chat_template(words.templates["default"])
+    elif words.templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in words.templates.items()])
+
+
+def _own_keys(writer: GGUFWriter, plan: Plan) -> None:
+    """What llama.cpp has no keys for: the file says itself what it holds. The engine ignores them."""
+    adapters = plan.spec.active
+    writer.add_string("granite_switch.switch", json.dumps(plan.spec.to_dict(), ensure_ascii=False, sort_keys=True))
+    writer.add_array("granite_switch.adapters.names", [a.name for a in adapters])
+    writer.add_array("granite_switch.adapters.technologies", [a.technology for a in adapters])
+    writer.add_array("granite_switch.adapters.ranks", [_rank(plan, a.name) for a in adapters])
+    writer.add_array("granite_switch.adapters.io_configs", [plan.io_configs[a.name] for a in adapters])
+
+
+def _rank(plan: Plan, name: str) -> int:
+    adapter = plan.spec.adapter(name)
+    return max_rank(replace(plan.spec, adapters=(adapter,)), plan.config["num_hidden_layers"])

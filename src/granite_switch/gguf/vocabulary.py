@@ -1,0 +1,110 @@
+"""The tokenizer as llama.cpp keeps it: a list of texts and their kinds, merges, and which ids are special."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import TokenType
+from tokenizers import Tokenizer
+
+from granite_switch.core.spec import SwitchSpec
+from granite_switch.core.tokenizer import BaseTokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What goes under `tokenizer.*`."""
+
+    tokens: Sequence[str]  # by id
+    types: Sequence[int]  # by id, of `gguf.TokenType`
+    merges: Sequence[str]
+    special: Mapping[str, int]  # bos, eos, eot, ... -> id
+    add_bos: bool
+    add_eos: bool
+    templates: Mapping[str, str]
+
+
+def vocabulary(
+    tokenizer: BaseTokenizer, size: int, spec: SwitchSpec, end_tokens: Sequence[int] = ()
+) -> tuple[Vocabulary, list[str], list[str]]:
+    """Turn a tokenizer into llama.cpp's.
+
+    Args:
+        tokenizer: of the composed model.
+        size: of the vocabulary, rows without a token included.
+        spec: whose control tokens are marked as such.
+        end_tokens: more ids that end an answer.
+
+    Returns:
+        The vocabulary, what makes it impossible to export, and what will differ.
+    """
+    data, known = tokenizer.data, tokenizer.tokens
+    problems = list(_problems(tokenizer, known, size, spec))
+    added = {token["id"]: token for token in data.get("added_tokens", ())}
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [int(TokenType.UNUSED)] * size
+    for text, index in known.items():
+        if index < size:
+            tokens[index] = text
+            types[index] = _kind(added.get(index))
+    for index in spec.control_slots:
+        if 0 <= index < size:
+            types[index] = int(TokenType.CONTROL)
+    problems += [f"two tokens are written {text!r}" for text, count in Counter(tokens).items() if count > 1]
+    texts = {key.removesuffix("_token"): text for key, text in tokenizer.special_tokens.items()}
+    special = {name: known[text] for name, text in texts.items() if name != "cls" and text in known}
+    ends = dict.fromkeys([*_one(special.get("eos")), *end_tokens])
+    special |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
+    add_bos, add_eos, warnings = _added_around(data, special)
+    if data.get("normalizer"):
+        warnings.append(
+            f"llama.cpp does not normalise text ({data['normalizer'].get('type')}): some may tokenise differently"
+        )
+    for token in added.values():
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            warnings.append(f"{token['content']!r}: llama.cpp does not strip or look for word ends around it")
+    merges = [_merge(pair) for pair in data["model"].get("merges", ())]
+    made = Vocabulary(tokens, types, merges, special, add_bos, add_eos, dict(tokenizer.templates))
+    return made, problems, warnings
+
+
+def _problems(tokenizer: BaseTokenizer, known: Mapping[str, int], size: int, spec: SwitchSpec) -> Iterator[str]:
+    kind = tokenizer.data["model"].get("type")
+    decoder = (tokenizer.data.get("decoder") or {}).get("type")
+    if kind != "BPE" or decoder != "ByteLevel" or tokenizer.data["model"].get("byte_fallback"):
+        yield f"the tokenizer is {kind} with decoder {decoder}; byte-level BPE can be exported"
+    if known and max(known.values()) >= size:
+        yield f"the tokenizer has ids up to {max(known.values())}, the embedding {size} rows"
+    names = {token: adapter.token for adapter in spec.active for token in [adapter.token_id]}
+    for index, text in names.items():
+        if known.get(text) != index:
+            yield f"the tokenizer has {text!r} as {known.get(text)}, config.json as {index}"
+
+
+def _kind(added: Mapping[str, Any] | None) -> int:
+    if added is None:
+        return int(TokenType.NORMAL)
+    return int(TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED)
+
+
+def _merge(pair: str | Sequence[str]) -> str:
+    """llama.cpp splits a merge at its first space, so spaces inside are written as byte-level BPE writes them."""
+    return pair if isinstance(pair, str) else " ".join(part.replace(" ", "Ġ") for part in pair)
+
+
+def _added_around(data: Mapping[str, Any], special: Mapping[str, int]) -> tuple[bool, bool, list[str]]:
+    """Whether the tokenizer puts its beginning-of-sequence and end-of-sequence tokens around a text, by trying."""
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    inner = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").ids
+    for add_bos in (False, True):
+        for add_eos in (False, True):
+            around = [*_one(special.get("bos") if add_bos else None), *inner]
+            if whole == [*around, *_one(special.get("eos") if add_eos else None)]:
+                return add_bos, add_eos, []
+    return False, False, ["the tokenizer puts special tokens around a text that llama.cpp cannot add"]
+
+
+def _one(value: int | None) -> list[int]:
+    return [] if value is None else [value]
