@@ -296,6 +296,7 @@ def _record(slot: Adapter | Retired, token: str, token_id: int, opening_id: int,
 
 def _new_tokens(spec: SwitchSpec, tokenizer: BaseTokenizer) -> dict[str, int]:
     tokens = {spec.base_token: spec.base_token_id, **{a.token: a.token_id for a in spec.adapters}}
+    tokens = dict(sorted(tokens.items(), key=lambda item: item[1]))
     known = tokenizer.tokens
     taken = [f"{text} is token {known[text]}" for text in tokens if text in known]
     if taken:

@@ -6,13 +6,14 @@ Finds what there is and fetches only the files needed; reading and checking an a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from granite_switch.core.checkpoint import read_json
-from granite_switch.errors import AdapterError, BaseModelError
+from granite_switch.errors import AdapterError, BaseModelError, CheckpointError
 
 TECHNOLOGIES = ("alora", "lora")  # in order of preference
 PROVENANCE = "granite_switch.json"  # beside an adapter that `extract` took out of a composed model
@@ -55,6 +56,16 @@ def base_folder(base: str, revision: str | None = None) -> Path:
             raise BaseModelError(f"{base}: is a file; give the model's folder")
         return path
     return _fetch(base, revision, _BASE_FILES, BaseModelError)
+
+
+def model_folder(model: str | PathLike[str], revision: str | None = None) -> Path:
+    """A composed model's folder; a hub repository is fetched first."""
+    path = Path(model)
+    if path.exists():
+        if not path.is_dir():
+            raise CheckpointError(f"{model}: is a file; give the model's folder")
+        return path
+    return _fetch(str(model), revision, [*_BASE_FILES, "README.md", "io_configs/*"], CheckpointError)
 
 
 def own_name(base: str, folder: Path) -> str:

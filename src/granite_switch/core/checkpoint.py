@@ -5,6 +5,7 @@ and say of a damaged file what is wrong with it. The format is 8 bytes of header
 (https://github.com/huggingface/safetensors).
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -229,6 +230,13 @@ class Checkpoint:
                     problems.append(f"{INDEX} has {key} in {name}, which does not hold it")
         if problems:
             raise CheckpointError(f"{folder}: its weights are incomplete", problems=problems, hint=_AGAIN)
+
+    def of(self, files: dict[str, dict[str, Tensor]]) -> "Checkpoint":
+        """The same folder with only these tensors."""
+        result = copy.copy(self)
+        result.files = files
+        result.tensors = {key: tensor for file in files.values() for key, tensor in file.items()}
+        return result
 
     def __getitem__(self, name: str) -> Tensor:
         try:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from granite_switch.errors import OutputError
@@ -60,10 +60,10 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
 def _beside(target: Path) -> Iterator[Path]:
     """A hidden path beside the target, locked and empty; whatever is left there is removed."""
     target = target.absolute()
-    partial, lock = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.lock"
+    partial = target.parent / f".{target.name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(lock, target):
+        with _locked(target):
             _remove(partial)
             try:
                 yield partial
@@ -76,6 +76,19 @@ def _beside(target: Path) -> Iterator[Path]:
             f"{target}: cannot be written ({error.strerror})",
             hint="free some space or choose another --output; nothing was left behind",
         ) from None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other commands from replacing a folder while it is read; where no lock can be made, none can write either.
+
+    Raises:
+        OutputError: another command is writing it.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(_locked(folder.absolute()))
+        yield
 
 
 def check_file(target: Path, *, force: bool = False) -> None:
@@ -95,8 +108,9 @@ def check_target(target: Path, *, force: bool = False) -> None:
 
 
 @contextmanager
-def _locked(lock: Path, target: Path) -> Iterator[None]:
-    """Hold the lock file; the last one removes it."""
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock file of a target; the last one removes it."""
+    lock = target.parent / f".{target.name}.lock"
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:

@@ -1,0 +1,169 @@
+"""Read a composed model back into what it was composed from: the base, and each slot's adapter.
+
+So changing a model is composing it anew from these parts, and the bytes are the same by construction.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from granite_switch.compose.adapters import Adapter, Retired
+from granite_switch.compose.plan import EMBEDDING, HEAD, Base
+from granite_switch.compose.tokenizer import without
+from granite_switch.compose.write import io_config
+from granite_switch.core import legacy
+from granite_switch.core.chat import unwrap
+from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.layout import AdapterTensor, adapter_file, parse_key, shapes
+from granite_switch.core.spec import MODEL_TYPE, AdapterSpec, SwitchSpec
+from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
+from granite_switch.errors import CheckpointError
+
+VERIFY = "granite-switch verify"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed model, taken apart."""
+
+    folder: Path
+    base: Base  # without the control tokens' rows and tokens, its templates unwrapped
+    slots: tuple[Adapter | Retired, ...]
+    spec: SwitchSpec
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        return {slot.name: slot for slot in self.slots if isinstance(slot, Adapter)}
+
+
+def read_composed(folder: Path) -> Composed:
+    """Take a composed model apart. Only headers and small files are read.
+
+    Raises:
+        CheckpointError: it is not of format 1, or its files contradict each other.
+    """
+    config, spec = read_config(folder)
+    checkpoint = Checkpoint(folder)
+    if problems := tensor_problems(checkpoint, spec, config):
+        raise CheckpointError(
+            f"{folder}: its files contradict each other", problems=problems, hint=f"{VERIFY} {folder}"
+        )
+    tokenizer = read_tokenizer(folder)
+    first = min(spec.control_slots)
+    base = Base(
+        folder,
+        {key: value for key, value in config.items() if key != "switch"},
+        _base_checkpoint(checkpoint, first),
+        replace(without(tokenizer, first), templates=unwrapped(folder, tokenizer)),
+    )
+    slots = tuple(_slot(folder, adapter, checkpoint, spec) for adapter in spec.adapters)
+    return Composed(folder, base, slots, spec)
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], SwitchSpec]:
+    """A composed model's config.json, and its adapters."""
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind == MODEL_TYPE and config.get("switch"):
+        return config, SwitchSpec.from_dict(config["switch"])
+    hint = "granite-switch compose makes one of a base model and adapters"
+    if kind == MODEL_TYPE and legacy.generation(config):
+        hint = legacy.UPGRADE
+    raise CheckpointError(f"{folder}: is not a composed model of format 1 (model_type {kind!r})", hint=hint)
+
+
+def tensor_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
+    """Where the tensors are not those that config.json says there are."""
+    expected: dict[str, tuple[str, tuple[int, int]]] = {}
+    for adapter in spec.active:
+        for key, shape in adapter.tensors(config["num_hidden_layers"], shapes(config)).items():
+            expected[key.key] = (adapter_file(adapter.name), shape)
+    problems = []
+    for file, tensors in checkpoint.files.items():
+        for name, tensor in tensors.items():
+            if name in expected:
+                home, shape = expected.pop(name)
+                if file != home:
+                    problems.append(f"{name}: stands in {file}, not in {home}")
+                if tensor.shape != shape:
+                    problems.append(f"{file}: {name} is {list(tensor.shape)}; config.json says {list(shape)}")
+            elif parse_key(name):
+                problems.append(f"{file}: {name} is of no adapter in config.json")
+            elif file in {adapter_file(adapter.name) for adapter in spec.active}:
+                problems.append(f"{file}: {name} is not an adapter's")
+    problems += [f"{file}: {name} is missing" for name, (file, _) in expected.items()]
+    return problems + _row_problems(checkpoint, spec, config)
+
+
+def _row_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
+    controls = sorted(spec.control_slots)
+    rows = controls[-1] + 1
+    problems = []
+    if controls != list(range(controls[0], rows)):
+        problems.append(f"config.json: the control tokens' ids {controls} have gaps")
+    if config.get("vocab_size") != rows:
+        problems.append(
+            f"config.json: vocab_size {config.get('vocab_size')} where the last control token is {rows - 1}"
+        )
+    problems += [
+        f"{name} has {checkpoint[name].shape[0]} rows, not {rows}"
+        for name in (EMBEDDING, HEAD)
+        if name in checkpoint and checkpoint[name].shape[0] != rows
+    ]
+    if EMBEDDING not in checkpoint:
+        problems.append(f"{EMBEDDING} is missing")
+    return problems
+
+
+def unwrapped(folder: Path, tokenizer: BaseTokenizer) -> dict[str, str]:
+    """The base's templates inside a composed model's."""
+    templates = {name: unwrap(text) for name, text in tokenizer.templates.items()}
+    if foreign := [name for name, text in templates.items() if text is None]:
+        raise CheckpointError(
+            f"{folder}: chat template {', '.join(foreign)} is not one that compose wrote",
+            hint="put chat_template.jinja back as it was, or compose the model anew",
+        )
+    return {name: text for name, text in templates.items() if text is not None}
+
+
+def _base_checkpoint(checkpoint: Checkpoint, first: int) -> Checkpoint:
+    """The base's tensors alone, without the rows from `first` on."""
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensors in checkpoint.files.items():
+        kept = {key: tensor for key, tensor in tensors.items() if not parse_key(key)}
+        for key in (EMBEDDING, HEAD):
+            if tensor := kept.get(key):
+                width = tensor.nbytes // tensor.shape[0]
+                kept[key] = replace(tensor, shape=(first, *tensor.shape[1:]), nbytes=first * width)
+        if kept:
+            files[name] = kept
+    return checkpoint.of(files)
+
+
+def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint, spec: SwitchSpec) -> Adapter | Retired:
+    if adapter.retired:
+        same = adapter.substitute_token_id == spec.base_substitute_token_id
+        return Retired(adapter.name, None if same else adapter.substitute_token_id)
+    file, io_yaml = adapter_file(adapter.name), folder / io_config(adapter.name)
+    tensors: dict[AdapterTensor, Tensor] = {}
+    for name, tensor in checkpoint.files[file].items():
+        if key := parse_key(name):
+            tensors[replace(key, adapter="")] = tensor
+    return Adapter(
+        name=adapter.name,
+        technology=adapter.technology,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        use_rslora=adapter.use_rslora,
+        target_modules=adapter.target_modules,
+        rank_pattern=adapter.rank_pattern,
+        alpha_pattern=adapter.alpha_pattern,
+        invocation_tokens=adapter.invocation_tokens,
+        tensors=tensors,
+        source=adapter.source,
+        sha256=adapter.sha256,
+        digest=adapter.digest,
+        io_yaml=io_yaml if io_yaml.is_file() else None,
+        file=folder / file,
+    )

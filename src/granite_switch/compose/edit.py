@@ -1,0 +1,225 @@
+"""Change a composed model: add, remove, update and rename adapters.
+
+The model is taken apart and composed anew from its parts, in a folder beside it in which everything that stays is
+linked; the two folders then change places in one step.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from granite_switch.compose.adapters import Adapter, Retired, check_name
+from granite_switch.compose.card import model_card
+from granite_switch.compose.composed import VERIFY, Composed, read_composed, read_config
+from granite_switch.compose.plan import Plan, assemble, read_slots
+from granite_switch.compose.sources import Found, Selection, find, model_folder
+from granite_switch.compose.write import write_model
+from granite_switch.core.layout import adapter_file
+from granite_switch.core.staging import check_target, held, link_or_copy, staged
+from granite_switch.errors import AdapterError, CheckpointError, OutputError
+
+Source = str | PathLike[str]
+Slots = list[Adapter | Retired]
+
+_SMALL = 1 << 20  # files up to here are copied rather than linked, so that editing one leaves the other alone
+
+
+def add(
+    model: Source,
+    sources: Sequence[Source],
+    *,
+    output: Source | None = None,
+    force: bool = False,
+    create_io_yaml: bool = False,
+    **selection: Any,
+) -> Plan:
+    """Add adapters to a composed model. The adapters that it has keep their slots and token ids.
+
+    Args:
+        model: a composed model; a hub id needs an `output`.
+        sources: PEFT adapter folders, library folders, YAML manifests or hub ids.
+        output: a folder to make; by default the model is changed in place.
+        force: replace an existing output.
+        create_io_yaml: write a minimal io.yaml for adapters without one.
+        selection: `revision`, `base_name`, `include`, `exclude`, `technology`, as for `compose`.
+
+    Returns:
+        The changed model.
+
+    Raises:
+        SwitchError: with all that is wrong; the model is then as it was.
+    """
+    folder = model_folder(model)
+    found = _find(folder, sources, **selection)
+
+    def change(old: Composed) -> Slots:
+        there = [one.name for one in found if one.name in old.adapters and not one.retired]
+        if there:
+            raise AdapterError(
+                f"{folder}: has {', '.join(there)} already",
+                hint="`granite-switch update` replaces an adapter; a YAML manifest gives it another name",
+            )
+        return [*old.slots, *read_slots(found, old.base.config)]
+
+    return _edit(folder, output, force, change, create_io_yaml)
+
+
+def update(
+    model: Source, sources: Sequence[Source], *, output: Source | None = None, force: bool = False, **selection: Any
+) -> Plan:
+    """Replace adapters of a composed model by others of the same name. Slots and token ids stay.
+
+    Args, returns, raises: as for `add`.
+    """
+    folder = model_folder(model)
+    found = _find(folder, sources, **selection)
+
+    def change(old: Composed) -> Slots:
+        _must_have(old, [one.name for one in found], "`granite-switch add` takes new ones, --include selects some")
+        new = {slot.name: slot for slot in read_slots(found, old.base.config)}
+        return [new.get(slot.name, slot) if isinstance(slot, Adapter) else slot for slot in old.slots]
+
+    return _edit(folder, output, force, change)
+
+
+def remove(model: Source, names: Sequence[str], *, output: Source | None = None, force: bool = False) -> Plan:
+    """Remove adapters. Their slots and tokens are retired: the tokens return to the base and are not used again.
+
+    Args:
+        model: a composed model; a hub id needs an `output`.
+        names: of the adapters.
+        output: a folder to make; by default the model is changed in place.
+        force: replace an existing output.
+    """
+    folder = model_folder(model)
+
+    def change(old: Composed) -> Slots:
+        _must_have(old, names)
+        return [
+            Retired(slot.name, spec.substitute_token_id) if slot.name in names and isinstance(slot, Adapter) else slot
+            for slot, spec in zip(old.slots, old.spec.adapters, strict=True)
+        ]
+
+    return _edit(folder, output, force, change)
+
+
+def rename(model: Source, old: str, new: str, *, output: Source | None = None, force: bool = False) -> Plan:
+    """Give an adapter another name, and its control token the text to go with it. Its slot and token id stay.
+
+    Args:
+        model: a composed model; a hub id needs an `output`.
+        old: the adapter's name.
+        new: its new name.
+        output: a folder to make; by default the model is changed in place.
+        force: replace an existing output.
+    """
+    folder = model_folder(model)
+    check_name(new)
+
+    def change(model: Composed) -> Slots:
+        _must_have(model, [old])
+        if new in {adapter.name for adapter in model.spec.adapters}:
+            kind = "an" if new in model.adapters else "a removed"
+            raise AdapterError(f"{folder}: {new} is the name of {kind} adapter", hint="choose another name")
+        return [
+            replace(slot, name=new, file=None) if slot.name == old and isinstance(slot, Adapter) else slot
+            for slot in model.slots
+        ]
+
+    return _edit(folder, output, force, change)
+
+
+def _find(
+    folder: Path,
+    sources: Sequence[Source],
+    revision: str | None = None,
+    base_name: str = "",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    technology: str = "",
+) -> list[Found]:
+    name = base_name or read_config(folder)[1].base_model.rstrip("/").split("/")[-1]
+    return find([str(s) for s in sources], Selection(name, tuple(include), tuple(exclude), technology), revision)
+
+
+def _must_have(model: Composed, names: Sequence[str], more: str = "") -> None:
+    if missing := [name for name in names if name not in model.adapters]:
+        there = f"adapters: {', '.join(model.adapters) or 'none'}"
+        raise AdapterError(
+            f"{model.folder}: has no adapter {', '.join(missing)}", hint=f"{there}; {more}" if more else there
+        )
+
+
+def _edit(
+    folder: Path,
+    output: Source | None,
+    force: bool,
+    change: Callable[[Composed], Slots],
+    create_io_yaml: bool = False,
+) -> Plan:
+    """Write the changed model at `output`, or in place."""
+    folder = folder.resolve()
+    target = Path(output).absolute() if output is not None else folder
+    if target.resolve() != folder:
+        check_target(target, force=force)
+        with held(folder), staged(target, force=force) as partial:
+            return _write(folder, partial, change, create_io_yaml)
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder}: is read-only", hint="choose another place with --output")
+    with staged(folder, force=True) as partial:
+        return _write(folder, partial, change, create_io_yaml)
+
+
+def _write(folder: Path, partial: Path, change: Callable[[Composed], Slots], create_io_yaml: bool) -> Plan:
+    old = read_composed(folder)
+    slots = change(old)
+    spec = old.spec
+    plan = assemble(old.base, slots, spec.base_model, spec.generatable, create_io_yaml=create_io_yaml, kept=spec)
+    _check_kept(old, plan)
+    write_model(plan, partial, same_tokens=plan.spec.substitutes == spec.substitutes)
+    kept = _carry_over(old, plan, partial)
+    return replace(plan, warnings=(*plan.warnings, *kept))
+
+
+def _check_kept(old: Composed, plan: Plan) -> None:
+    """What is not changed must come out as it was; config.json can have been edited."""
+    changed = [
+        before.name
+        for before, after, old_slot, new_slot in zip(
+            old.spec.adapters, plan.spec.adapters, old.slots, plan.slots, strict=False
+        )
+        if old_slot is new_slot and before != after
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{old.folder / 'config.json'}: the records of {', '.join(changed)} are not as compose writes them",
+            hint=f"put the file back as it was; {VERIFY} {old.folder}",
+        )
+
+
+def _carry_over(old: Composed, plan: Plan, partial: Path) -> list[str]:
+    """Bring everything else that stood in the folder along, and say what was kept against expectation."""
+    gone = {adapter_file(name) for name in old.adapters}
+    same = {slot.name for slot in plan.slots if slot in old.slots}
+    for parent, _, names in os.walk(old.folder):
+        for name in names:
+            source = Path(parent, name)
+            relative = source.relative_to(old.folder)
+            target = partial / relative
+            config_of = relative.parts[1] if relative.parts[0] == "io_configs" and len(relative.parts) > 2 else ""
+            if target.exists() or str(relative) in gone or (config_of and config_of not in same):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.stat().st_size > _SMALL:
+                link_or_copy(source, target)
+            else:
+                shutil.copy(source, target)
+    card = old.folder / "README.md"
+    if card.is_file() and card.read_text(encoding="utf-8") != model_card(old.spec, old.adapters):
+        shutil.copy(card, partial / "README.md")
+        return [f"{card}: was written by hand and is left as it is"]
+    return []
