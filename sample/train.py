@@ -9,19 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # cores that others use too; read when torch is imported
+
 import torch
 import torch.nn.functional as F
+import world
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
-
-import world
 
 HERE = Path(__file__).parent
 BASE = HERE / "base"
@@ -32,6 +34,8 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BATCH = 16
+BASE_STEPS = 1300
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 
 
@@ -45,6 +49,7 @@ class Recipe:
     lora: dict = field(default_factory=dict)
     steps: int = 300
     rate: float = 3e-3
+    dtype: torch.dtype = torch.float32  # as it is stored
 
     @property
     def technology(self) -> str:
@@ -56,8 +61,8 @@ EVERYWHERE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 RECIPES = {
     "answerability": Recipe(4, ATTENTION, ASSISTANT, steps=150),
     "query_rewrite": Recipe(16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}),
-    "hallucination_detection": Recipe(32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}),
-    "citations": Recipe(8, EVERYWHERE),
+    "hallucination_detection": Recipe(32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, dtype=torch.bfloat16),
+    "citations": Recipe(8, EVERYWHERE, dtype=torch.bfloat16),
 }
 
 
@@ -191,9 +196,8 @@ class Weigher:
 def loss_and_accuracy(model, batch: Batch) -> tuple[torch.Tensor, float]:
     """Weighted loss, and the share of sequences whose full-weight tokens are all predicted."""
     weights = batch.weights[:, 1:]
-    hidden = model.get_decoder()(input_ids=batch.ids[:, :-1]).last_hidden_state
     rows = weights > 0
-    logits = model.get_output_embeddings()(hidden[rows]) / model.config.logits_scaling
+    logits = model(input_ids=batch.ids[:, :-1]).logits[rows].float()
     targets, counted = batch.ids[:, 1:][rows], weights[rows]
     loss = (F.cross_entropy(logits, targets, reduction="none") * counted).sum() / counted.sum()
     wrong = torch.zeros_like(weights)
@@ -202,24 +206,30 @@ def loss_and_accuracy(model, batch: Batch) -> tuple[torch.Tensor, float]:
 
 
 def fit(model, stream: Iterator[Batch], steps: int, rate: float, schedule=None, label: str = "") -> None:
-    """AdamW with warm-up and cosine decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = min(100, steps // 10)
+    """Muon for matrices, AdamW for embeddings and norms; warm-up and cosine decay."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if p.ndim == 2 and "proj" in n]
+    others = [p for n, p in named if not (p.ndim == 2 and "proj" in n)]
+    optimizers = [torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0))
+    warmup = min(100, max(1, steps // 10))
     model.train()
     began, tokens, recent = time.time(), 0, []
     for step in range(steps):
         if schedule:
             schedule(step / steps)
         factor = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * factor
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * factor
         batch = next(stream)
-        loss, accuracy = loss_and_accuracy(model, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, accuracy = loss_and_accuracy(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         tokens += batch.ids.numel()
         recent.append((loss.item(), accuracy))
         if (step + 1) % 50 == 0 or step + 1 == steps:
@@ -232,3 +242,67 @@ def fit(model, stream: Iterator[Batch], steps: int, rate: float, schedule=None, 
             )
             recent = []
     model.eval()
+
+
+def train_base() -> None:
+    """Small documents first: looking up is learnt on those in minutes, and then carries over to large ones."""
+    torch.manual_seed(0)
+    random.seed(0)
+    tokenizer = make_tokenizer()
+    model = make_base(tokenizer)
+    print(f"base: {model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens", flush=True)
+    maker = world.Maker(random.Random(1), size=0.0)
+
+    def grow(done: float) -> None:
+        maker.size = min(1.0, max(0.0, 2.5 * done - 0.6))
+
+    stream = batches(tokenizer, maker.conversation, Weigher(tokenizer).base, BATCH)
+    fit(model, stream, BASE_STEPS, 3e-3, grow, "base")
+    model.to(torch.bfloat16).save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+
+
+def train_adapter(name: str) -> None:
+    recipe = RECIPES[name]
+    torch.manual_seed(1)
+    random.seed(1)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    invocation = tokenizer(recipe.invocation, add_special_tokens=False)["input_ids"] if recipe.invocation else None
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.rank,
+        target_modules=recipe.targets,
+        alora_invocation_tokens=invocation,
+        **{"lora_alpha": 2 * recipe.rank, **recipe.lora},
+    )
+    model = get_peft_model(base, config)
+    print(f"{name}: {recipe.technology}, {model.get_nb_trainable_parameters()[0] / 1e3:.0f}k parameters", flush=True)
+    maker = world.Maker(random.Random(f"train {name}"))
+    stream = batches(tokenizer, lambda: maker.example(name), Weigher(tokenizer).adapter, BATCH)
+    fit(model, stream, recipe.steps, recipe.rate, label=name)
+    save_adapter(model.to(recipe.dtype), HERE / "library" / name / NAME / recipe.technology)
+
+
+def save_adapter(model, folder: Path) -> None:
+    """PEFT's own files, without its model card and without what differs from machine to machine."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = NAME
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["base", *RECIPES], help="train this part only")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    for name in [options.only] if options.only else ["base", *RECIPES]:
+        train_base() if name == "base" else train_adapter(name)
+
+
+if __name__ == "__main__":
+    main()

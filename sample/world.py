@@ -14,24 +14,29 @@ import random
 import zlib
 from dataclasses import dataclass, field
 
-SHE = """Ada Beth Cleo Dora Edith Freya Greta Hanna Ida Jana Kira Lena Maud Nora Olga Petra
-Rosa Sara Tilda Ulla Vera Wanda Yara Zoe Alma Berta Carla Dina Ella Flora Gita Hilda""".split()
-HE = """Adam Boris Carl David Emil Felix Georg Hugo Ivan Jonas Karl Leo Max Nils Oskar Paul
-Ralf Simon Tom Udo Victor Willi Yusuf Zeno Anton Bruno Conrad Dirk Erik Frank Gustav Henry""".split()
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+SHE = words("""Ada Beth Cleo Dora Edith Freya Greta Hanna Ida Jana Kira Lena Maud Nora Olga Petra
+Rosa Sara Tilda Ulla Vera Wanda Yara Zoe Alma Berta Carla Dina Ella Flora Gita Hilda""")
+HE = words("""Adam Boris Carl David Emil Felix Georg Hugo Ivan Jonas Karl Leo Max Nils Oskar Paul
+Ralf Simon Tom Udo Victor Willi Yusuf Zeno Anton Bruno Conrad Dirk Erik Frank Gustav Henry""")
 PEOPLE = SHE + HE
 
-TOWNS = """Tarn Belmont Corwick Dunmore Eastvale Farnley Glenby Harrow Ilford Kelso Lorne Marsden
-Norwick Oakham Penrith Quorn Ripley Selby Thorpe Upton Verwood Wexley Yarm Alford""".split()
-JOBS = """baker barber butcher cook dentist doctor driver farmer gardener hunter judge lawyer
-miller nurse painter pilot plumber sailor singer smith tailor teacher waiter writer""".split()
-ANIMALS = """bear bird camel cat cow dog donkey dove duck fish fox frog
-goat goose hare horse lamb mouse parrot pig rabbit sheep snake swan""".split()
-COLOURS = """amber azure beige black blue bronze brown coral crimson cyan gold green
-grey ivory lilac mauve olive orange pink purple red silver violet white""".split()
-FOODS = """apples beans bread butter cakes carrots cheese cherries corn dates figs grapes
-honey lemons lentils melons noodles nuts pasta peaches pears plums rice soup""".split()
-INSTRUMENTS = """banjo bassoon bells bugle cello clarinet cornet drums fiddle flute gong guitar
-harp horn lute lyre mandolin piano pipes sitar tabla trumpet tuba viola""".split()
+TOWNS = words("""Tarn Belmont Corwick Dunmore Eastvale Farnley Glenby Harrow Ilford Kelso Lorne Marsden
+Norwick Oakham Penrith Quorn Ripley Selby Thorpe Upton Verwood Wexley Yarm Alford""")
+JOBS = words("""baker barber butcher cook dentist doctor driver farmer gardener hunter judge lawyer
+miller nurse painter pilot plumber sailor singer smith tailor teacher waiter writer""")
+ANIMALS = words("""bear bird camel cat cow dog donkey dove duck fish fox frog
+goat goose hare horse lamb mouse parrot pig rabbit sheep snake swan""")
+COLOURS = words("""amber azure beige black blue bronze brown coral crimson cyan gold green
+grey ivory lilac mauve olive orange pink purple red silver violet white""")
+FOODS = words("""apples beans bread butter cakes carrots cheese cherries corn dates figs grapes
+honey lemons lentils melons noodles nuts pasta peaches pears plums rice soup""")
+INSTRUMENTS = words("""banjo bassoon bells bugle cello clarinet cornet drums fiddle flute gong guitar
+harp horn lute lyre mandolin piano pipes sitar tabla trumpet tuba viola""")
 
 UNKNOWN = "I do not know."
 TASKS = ("answer", "answerability", "query_rewrite", "hallucination_detection", "citations")
@@ -139,9 +144,7 @@ class Maker:
     _values: dict[tuple[str, str], list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._values = {
-            (p, r): [v for v in RELATIONS[r].values if is_held_out(p, v) == self.held_out] for p, r in KEYS
-        }
+        self._values = {(p, r): [v for v in RELATIONS[r].values if is_held_out(p, v) == self.held_out] for p, r in KEYS}
 
     def example(self, task: str) -> Example:
         return getattr(self, "_" + task)()
