@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from granite_switch.cli import compose, generate
+from granite_switch.cli import compose, export, generate
 from granite_switch.cli.console import console, error
 from granite_switch.errors import SwitchError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (compose, generate):
+for group in (compose, export, generate):
     group.register(app)
 
 
@@ -34,7 +34,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 

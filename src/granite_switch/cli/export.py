@@ -1,0 +1,75 @@
+"""`granite-switch export`: the model in another engine's format."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from granite_switch.cli.console import console, progress, size, stderr, warn
+
+if TYPE_CHECKING:
+    from granite_switch.gguf import Plan
+
+_LIMITS = (
+    "llama.cpp keeps one adapter per sequence: the first control token counts to its end, and nothing returns to base"
+)
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(no_args_is_help=True, help="Write the model in another engine's format.")
+    group.command("gguf")(gguf)
+    app.add_typer(group, name="export")
+
+
+def gguf(
+    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to make.")],
+    outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0; the model's own by default.")] = "",
+    pre: Annotated[str, typer.Option(help="llama.cpp's pre-tokenizer, where it cannot be worked out.")] = "",
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="Write Ollama's Modelfiles beside it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+) -> None:
+    """Write one GGUF file for llama.cpp, with every adapter in it."""
+    from granite_switch.compose.sources import base_folder
+    from granite_switch.core.staging import check_file, staged_file
+    from granite_switch.gguf import OUTTYPES, prepare, write
+
+    if outtype not in ("", *OUTTYPES):
+        raise typer.BadParameter(f"is one of {', '.join(OUTTYPES)}", param_hint="--outtype")
+    check_file(output, force=force)
+    plan = prepare(base_folder(model, revision), outtype=outtype, pre=pre)
+    texts = _modelfiles(plan, output) if modelfile else {}
+    for path in texts:
+        check_file(path, force=force)
+    for warning in plan.warnings:
+        warn(warning)
+    with staged_file(output, force=force) as path, progress("exporting", plan.nbytes) as advance:
+        write(plan, path, advance)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    adapters = ", ".join(plan.spec.names)
+    console.print(
+        f"written: {output} ({size(output.stat().st_size)}, {plan.outtype}, {plan.pre}): {adapters}", markup=False
+    )
+    for path in texts:
+        console.print(f"written: {path}", markup=False)
+    stderr.print(f"[bold]note:[/] {_LIMITS}")
+
+
+def _modelfiles(plan: "Plan", output: Path) -> dict[Path, str]:
+    """Ollama's files beside the output: `model.Modelfile`, `model.<adapter>.Modelfile`."""
+    from granite_switch.gguf.modelfile import modelfiles
+
+    words = plan.vocabulary
+    if "default" not in words.templates:
+        warn("no Modelfile: the model has no chat template")
+        return {}
+    special = {f"{name}_token": words.tokens[index] for name, index in words.special.items()}
+    texts = modelfiles(
+        output.name, words.templates["default"], plan.spec.names, special, plan.config["max_position_embeddings"]
+    )
+    for name in plan.spec.names:
+        if name not in texts:
+            warn(f"no Modelfile for {name}: its invocation text is the user's to write")
+    return {output.with_suffix(f".{name}.Modelfile" if name else ".Modelfile"): text for name, text in texts.items()}

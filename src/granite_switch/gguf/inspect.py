@@ -1,0 +1,82 @@
+"""What a GGUF file of the `graniteswitch` architecture says of itself, also one that another converter wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader, LlamaFileType, ReaderTensor
+
+from granite_switch.errors import CheckpointError
+from granite_switch.gguf.export import ARCH
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The file's adapters and what carries them, ready for JSON.
+
+    Args:
+        path: a GGUF file.
+
+    Returns:
+        `file`, `bytes`, `architecture`, `base_model`, `outtype`, `pre_tokenizer`, `layers`, `context`, `vocab_size`,
+        `lora_rank` (to which all are padded), `adapter_bytes` (of their stacks), and `adapters`: one record each with
+        `slot`, `name`, `control_token`, `token_id`, `substitute`, `substitute_token_id`, and from files of this
+        project `technology`, `rank`, `alpha`, `target_modules`, `invocation_text`, `source`, `sha256`, `io_config`.
+
+    Raises:
+        CheckpointError: no GGUF file, or one of another architecture.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise CheckpointError(f"{path}: is not a GGUF file, or is cut off ({error})") from None
+    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+    architecture = keys.get("general.architecture")
+    if architecture != ARCH:
+        raise CheckpointError(
+            f"{path}: holds no adapters: its architecture is {architecture!r}, not {ARCH!r}",
+            hint="granite-switch export gguf MODEL --output FILE writes one that does",
+        )
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in reader.fields else []
+    stacks = [tensor for tensor in reader.tensors if tensor.name.endswith((".lora_a", ".lora_b"))]
+    switch = json.loads(keys.get("granite_switch.switch", "{}"))
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "architecture": architecture,
+        "base_model": switch.get("base_model", ""),
+        "outtype": _outtype(keys.get("general.file_type"), reader.tensors),
+        "pre_tokenizer": reader.fields["tokenizer.ggml.pre"].contents()
+        if "tokenizer.ggml.pre" in reader.fields
+        else "",
+        "layers": keys[f"{ARCH}.block_count"],
+        "context": keys[f"{ARCH}.context_length"],
+        "vocab_size": len(tokens) or keys.get(f"{ARCH}.vocab_size"),
+        "lora_rank": keys[f"{ARCH}.adapters.lora_rank"],
+        "adapter_bytes": sum(int(tensor.n_bytes) for tensor in stacks),
+        "adapters": _adapters(keys, tokens, switch),
+    }
+
+
+def _adapters(keys: dict[str, Any], tokens: list[str], switch: dict[str, Any]) -> list[dict[str, Any]]:
+    known = [record for record in switch.get("adapters", ()) if not record.get("retired")]
+    io_configs = keys.get("granite_switch.adapters.io_configs", ())
+    result = []
+    activate, substitute = (keys[f"{ARCH}.adapters.token_ids_{kind}"] for kind in ("activate", "substitute"))
+    for i, (token, other) in enumerate(zip(activate, substitute, strict=True)):
+        text = tokens[token] if token < len(tokens) else ""
+        record = {"slot": i + 1, "name": text.removeprefix("<|").removesuffix("|>"), "control_token": text}
+        record |= {"token_id": token, "substitute": tokens[other] if tokens else "", "substitute_token_id": other}
+        if i < len(known):
+            own = ("name", "technology", "alpha", "target_modules", "invocation_text", "source", "sha256")
+            record |= {key: known[i][key] for key in own if key in known[i]}
+            record |= {"rank": keys["granite_switch.adapters.ranks"][i], "io_config": io_configs[i]}
+        result.append(record)
+    return result
+
+
+def _outtype(file_type: int | None, tensors: list[ReaderTensor]) -> str:
+    if file_type is None:
+        return tensors[0].tensor_type.name.lower()
+    return LlamaFileType(file_type).name.removeprefix("ALL_").removeprefix("MOSTLY_").lower()
