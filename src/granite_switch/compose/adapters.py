@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from granite_switch.compose.sources import PROVENANCE, Found
-from granite_switch.core.checkpoint import Tensor, read_header, read_json, sha256, to_float32
+from granite_switch.core.checkpoint import CHUNK, Tensor, read_header, read_json, sha256, to_float32
 from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
 from granite_switch.errors import AdapterError, CheckpointError
 
@@ -37,6 +38,7 @@ _REFUSED: Mapping[str, str] = {
     "kasa_config": "the base's weights are truncated",
     "monteclora_config": "sampled matrices",
 }
+_IO_KEYS = ("model", "response_format", "transformations")
 _REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base's weights when PEFT loads them
 
 
@@ -109,6 +111,8 @@ def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
     alpha, alpha_pattern = _alphas(ranks, config, layers)
     invocation = _invocation(where, config, base)
     io_yaml = found.folder / "io.yaml"
+    if io_yaml.is_file() and (problem := io_problem(io_yaml)):
+        raise AdapterError(problem, hint="clients could not load it; add the keys (null will do), or remove the file")
     contents = digest(tensors)
     source, file_hash = _provenance(found, contents) or (found.source, sha256(weights))
     return Adapter(
@@ -146,6 +150,16 @@ def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:
         result.update(f"{key.layer} {key.projection} {key.matrix} {tensor.dtype} {list(tensor.shape)}\n".encode())
         result.update(tensor.read())
     return result.hexdigest()
+
+
+def io_problem(path: Path) -> str:
+    """What keeps clients such as Mellea from loading an io.yaml; "" if nothing does."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return f"{path}: cannot be read as YAML ({error})"
+    missing = [key for key in _IO_KEYS if not isinstance(data, dict) or key not in data]
+    return f"{path}: lacks {', '.join(missing)}" if missing else ""
 
 
 def check_name(name: str) -> None:
@@ -304,13 +318,22 @@ def _invocation(where: str, config: Mapping[str, Any], base: Mapping[str, Any]) 
 
 
 def _refuse_nonfinite(weights: Path, tensors: Mapping[AdapterTensor, Tensor]) -> None:
-    """NaN and inf have an exponent of all ones; a test of bits, so that no dtype needs converting."""
-    bad = []
-    for tensor in tensors.values():
-        dtype, exponent = _BITS[tensor.dtype]
-        data = tensor.read()
+    if bad := [problem for tensor in tensors.values() if (problem := nonfinite(tensor))]:
+        raise AdapterError(f"{weights}: weights that are not finite", problems=bad, hint="train or save it again")
+
+
+def nonfinite(tensor: Tensor) -> str:
+    """How many NaN and inf a tensor holds, in words; "" if none, or if its dtype cannot tell.
+
+    They have an exponent of all ones: a test of bits, so that no dtype needs converting.
+    """
+    if tensor.dtype not in _BITS:
+        return ""
+    dtype, exponent = _BITS[tensor.dtype]
+    nan = inf = 0
+    for start in range(0, tensor.nbytes, CHUNK):
+        data = tensor.read(start, min(CHUNK, tensor.nbytes - start))
         if (np.frombuffer(data, dtype) & exponent == exponent).any():
             values = to_float32(data, tensor.dtype)
-            bad.append(f"{tensor.name}: {int(np.isnan(values).sum())} NaN, {int(np.isinf(values).sum())} inf")
-    if bad:
-        raise AdapterError(f"{weights}: weights that are not finite", problems=bad, hint="train or save it again")
+            nan, inf = nan + int(np.isnan(values).sum()), inf + int(np.isinf(values).sum())
+    return f"{tensor.name}: {nan} NaN, {inf} inf" if nan or inf else ""

@@ -4,7 +4,7 @@ Frozen records with one reader and one writer. docs/format.md is the normative p
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from granite_switch.core.layout import PROJECTIONS, AdapterTensor
@@ -177,12 +177,6 @@ class SwitchSpec:
                 problems.append(f"{adapter.name}: unknown technology {adapter.technology!r}")
         if problems:
             raise CheckpointError("config.json: `switch` contradicts itself", problems=problems)
-
-    def renamed(self, old: str, new: str) -> "SwitchSpec":
-        """The same with one adapter under another name, its control token's text included."""
-        index = self.slot(old) - 1
-        changed = replace(self.adapters[index], name=new, token=control_token(new))
-        return replace(self, adapters=(*self.adapters[:index], changed, *self.adapters[index + 1 :]))
 
 
 def _plain(adapter: AdapterSpec) -> dict[str, Any]:

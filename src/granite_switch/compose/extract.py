@@ -1,0 +1,107 @@
+"""Take an adapter out of a composed model, as PEFT has it."""
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from granite_switch.compose.adapters import Adapter, digest
+from granite_switch.compose.composed import VERIFY, read_composed
+from granite_switch.compose.sources import PROVENANCE, model_folder
+from granite_switch.core.checkpoint import copy_of, write, write_json
+from granite_switch.core.layout import PROJECTIONS, AdapterTensor
+from granite_switch.core.spec import AdapterSpec
+from granite_switch.core.staging import check_target, held, staged
+from granite_switch.errors import CheckpointError
+
+Source = str | PathLike[str]
+
+
+def extract(model: Source, name: str, output: Source, *, force: bool = False) -> Path:
+    """Write one adapter of a composed model as a PEFT adapter folder.
+
+    Composing from that folder gives the same bytes again: beside PEFT's two files and io.yaml it holds
+    `granite_switch.json`, with the adapter's first source.
+
+    Args:
+        model: a composed model, local folder or hub id.
+        name: the adapter's.
+        output: the folder to make.
+        force: replace an existing folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SwitchError: there is no such adapter, or its weights are not those that were composed.
+    """
+    folder, target = model_folder(model), Path(output)
+    check_target(target, force=force)
+    with held(folder.resolve()):
+        composed = read_composed(folder)
+        spec = composed.spec.adapter(name)
+        adapter = composed.adapters[name]
+        contents = digest(adapter.tensors)
+        if spec.digest and contents != spec.digest:
+            raise CheckpointError(
+                f"{adapter.file}: its weights are not those that were composed", hint=f"{VERIFY} --deep {folder}"
+            )
+        with staged(target, force=force) as partial:
+            _write(adapter, spec, composed.spec.base_model, partial)
+            record = {"source": spec.source, "sha256": spec.sha256, "digest": contents}
+            write_json(partial / PROVENANCE, record)
+    return target
+
+
+def _write(adapter: Adapter, spec: AdapterSpec, base_model: str, folder: Path) -> None:
+    tensors = {_peft_name(key): tensor for key, tensor in adapter.tensors.items()}
+    entries = [copy_of(tensors[name], name) for name in sorted(tensors)]
+    write(folder / "adapter_model.safetensors", entries)
+    write_json(folder / "adapter_config.json", _peft_config(spec, base_model))
+    if adapter.io_yaml:
+        (folder / "io.yaml").write_bytes(adapter.io_yaml.read_bytes())
+
+
+def _peft_name(key: AdapterTensor) -> str:
+    return f"base_model.model.model.layers.{key.layer}.{PROJECTIONS[key.projection].path}.lora_{key.matrix}.weight"
+
+
+def _peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
+    """adapter_config.json (PEFT `LoraConfig`)."""
+    skipped = any(0 in column for column in spec.rank_pattern.values())
+    targets = list(spec.target_modules)
+    if skipped:  # some layers only: PEFT takes paths
+        targets = [
+            f"layers.{layer}.{PROJECTIONS[name].path}"
+            for name in spec.target_modules
+            for layer, rank in enumerate(spec.rank_pattern.get(name, ()))
+            if rank
+        ] + [name for name in spec.target_modules if name not in spec.rank_pattern]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": spec.use_rslora,
+        "target_modules": targets,
+        "rank_pattern": _pattern(spec.rank_pattern, spec.rank),
+        "alpha_pattern": _pattern(spec.alpha_pattern, spec.alpha),
+        **({"alora_invocation_tokens": list(spec.invocation_tokens)} if spec.invocation_tokens else {}),
+    }
+
+
+def _pattern(columns: Mapping[str, tuple[Any, ...]], default: Any) -> dict[str, Any]:
+    """Values by module, as PEFT's patterns have them: a projection's name, or paths where its layers differ."""
+    result = {}
+    for name, column in columns.items():
+        if len(set(column)) == 1:
+            result[name] = column[0]
+            continue
+        for layer, value in enumerate(column):
+            if value not in (0, default):
+                result[f"layers.{layer}.{PROJECTIONS[name].path}"] = value
+    return result

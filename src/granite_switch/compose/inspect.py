@@ -1,0 +1,196 @@
+"""Say what is in a composed model, and how strongly each adapter changes each projection."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from granite_switch.compose.composed import Composed, read_composed
+from granite_switch.compose.sources import model_folder
+from granite_switch.core.checkpoint import Tensor
+from granite_switch.core.layout import GRANITE, AdapterTensor
+from granite_switch.core.spec import AdapterSpec
+from granite_switch.errors import SwitchError
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One adapter of a composed model."""
+
+    slot: int
+    name: str
+    technology: str
+    rank: int
+    ranks: tuple[int, int]  # smallest and largest
+    alpha: float
+    use_rslora: bool
+    target_modules: tuple[str, ...]
+    parameters: int
+    nbytes: int
+    share: float  # of the model's bytes
+    token: str
+    token_id: int
+    substitute: str
+    substitute_token_id: int
+    invocation_text: str  # aLoRA: the text from which it acts; "": from the first token
+    source: str
+    sha256: str
+    io_config: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """A composed model."""
+
+    model: str
+    format_version: int
+    base_model: str
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    dtypes: tuple[str, ...]  # of the base's tensors
+    parameters: int  # the base's
+    nbytes: int  # the base's
+    return_to_base: str
+    return_to_base_id: int
+    generatable: bool
+    adapters: tuple[AdapterReport, ...]
+    retired: tuple[str, ...]  # names of removed adapters, whose slots stay taken
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def inspect(model: str | PathLike[str]) -> Report:
+    """Describe a composed model. Only headers and small files are read.
+
+    Args:
+        model: local folder or hub id.
+
+    Raises:
+        CheckpointError: it is not of format 1, or its files contradict each other.
+    """
+    composed = read_composed(model_folder(model))
+    spec, base = composed.spec, composed.base
+    tensors = base.checkpoint.tensors.values()
+    total = base.checkpoint.nbytes + sum(adapter.nbytes for adapter in composed.adapters.values())
+    adapters = (_adapter(slot, a, composed, total) for slot, a in enumerate(spec.adapters, 1) if not a.retired)
+    return Report(
+        model=str(model),
+        format_version=spec.format_version,
+        base_model=spec.base_model,
+        layers=base.config["num_hidden_layers"],
+        hidden_size=base.config["hidden_size"],
+        vocab_size=base.config["vocab_size"],
+        dtypes=tuple(sorted({tensor.dtype for tensor in tensors})),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        nbytes=base.checkpoint.nbytes,
+        return_to_base=spec.base_token,
+        return_to_base_id=spec.base_token_id,
+        generatable=spec.generatable,
+        adapters=tuple(adapters),
+        retired=tuple(a.name for a in spec.adapters if a.retired),
+    )
+
+
+def _adapter(slot: int, spec: AdapterSpec, composed: Composed, total: int) -> AdapterReport:
+    adapter = composed.adapters[spec.name]
+    ranks = [t.shape[0] for key, t in adapter.tensors.items() if key.matrix == "A"]
+    return AdapterReport(
+        slot=slot,
+        name=spec.name,
+        technology=spec.technology,
+        rank=spec.rank,
+        ranks=(min(ranks), max(ranks)),
+        alpha=spec.alpha,
+        use_rslora=spec.use_rslora,
+        target_modules=spec.target_modules,
+        parameters=sum(math.prod(tensor.shape) for tensor in adapter.tensors.values()),
+        nbytes=adapter.nbytes,
+        share=adapter.nbytes / total,
+        token=spec.token,
+        token_id=spec.token_id,
+        substitute=composed.base.tokenizer.library.id_to_token(spec.substitute_token_id) or "",
+        substitute_token_id=spec.substitute_token_id,
+        invocation_text=spec.invocation_text,
+        source=spec.source,
+        sha256=spec.sha256,
+        io_config=adapter.io_yaml is not None,
+    )
+
+
+def strengths(model: str | PathLike[str]) -> dict[str, npt.NDArray[np.float64]]:
+    """How strongly each adapter changes each projection: the norm of s B A over the norm of W (Frobenius).
+
+    Args:
+        model: local folder or hub id.
+
+    Returns:
+        Adapter -> [projections, layers], in the order of the table in `core.layout`. 0 where an adapter does nothing;
+        NaN where W is quantised.
+    """
+    composed = read_composed(model_folder(model))
+    layers = composed.base.config["num_hidden_layers"]
+    result = {name: np.zeros((len(GRANITE), layers)) for name in composed.adapters}
+    for layer in range(layers):
+        for index, row in enumerate(GRANITE):
+            of_base = None
+            for name, adapter in composed.adapters.items():
+                a, b = (adapter.tensors.get(AdapterTensor("", layer, row.name, matrix)) for matrix in "AB")
+                if a and b:
+                    if of_base is None:
+                        of_base = _norm(composed.base.checkpoint[f"model.layers.{layer}.{row.path}.weight"])
+                    scale = composed.spec.adapter(name).scale_of(row.name, layer)
+                    result[name][index, layer] = scale * _product_norm(a, b) / of_base
+    return result
+
+
+def _norm(weight: Tensor) -> float:
+    return float(np.linalg.norm(weight.float32())) if weight.dtype in _FLOATS else math.nan
+
+
+def _product_norm(a: Tensor, b: Tensor) -> float:
+    """The norm of B A from two r x r matrices: |B A|^2 = trace((B^T B) (A A^T))."""
+    left, right = b.float32().astype(np.float64), a.float32().astype(np.float64)
+    return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T)))))
+
+
+def plot(values: Mapping[str, npt.NDArray[np.float64]], path: Path) -> None:
+    """Draw `strengths` as a picture: an adapter a panel, layers from left to right, one scale of colours for all.
+
+    Raises:
+        SwitchError: matplotlib is not there, or the file's type is none that it writes.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SwitchError("a picture needs matplotlib", hint="pip install granite-switch[plot]") from None
+    columns = min(3, len(values)) or 1
+    rows = math.ceil(len(values) / columns) or 1
+    figure = Figure(figsize=(1.5 + 4.2 * columns, 0.8 + 2.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    largest = max((float(np.nanmax(v)) for v in values.values() if not np.isnan(v).all()), default=0.0) or 1.0
+    image = None
+    for panel, (name, grid) in zip(panels, values.items(), strict=False):
+        image = panel.imshow(np.where(grid == 0, np.nan, grid), aspect="auto", vmin=0, vmax=largest, cmap="viridis")
+        panel.set_facecolor("0.92")
+        panel.set_title(name, fontsize=10)
+        panel.set_yticks(range(len(GRANITE)), [row.name.removesuffix("_proj") for row in GRANITE], fontsize=8)
+        panel.set_xlabel("layer", fontsize=8)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    for panel in panels[len(values) :]:
+        panel.set_axis_off()
+    if image is not None:
+        figure.colorbar(image, ax=list(panels), label="norm of the update / norm of the weight")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise SwitchError(f"{path}: cannot be written ({error})") from None

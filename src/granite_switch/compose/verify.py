@@ -1,0 +1,172 @@
+"""Check a composed model: everything that is wrong with it, at once.
+
+The comparison with PEFT needs torch and is `granite_switch.hf.verify`.
+"""
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+from granite_switch.compose import placement as place
+from granite_switch.compose.adapters import digest, io_problem, nonfinite
+from granite_switch.compose.composed import read_config, tensor_problems, unwrapped
+from granite_switch.compose.plan import EMBEDDING, HEAD
+from granite_switch.compose.sources import model_folder
+from granite_switch.compose.write import adapter_index, io_config
+from granite_switch.core.chat import wrap
+from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor, read_json
+from granite_switch.core.layout import GRANITE, AdapterTensor, parse_key
+from granite_switch.core.spec import SwitchSpec
+from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
+from granite_switch.errors import CheckpointError, SwitchError
+
+T = TypeVar("T")
+
+
+def verify(model: str | PathLike[str], *, deep: bool = False) -> SwitchSpec:
+    """Check a composed model's files against each other.
+
+    Args:
+        model: local folder or hub id.
+        deep: read every weight: the adapters' against their digests, all for NaN and inf, the control tokens' rows.
+
+    Returns:
+        Its adapters.
+
+    Raises:
+        CheckpointError: with everything that is wrong.
+    """
+    folder = model_folder(model)
+    problems = find_problems(folder, deep=deep)
+    if problems:
+        raise CheckpointError(
+            f"{folder}: {len(problems)} thing{'s are' if len(problems) > 1 else ' is'} wrong",
+            problems=problems,
+            hint="put the files back as they were, or compose the model anew",
+        )
+    return read_config(folder)[1]
+
+
+def find_problems(folder: Path, *, deep: bool = False) -> list[str]:
+    """Everything that is wrong with a composed model, a line each."""
+    problems: list[str] = []
+    read = _attempt(problems, read_config, folder)
+    checkpoint = _attempt(problems, Checkpoint, folder)
+    tokenizer = _attempt(problems, read_tokenizer, folder)
+    if checkpoint:
+        problems += _index_problems(checkpoint)
+    if not read:
+        return problems
+    config, spec = read
+    if checkpoint:
+        problems += _weights_problems(checkpoint, spec, config)
+        if deep:
+            problems += _deep_problems(checkpoint, spec)
+    if tokenizer:
+        problems += _token_problems(tokenizer, spec)
+        problems += _template_problems(folder, tokenizer, spec)
+    return problems + _client_problems(folder, spec)
+
+
+def _attempt(problems: list[str], step: Callable[..., T], *args: Any) -> T | None:
+    try:
+        return step(*args)
+    except SwitchError as error:
+        problems += [error.message, *error.problems]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problems.append(f"{args[0]}: {step.__name__}: {type(error).__name__} {error}")
+    return None
+
+
+def _index_problems(checkpoint: Checkpoint) -> list[str]:
+    folder = checkpoint.folder
+    problems = [
+        f"{path.name} is not in {INDEX}, so it is not loaded"
+        for path in sorted(folder.glob("*.safetensors"))
+        if path.name not in checkpoint.files
+    ]
+    if SINGLE in checkpoint.files:
+        return [*problems, f"{SINGLE} is there; loaders take it and do not look at {INDEX}"]
+    index = read_json(folder / INDEX)
+    listed = index["weight_map"]
+    for file, tensors in checkpoint.files.items():
+        problems += [f"{file} holds {name}, which {INDEX} does not list" for name in tensors if name not in listed]
+    total = (index.get("metadata") or {}).get("total_size")
+    if total is not None and total != checkpoint.nbytes:
+        problems.append(f"{INDEX}: total_size {total} where the tensors have {checkpoint.nbytes} bytes")
+    return problems
+
+
+def _weights_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
+    wanted = [f"model.layers.{i}.{row.path}.weight" for i in range(config["num_hidden_layers"]) for row in GRANITE]
+    missing = [f"{name} is missing" for name in [*wanted, "model.norm.weight"] if name not in checkpoint]
+    return tensor_problems(checkpoint, spec, config) + missing
+
+
+def _deep_problems(checkpoint: Checkpoint, spec: SwitchSpec) -> list[str]:
+    problems = [problem for tensor in checkpoint.tensors.values() if (problem := nonfinite(tensor))]
+    for adapter in spec.active:
+        tensors: dict[AdapterTensor, Tensor] = {}
+        for name, tensor in checkpoint.tensors.items():
+            if (key := parse_key(name)) and key.adapter == adapter.name:
+                tensors[key] = tensor
+        if adapter.digest and digest(tensors) != adapter.digest:
+            problems.append(f"{adapter.name}: its weights are not those that were composed (their digest differs)")
+    for name in {EMBEDDING, HEAD} & checkpoint.tensors.keys():
+        matrix = checkpoint[name]
+        for token, substitute in spec.substitutes.items():
+            if max(token, substitute) < matrix.shape[0] and matrix.row(token) != matrix.row(substitute):
+                problems.append(f"{name}: row {token} is not its substitute's, {substitute}")
+    return problems
+
+
+def _token_problems(tokenizer: BaseTokenizer, spec: SwitchSpec) -> list[str]:
+    problems = []
+    special = {token["content"] for token in tokenizer.data.get("added_tokens", ()) if token.get("special")}
+    for text, token_id in [(spec.base_token, spec.base_token_id), *((a.token, a.token_id) for a in spec.adapters)]:
+        found = tokenizer.tokens.get(text)
+        if found != token_id:
+            problems.append(f"tokenizer.json: {text} is {found}; config.json says {token_id}")
+        elif text not in special:
+            problems.append(f"tokenizer.json: {text} is not a special token")
+    rows = max(spec.control_slots) + 1
+    if tokenizer.size > rows:
+        problems.append(f"tokenizer.json: has {tokenizer.size} tokens, more than the {rows} rows of the model")
+    return problems
+
+
+def _template_problems(folder: Path, tokenizer: BaseTokenizer, spec: SwitchSpec) -> list[str]:
+    problems: list[str] = []
+    if not tokenizer.templates:
+        return []
+    bases = _attempt(problems, unwrapped, folder, tokenizer)
+    if bases and "default" in bases:
+        _attempt(problems, _prove, folder, tokenizer, spec, bases, problems)
+    return problems
+
+
+def _prove(
+    folder: Path, tokenizer: BaseTokenizer, spec: SwitchSpec, bases: Mapping[str, str], problems: list[str]
+) -> None:
+    """Every adapter's placement on sample chats, with the template as it stands."""
+    samples = place.chats(bases["default"], tokenizer.special_tokens)
+    text, opening_id = place.opening(samples, tokenizer.library)
+    if opening_id != spec.base_substitute_token_id:
+        problems.append(
+            f"the template opens prompts with token {opening_id}; config.json says {spec.base_substitute_token_id}"
+        )
+    placements = [place.placement(adapter, text, tokenizer.library) for adapter in spec.active]
+    for name, base in bases.items():
+        if wrap(base, placements, place.controls(spec)) != tokenizer.templates[name]:
+            problems.append(f"chat template {name}: does not place the adapters of config.json as compose writes it")
+    place.prove(spec, placements, tokenizer.templates["default"], bases["default"], samples, tokenizer.library)
+
+
+def _client_problems(folder: Path, spec: SwitchSpec) -> list[str]:
+    problems: list[str] = []
+    index = _attempt(problems, read_json, folder / "adapter_index.json")
+    if index is not None and index != adapter_index(spec, folder):
+        problems.append("adapter_index.json: does not list the adapters of config.json and their io.yaml")
+    paths = [folder / io_config(adapter.name) for adapter in spec.active]
+    return problems + [problem for path in paths if path.is_file() and (problem := io_problem(path))]
