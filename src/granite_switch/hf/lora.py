@@ -86,14 +86,51 @@ class SwitchedLora(nn.Module):
         flats = [y.flatten(0, -2) for y in outputs]
         if routing.groups is None:
             flats = self._masked(flat, flats, routing.slots.flatten())
+        elif torch.is_grad_enabled():
+            flats = self._out_of_place(flat, flats, routing)
         else:
-            for group in routing.groups:
-                chosen = flat if group.rows is None else flat[group.rows]
-                for update in self.updates.get(group.slot, ()):
-                    hidden = self._hidden(chosen, getattr(self, update.a))
-                    y = flats[update.output]
-                    flats[update.output] = _add(y, hidden, group.rows, getattr(self, update.b), update.scale)
+            self._in_place(flat, flats, routing)
         return [y.view_as(shape) for y, shape in zip(flats, outputs, strict=True)]
+
+    def _in_place(self, x: Tensor, outputs: list[Tensor], routing: Routing) -> None:
+        """Add group by group, each a range of rows: of the batch itself or, where adapters are mixed, of it sorted."""
+        targets = dict(enumerate(outputs))
+        if routing.order is not None:
+            x = x.index_select(0, routing.order)
+            used = {update.output for group in routing.groups or () for update in self.updates.get(group.slot, ())}
+            targets = {index: outputs[index].new_zeros(len(x), outputs[index].shape[1]) for index in used}
+        for group in routing.groups or ():
+            rows = slice(group.start, group.stop)
+            for update in self.updates.get(group.slot, ()):
+                hidden, b = self._hidden(x[rows], getattr(self, update.a)), self._by_rank(update.b)
+                target = targets[update.output][rows]
+                if b.dtype == target.dtype:
+                    target.addmm_(hidden, b.t(), alpha=update.scale)
+                else:
+                    target.add_(F.linear(hidden, b), alpha=update.scale)
+        if routing.order is not None:
+            for index, target in targets.items():
+                outputs[index].index_add_(0, routing.order, target)
+
+    def _by_rank(self, name: str) -> Tensor:
+        """B [out, r], stored rank by rank: its product with a few tokens then reads memory in its order."""
+        b: Tensor = getattr(self, name)
+        if b.stride(0) != 1 and self.exchange is None and not hasattr(self, "_hf_hook"):
+            b.data = b.data.t().contiguous().t()
+        return b
+
+    def _out_of_place(self, x: Tensor, outputs: list[Tensor], routing: Routing) -> list[Tensor]:
+        """The same for autograd."""
+        for group in routing.groups or ():
+            rows = torch.arange(group.start, group.stop, device=x.device)
+            if routing.order is not None:
+                rows = routing.order[rows]
+            for update in self.updates.get(group.slot, ()):
+                hidden = self._hidden(x[rows], getattr(self, update.a))
+                y = outputs[update.output]
+                delta = F.linear(hidden, getattr(self, update.b)) * update.scale
+                outputs[update.output] = y.index_add(0, rows, delta.to(y.dtype))
+        return outputs
 
     def _hidden(self, x: Tensor, a: Tensor) -> Tensor:
         """x A^T, in A's dtype."""
@@ -118,22 +155,3 @@ class SwitchedLora(nn.Module):
             hidden = self._hidden(x, a) * scales
             outputs[index] = y + F.linear(torch.where(own, hidden, 0), b).to(y.dtype)
         return outputs
-
-
-def _add(y: Tensor, hidden: Tensor, rows: slice | Tensor | None, b: Tensor, scale: float) -> Tensor:
-    """y[rows] += scale * hidden B^T, with y [T, out], hidden [rows, r]."""
-    if torch.is_grad_enabled():
-        delta = (F.linear(hidden, b) * scale).to(y.dtype)
-        if rows is None:
-            return y + delta
-        if isinstance(rows, slice):
-            rows = torch.arange(rows.start, rows.stop, device=y.device)
-        return y.index_add(0, rows, delta)
-    if isinstance(rows, Tensor):
-        return y.index_add_(0, rows, F.linear(hidden, b).to(y.dtype), alpha=scale)
-    target = y if rows is None else y[rows]
-    if b.dtype == y.dtype:
-        target.addmm_(hidden, b.t(), alpha=scale)
-    else:
-        target.add_(F.linear(hidden, b), alpha=scale)
-    return y

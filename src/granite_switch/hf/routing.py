@@ -3,8 +3,7 @@
 `core.routing` is the definition; here it is a cumulative maximum on tensors.
 """
 
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +58,11 @@ class Switch(nn.Module):
 
 @dataclass(frozen=True)
 class Group:
-    """The tokens of one adapter in a flattened batch."""
+    """The tokens of one adapter: a range of the flattened batch, or of `Routing.order` where there is one."""
 
     slot: int
-    rows: slice | Tensor | None  # of [B * S]; None: all of them
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,14 @@ class Routing:
 
     slots: Tensor  # [B, S] int64
     groups: tuple[Group, ...] | None  # without slot 0; None: not known on the host
+    order: Tensor | None = None  # [tokens of all groups] int64, rows of [B * S]; None: groups are ranges of those
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Routing":
         slots = self.slots.to(device, non_blocking=non_blocking)
         if slots is self.slots:
             return self
-        groups = self.groups and tuple(
-            replace(g, rows=g.rows.to(device, non_blocking=non_blocking)) if isinstance(g.rows, Tensor) else g
-            for g in self.groups
-        )
-        return Routing(slots, groups)
+        order = None if self.order is None else self.order.to(device, non_blocking=non_blocking)
+        return Routing(slots, self.groups, order)
 
 
 def slots_of(input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None) -> Tensor:
@@ -112,16 +110,17 @@ def route(slots: Tensor) -> Routing:
     values, counts = torch.unique_consecutive(slots.flatten(), return_counts=True)
     runs, start = [], 0
     for slot, count in zip(values.tolist(), counts.tolist(), strict=True):
-        runs.append((slot, start, start + count))
+        if slot:
+            runs.append(Group(slot, start, start + count))
         start += count
-    if len(runs) == 1:
-        return Routing(slots, (Group(runs[0][0], None),) if runs[0][0] else ())
+    if len({run.slot for run in runs}) == len(runs):
+        return Routing(slots, tuple(runs))
+    rows: list[int] = []
     groups = []
-    for slot, same in groupby(sorted(run for run in runs if run[0]), key=lambda run: run[0]):
-        spans = [(start, end) for _, start, end in same]
-        if len(spans) == 1:
-            groups.append(Group(slot, slice(*spans[0])))
-        else:
-            rows = [row for span in spans for row in range(*span)]
-            groups.append(Group(slot, torch.tensor(rows, device=slots.device)))
-    return Routing(slots, tuple(groups))
+    for slot in sorted({run.slot for run in runs}):
+        start = len(rows)
+        for run in runs:
+            if run.slot == slot:
+                rows.extend(range(run.start, run.stop))
+        groups.append(Group(slot, start, len(rows)))
+    return Routing(slots, tuple(groups), torch.tensor(rows, device=slots.device))
