@@ -53,45 +53,47 @@ class Hiding(nn.Module):
         for token in self.spec.control_slots:
             self.is_control[token] = True
 
-    def forward(self, new: Tensor, cached: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, seen: Tensor, new: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is hidden from whom.
 
         Args:
-            new: [B, S] int64, the tokens of this forward.
-            cached: [B, K] int64, the tokens of every cached position, the new ones among them.
-            slots: [B, S] int64, of the new tokens.
+            seen: [B, K] int64, the tokens of every cached position, the new ones among them.
+            new: [S] int64, the indices of the new ones.
+            slots: [B, S] int64, of the new ones.
 
         Returns:
-            [B, S, K] bool, true where a query does not see a key: its adapter hides a group that the key is in and
-            the query itself is not. And [B, S] int64, the control tokens at or before each new token.
+            Groups as bits, [B, K] int64: those that each new token's adapter hides and it is itself not in (a query
+            always sees its own group), and those that each token is in. And [B, S] int64, the control tokens at or
+            before each new token.
         """
-        suppressed = self.adapter_hiding_matrix[slots] & ~self.token_to_group_mask[new]
-        members = self.token_to_group_mask[cached]
-        hidden = (suppressed.float() @ members.float().transpose(1, 2)) > 0
-        here = self.is_control[new].cumsum(1)
-        before = self.is_control[cached].sum(1, keepdim=True) - here[:, -1:]
-        return hidden, before + here
+        bits = 1 << torch.arange(self.token_to_group_mask.shape[1], device=seen.device)
+        members = (self.token_to_group_mask[seen] * bits).sum(-1)
+        suppressed = torch.zeros_like(seen)
+        suppressed[:, new] = (self.adapter_hiding_matrix[slots] * bits).sum(-1) & ~members[:, new]
+        here = self.is_control[seen[:, new]].cumsum(1)
+        before = self.is_control[seen].sum(1, keepdim=True) - here[:, -1:]
+        return suppressed, members, before + here
 
 
 def masked(
     config: GraniteSwitchConfig,
-    hidden: Tensor,
-    like: Tensor,
+    suppressed: Tensor,
+    members: Tensor,
+    new: Tensor,
     attention_mask: Any,
     cache: Cache | None,
-    position_ids: Tensor | None,
-    past: int | Tensor,
+    **kwargs: Any,
 ) -> Any:
     """The causal mask without the hidden keys, as the attention in use takes it.
 
     Args:
         config: names the attention.
-        hidden: [B, S, K] bool.
-        like: [B, S, ...] of the model's dtype.
+        suppressed: [B, K] int64, the groups that a query does not see, as bits.
+        members: [B, K] int64, the groups that a key is in, as bits.
+        new: [S] int64, the positions of the queries.
         attention_mask: of padding [B, K], or one that is finished [B, 1, S, K].
         cache: with the new tokens' slots in it, and not yet their keys.
-        position_ids: [B, S] or None, as the caller gave them.
-        past: cached positions before the new ones.
+        kwargs: of `create_causal_mask`.
 
     Raises:
         CheckpointError: the attention in use takes no mask.
@@ -102,21 +104,16 @@ def masked(
             hint=f"attn_implementation='sdpa', or {legacy.UPGRADE}",
         )
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        unseen = hidden[:, None, :, : attention_mask.shape[-1]]
+        hidden = (suppressed[:, new, None] & members[:, None, : attention_mask.shape[-1]] != 0)[:, None]
         if attention_mask.dtype == torch.bool:
-            return attention_mask & ~unseen
-        return attention_mask.masked_fill(unseen, torch.finfo(attention_mask.dtype).min)
+            return attention_mask & ~hidden
+        return attention_mask.masked_fill(hidden, torch.finfo(attention_mask.dtype).min)
 
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ~hidden[batch, query - past, key]
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return suppressed[batch, query] & members[batch, key] == 0
 
     return create_causal_mask(
-        config=config,
-        inputs_embeds=like,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        position_ids=position_ids,
-        and_mask_function=seen,
+        config, attention_mask=attention_mask, past_key_values=cache, and_mask_function=visible, **kwargs
     )
 
 

@@ -236,12 +236,21 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
     ) -> tuple[Any, Tensor]:
         """Generation 1: the attention mask without the keys that adapters hide, and positions without their gaps."""
         past = 0 if cache is None else cache.get_seq_length()
-        where = torch.arange(slots.shape[1], device=slots.device) + past
-        hidden, count = self.hiding(seen[:, where], seen, slots)
-        positions = where[None] if position_ids is None else position_ids
+        new = torch.arange(slots.shape[1], device=slots.device) + past
+        suppressed, members, count = self.hiding(seen, new, slots)
         if self.config.switch_spec.hiding.groups:
             like = torch.empty((*slots.shape, 0), dtype=self.dtype, device=slots.device)
-            attention_mask = masked(self.config, hidden, like, attention_mask, cache, position_ids, past)
+            attention_mask = masked(
+                self.config,
+                suppressed,
+                members,
+                new,
+                attention_mask,
+                cache,
+                inputs_embeds=like,
+                position_ids=position_ids,
+            )
+        positions = new[None] if position_ids is None else position_ids
         return attention_mask, (positions - count).clamp(min=0)
 
 
