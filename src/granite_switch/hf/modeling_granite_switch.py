@@ -273,6 +273,17 @@ class GraniteSwitchForCausalLM(GraniteSwitchPreTrainedModel, GraniteForCausalLM)
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What `generate_batch` starts with.
+
+        Raises:
+            RoutingError: always. Its paged cache has no place for the slots of what is cached.
+        """
+        raise RoutingError(
+            "`generate_batch` keeps a paged cache, which has no place for the adapters that are on",
+            hint="use `generate`, which takes batches of any mix, or serve the model with vLLM (docs/serving.md)",
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
