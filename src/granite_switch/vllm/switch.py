@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 from vllm.config import CacheConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 
 from granite_switch.core.spec import SwitchSpec
 
-# Digits in base 8 are exact in every type a cache may have: float8_e5m2 counts to 8. Queries hold powers of 8 and the
-# softmax scale holds the rest, so that float16 holds them too; scores are whole numbers that float32 holds exactly.
+# Digits in base 8 are exact in every type a cache may have: float8_e5m2 counts to 8. The powers of 8 are shared out
+# between queries, which float16 must hold, and the softmax scale, which CPU kernels for float8_e4m3 multiply by 2^120.
+# Scores are whole numbers of gains, and float32 holds them exactly.
 BITS = 3
 POSITION_DIGITS = 7
 SLOT_DIGITS = 4
 POSITIONS = 1 << BITS * POSITION_DIGITS
 SLOTS = 1 << BITS * SLOT_DIGITS
-_GAIN = 16  # score by which the latest control token leads: the next one's weight is e^-16
-_SHIFT = 10  # queries are scaled down by 2^_SHIFT, which the softmax scale gives back
+_GAIN = 8  # score by which the latest control token leads: the next one's weight is e^-8
+_SHIFT = 3  # queries are scaled down by 2^_SHIFT, which the softmax scale gives back
 
 
 class Switch(nn.Module):
@@ -39,6 +41,9 @@ class Switch(nn.Module):
         self, spec: SwitchSpec, vocab_size: int, head_size: int, cache_config: CacheConfig | None, prefix: str
     ) -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            # a process must ask for AMX before its first use; oneDNN does so at its first product, which comes later
+            torch.cpu._init_amx()
         self.adapters = len(spec.adapters)
         self.attn = Attention(
             1, head_size, float(_GAIN << _SHIFT), num_kv_heads=1, cache_config=cache_config, prefix=f"{prefix}.attn"
@@ -49,7 +54,7 @@ class Switch(nn.Module):
             slots[token], substitutes[token] = slot, spec.substitutes[token]
         query = torch.zeros(head_size)
         query[:POSITION_DIGITS] = 2.0 ** (BITS * torch.arange(POSITION_DIGITS) - _SHIFT)
-        query[POSITION_DIGITS] = -1.0  # where any other token's key is 1
+        query[POSITION_DIGITS] = -8.0  # where any other token's key is 1: a weight of e^-512
         device = torch.get_default_device()
         self.register_buffer("slot_of_token", slots.to(device), persistent=False)
         self.register_buffer("substitute", substitutes.to(device), persistent=False)
