@@ -13,6 +13,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"  # real data beside the checkout, where there is any
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 ROLES = ["<|end_of_text|>", "<|pad|>", "<|start_of_role|>", "<|end_of_role|>", "<tool_call>", "</tool_call>"]
 CHATML = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 

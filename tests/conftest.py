@@ -9,16 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+from artefacts import ALL, ASSISTANT, make_adapter, make_base
 from hypothesis import HealthCheck, settings
-
-ROOT = Path(__file__).parent.parent
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 settings.register_profile("default", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("default")
-
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,16 +25,12 @@ def _threads() -> None:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Granite of float32 with a vocabulary longer than its tokenizer."""
-    from artefacts import make_base
-
     return make_base(tmp_path_factory.mktemp("models") / "base", pad_vocab=9)
 
 
 @pytest.fixture(scope="session")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five adapters of that base: two LoRA, three aLoRA, of different ranks, targets and scalings."""
-    from artefacts import make_adapter
-
     folder = tmp_path_factory.mktemp("adapters")
     make_adapter(folder / "answerability", base, seed=1, rank=8, targets=ALL, invocation=ASSISTANT)
     make_adapter(folder / "citations", base, seed=2, rank=2, targets=("o_proj", "down_proj"), alpha=4)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from artefacts import edit_json, make_adapter, make_base
-from conftest import ASSISTANT
+from artefacts import ASSISTANT, edit_json, make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
 from granite_switch import compose

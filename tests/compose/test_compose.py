@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from artefacts import GRANITE_TEMPLATE, edit_json, make_adapter, make_base
-from conftest import ASSISTANT, SHARED_DATA
+from artefacts import ASSISTANT, GRANITE_TEMPLATE, SHARED_DATA, edit_json, make_adapter, make_base
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer

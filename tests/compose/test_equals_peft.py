@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from artefacts import CHATML, CHATML_TEMPLATE, make_adapter, make_base
-from conftest import ALL
+from artefacts import ALL, CHATML, CHATML_TEMPLATE, make_adapter, make_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel

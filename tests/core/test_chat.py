@@ -1,8 +1,7 @@
 """The wrapped template: the base's render, byte for byte, with control tokens only where they belong."""
 
 import pytest
-from artefacts import CHATML_TEMPLATE, GRANITE_TEMPLATE
-from conftest import SHARED_DATA
+from artefacts import CHATML_TEMPLATE, GRANITE_TEMPLATE, SHARED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
