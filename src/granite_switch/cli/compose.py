@@ -80,6 +80,9 @@ def summary(plan: "Plan") -> Table:
         justify: Literal["right", "left"] = "right" if heading in ("slot", "rank", "size") else "left"
         table.add_column(heading, justify=justify, overflow="fold")
     for slot, spec in enumerate(plan.spec.adapters, 1):
+        if spec.retired:
+            table.add_row(str(slot), spec.name, "removed", "", "", "", f"{spec.token} = {spec.token_id}", "")
+            continue
         adapter = plan.adapters[spec.name]
         ranks = sorted({r for pattern in spec.rank_pattern.values() for r in pattern if r} | {spec.rank})
         where = repr(spec.invocation_text) if spec.technology == "alora" else "the first token"

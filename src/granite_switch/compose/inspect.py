@@ -189,7 +189,7 @@ def plot(values: Mapping[str, npt.NDArray[np.float64]], path: Path) -> None:
     for panel in panels[len(values) :]:
         panel.set_axis_off()
     if image is not None:
-        figure.colorbar(image, ax=list(panels), label="norm of the update / norm of the weight")
+        figure.colorbar(image, ax=list(panels), label="|s B A| / |W|")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -1,0 +1,317 @@
+"""`granite-switch inspect`, `verify`, `add`, `remove`, `update`, `rename`, `extract` and `push`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from granite_switch.cli.compose import summary
+from granite_switch.cli.console import console, size, warn
+from granite_switch.errors import AdapterError, CheckpointError
+
+if TYPE_CHECKING:
+    from granite_switch.compose.inspect import Report
+    from granite_switch.compose.plan import Plan
+    from granite_switch.core.spec import SwitchSpec
+
+Model: TypeAlias = Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")]
+Local: TypeAlias = Annotated[Path, typer.Argument(help="Composed model: local folder.", metavar="MODEL")]
+Sources: TypeAlias = Annotated[
+    list[str], typer.Argument(help="PEFT adapter folder, library folder, YAML manifest or hub id.", metavar="SOURCE...")
+]
+Output: TypeAlias = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder to make; by default the model is changed in place.")
+]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace an existing folder.")]
+BaseName: TypeAlias = Annotated[str, typer.Option(help="The base's folder in libraries; its own name by default.")]
+Include: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to take; repeat.")]
+Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to leave out; repeat.")]
+Technology: TypeAlias = Annotated[str, typer.Option(help="alora or lora, where only one is wanted.")]
+Revision: TypeAlias = Annotated[str | None, typer.Option(help="Revision of the hub repositories.")]
+CreateIoYaml: TypeAlias = Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (inspect, verify, add, remove, update, rename, extract, push):
+        app.command()(command)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id; or a .gguf file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw how strongly adapters change each projection.")] = None,
+) -> None:
+    """Show what is in a composed model."""
+    from granite_switch.compose.inspect import inspect as look
+    from granite_switch.compose.inspect import plot as draw
+    from granite_switch.compose.inspect import strengths
+    from granite_switch.compose.sources import model_folder
+    from granite_switch.core.checkpoint import read_json
+    from granite_switch.core.legacy import describe, generation
+
+    if model.endswith(".gguf"):
+        _inspect_gguf(Path(model), as_json)
+        return
+    folder = model_folder(model)
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict) and (number := generation(config)):
+        lines = describe(folder)
+        console.print(json.dumps({"generation": number, "notes": lines}) if as_json else "\n".join(lines), markup=False)
+        return
+    report = look(folder)
+    if as_json:
+        console.print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False), markup=False)
+    else:
+        _show(report)
+    if plot:
+        draw(strengths(folder), plot)
+        if not as_json:
+            console.print(f"written: {plot}", markup=False)
+
+
+def verify(
+    model: Model,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Source of adapters, or the base model: compare with PEFT; repeat.")
+    ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every weight: digests, NaN, control tokens' rows.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="With --against: float32, bfloat16 or float16.")] = "float32",
+    base_name: BaseName = "",
+    technology: Technology = "",
+    revision: Revision = None,
+) -> None:
+    """Check a composed model's files, and compare it with PEFT."""
+    from granite_switch.compose.sources import model_folder
+    from granite_switch.compose.verify import verify as check
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter("is float32, bfloat16 or float16", param_hint="--dtype")
+    folder = model_folder(model, revision)
+    spec = check(folder, deep=deep)
+    console.print(f"{model}: {len(spec.active)} adapters, nothing wrong", markup=False)
+    if against:
+        base, adapters = _matched(spec, against, base_name, technology, revision)
+        _compare(folder, adapters, base, dtype)
+
+
+def add(
+    model: Model,
+    sources: Sources,
+    output: Output = None,
+    base_name: BaseName = "",
+    include: Include = None,
+    exclude: Exclude = None,
+    technology: Technology = "",
+    revision: Revision = None,
+    create_io_yaml: CreateIoYaml = False,
+    force: Force = False,
+) -> None:
+    """Add adapters. Slots and token ids of the others stay."""
+    from granite_switch.compose import edit
+
+    selection = _selection(base_name, include, exclude, technology, revision)
+    plan = edit.add(model, sources, output=output, force=force, create_io_yaml=create_io_yaml, **selection)
+    _changed(plan, output or model)
+
+
+def update(
+    model: Model,
+    sources: Sources,
+    output: Output = None,
+    base_name: BaseName = "",
+    include: Include = None,
+    exclude: Exclude = None,
+    technology: Technology = "",
+    revision: Revision = None,
+    force: Force = False,
+) -> None:
+    """Replace adapters by others of the same name. Slots and token ids stay."""
+    from granite_switch.compose import edit
+
+    selection = _selection(base_name, include, exclude, technology, revision)
+    _changed(edit.update(model, sources, output=output, force=force, **selection), output or model)
+
+
+def remove(
+    model: Model,
+    names: Annotated[list[str], typer.Argument(help="Names of adapters.", metavar="NAME...")],
+    output: Output = None,
+    force: Force = False,
+) -> None:
+    """Remove adapters. Their slots and tokens stay taken."""
+    from granite_switch.compose import edit
+
+    _changed(edit.remove(model, names, output=output, force=force), output or model)
+
+
+def rename(
+    model: Model,
+    old: Annotated[str, typer.Argument(help="The adapter's name.")],
+    new: Annotated[str, typer.Argument(help="Its new name.")],
+    output: Output = None,
+    force: Force = False,
+) -> None:
+    """Rename an adapter. Its slot and token id stay."""
+    from granite_switch.compose import edit
+
+    _changed(edit.rename(model, old, new, output=output, force=force), output or model)
+
+
+def extract(
+    model: Model,
+    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+    force: Force = False,
+) -> None:
+    """Write an adapter as PEFT has it."""
+    from granite_switch.compose.extract import extract as take
+
+    console.print(f"written: {take(model, name, output, force=force)}", markup=False)
+
+
+def push(
+    model: Local,
+    repo: Annotated[str, typer.Argument(help="Hub repository: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private, if it is made.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "",
+) -> None:
+    """Verify a composed model and upload it to the hub."""
+    from granite_switch.compose.push import push as upload
+
+    url = upload(model, repo, private=private, revision=revision, message=message)
+    console.print(f"pushed: {url}", markup=False)
+
+
+def _selection(
+    base_name: str, include: list[str] | None, exclude: list[str] | None, technology: str, revision: str | None
+) -> dict[str, Any]:
+    if technology not in ("", "lora", "alora"):
+        raise typer.BadParameter("is alora or lora", param_hint="--technology")
+    return {
+        "base_name": base_name,
+        "include": include or (),
+        "exclude": exclude or (),
+        "technology": technology,
+        "revision": revision,
+    }
+
+
+def _changed(plan: "Plan", where: str | Path) -> None:
+    for warning in plan.warnings:
+        warn(warning)
+    console.print(summary(plan))
+    console.print(f"written: {where}", markup=False)
+
+
+def _show(report: "Report") -> None:
+    console.print(
+        f"{report.model}: {report.base_model}, {report.parameters:,} parameters ({size(report.nbytes)}, "
+        f"{', '.join(report.dtypes)}), {report.layers} layers, vocabulary {report.vocab_size:,}\n"
+        f"format {report.format_version}; return to base: {report.return_to_base} = {report.return_to_base_id}"
+        f"{'; control tokens can be generated' if report.generatable else ''}",
+        markup=False,
+    )
+    table = Table()
+    for heading in ("slot", "adapter", "kind", "rank", "alpha", "targets", "parameters", "size", "share"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("control token", "stands for", "acts from", "source", "sha256"):
+        table.add_column(heading, overflow="fold")
+    for one in report.adapters:
+        low, high = one.ranks
+        table.add_row(
+            str(one.slot),
+            escape(one.name),
+            one.technology,
+            str(low) if low == high else f"{low}-{high}",
+            f"{one.alpha:g}{' (rs)' if one.use_rslora else ''}",
+            " ".join(one.target_modules).replace("_proj", ""),
+            f"{one.parameters:,}",
+            size(one.nbytes),
+            f"{one.share:.1%}",
+            escape(f"{one.token} = {one.token_id}"),
+            escape(f"{one.substitute} = {one.substitute_token_id}"),
+            escape(repr(one.invocation_text)) if one.invocation_text else "the first token",
+            escape(one.source),
+            one.sha256[:16],
+        )
+    console.print(table)
+    if report.retired:
+        console.print(f"removed, their slots stay taken: {', '.join(report.retired)}", markup=False)
+
+
+def _inspect_gguf(path: Path, as_json: bool) -> None:
+    try:
+        from granite_switch.gguf.inspect import describe
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: reading GGUF needs the gguf package", hint="pip install granite-switch[gguf]"
+        ) from None
+    record = describe(path)
+    if as_json:
+        console.print(json.dumps(record, indent=2, ensure_ascii=False), markup=False)
+        return
+    for key, value in record.items():
+        if key != "adapters":
+            console.print(f"{key}: {size(value) if key.endswith('bytes') else value}", markup=False)
+    table = Table()
+    keys = list(dict.fromkeys(key for adapter in record["adapters"] for key in adapter if key != "io_config"))
+    for key in keys:
+        table.add_column(key, overflow="fold")
+    for adapter in record["adapters"]:
+        table.add_row(*(escape(_cell(adapter.get(key, ""))) for key in keys))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _matched(
+    spec: "SwitchSpec", sources: list[str], base_name: str, technology: str, revision: str | None
+) -> tuple[Path | None, dict[str, Path]]:
+    """The base among the sources, and the folder of each adapter: by name, or where it was renamed by its hash."""
+    from granite_switch.compose.sources import Selection, find
+    from granite_switch.core.checkpoint import sha256
+
+    bases = [Path(source) for source in sources if (Path(source) / "config.json").is_file()]
+    rest = [source for source in sources if Path(source) not in bases]
+    if not rest:
+        raise AdapterError("--against: names no adapters", hint="give the sources that the model was composed from")
+    name = base_name or spec.base_model.rstrip("/").split("/")[-1]
+    found = {one.name: one.folder for one in find(rest, Selection(name, technology=technology), revision)}
+    hashes = {sha256(folder / "adapter_model.safetensors"): folder for folder in found.values()}
+    matched = {a.name: found.get(a.name) or hashes.get(a.sha256) for a in spec.active}
+    if missing := [name for name, folder in matched.items() if folder is None]:
+        warn(f"not compared, since no source has them: {', '.join(missing)}")
+    result = {name: folder for name, folder in matched.items() if folder}
+    if not result:
+        raise AdapterError("--against: the sources hold none of the model's adapters", hint=", ".join(found))
+    return (bases[0] if bases else None), result
+
+
+def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: str) -> None:
+    try:
+        import granite_switch.hf  # noqa: F401  (registers the Auto classes)
+        from granite_switch.hf.verify import compare
+    except ImportError as error:
+        raise CheckpointError(
+            f"--against needs torch, transformers and peft ({error.name} is missing)",
+            hint="pip install granite-switch[hf] peft",
+        ) from None
+    results = compare(folder, adapters, base, dtype)
+    table = Table(title=f"composed against PEFT, {dtype}", title_justify="left")
+    for heading in ("adapter", "largest difference", "largest logit", "adapter moves logits by", ""):
+        table.add_column(heading)
+    for one in results:
+        effect = f"{one.effect:.3g}" if one.name in adapters else ""
+        verdict = "equal" if one.within else "DIFFERS"
+        table.add_row(escape(one.name), f"{one.difference:.3g}", f"{one.largest:.3g}", effect, verdict)
+    console.print(table)
+    if wrong := [one.name for one in results if not one.within]:
+        raise CheckpointError(f"{folder}: differs from PEFT: {', '.join(wrong)}", hint="are these its sources?")

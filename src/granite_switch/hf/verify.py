@@ -1,0 +1,139 @@
+"""Compare a composed model with PEFT: each adapter on its source's own weights, the same prompts, all logits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers.utils import logging
+
+from granite_switch.core.chat import render
+from granite_switch.core.checkpoint import read_json
+from granite_switch.core.spec import AdapterSpec, SwitchSpec
+from granite_switch.core.tokenizer import read_tokenizer
+from granite_switch.errors import SwitchError
+
+# largest difference of a logit, as a share of the largest logit
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+_CHATS: Sequence[Sequence[Mapping[str, str]]] = (
+    [{"role": "user", "content": "Name three rivers and the seas in which they end."}],
+    [
+        {"role": "user", "content": "Who wrote the letter?"},
+        {"role": "assistant", "content": "It is not signed; the hand is a clerk's."},
+        {"role": "user", "content": "And when was it sent? Answer in one sentence."},
+    ],
+    [{"role": "user", "content": '{"title": "Ledger, 1871", "items": [4, 15, 1600], "sum": null}\n' * 4}],
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One adapter, composed against PEFT; "base": the switch model without one against plain Granite."""
+
+    name: str
+    difference: float  # the largest of any logit
+    largest: float  # logit, in absolute value
+    effect: float  # how far the adapter moves a logit from the base's: what would be missing if it did nothing
+    within: bool  # the tolerance of the dtype
+
+
+def compare(
+    model: Path, adapters: Mapping[str, Path], base: Path | None = None, dtype: str = "float32"
+) -> list[Comparison]:
+    """Compare adapters of a composed model with PEFT.
+
+    Args:
+        model: the composed model's folder.
+        adapters: name -> PEFT adapter folder.
+        base: the base model's folder; the composed model's own base weights by default.
+        dtype: to compute in: float32, bfloat16 or float16.
+
+    Raises:
+        SwitchError: peft is missing, or there is no chat template to make prompts with.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise SwitchError("comparing with PEFT needs peft", hint="pip install peft") from None
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        switch = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map="auto").eval()
+        spec: SwitchSpec = switch.config.switch_spec
+        wanted = {name: _prompts(model, spec, spec.adapter(name)) for name in adapters}
+        plain = _prompts(model, spec, None)
+        composed = {name: [_logits(switch, ids) for ids in prompts] for name, prompts in wanted.items()}
+        composed["base"] = [_logits(switch, ids) for ids in plain]
+        del switch
+        reference = _base(model, base, dtype)
+        result = [_compare("base", composed["base"], [_logits(reference, ids) for ids in plain], None, dtype)]
+        for name, folder in adapters.items():
+            exchanged = [[spec.substitutes.get(i, i) for i in ids] for ids in wanted[name]]
+            without = [_logits(reference, ids) for ids in exchanged]
+            peft = PeftModel.from_pretrained(reference, folder).eval()
+            expected = [_logits(peft, ids) for ids in exchanged]
+            reference = peft.unload()
+            result.append(_compare(name, composed[name], expected, without, dtype))
+        return result
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _prompts(model: Path, spec: SwitchSpec, adapter: AdapterSpec | None) -> list[list[int]]:
+    """Token ids of the built-in prompts, with the adapter's control token."""
+    tokenizer = read_tokenizer(model)
+    template = tokenizer.templates.get("default")
+    if template is None:
+        raise SwitchError(f"{model}: there is no chat template to make prompts with")
+    library: Tokenizer = tokenizer.library
+    result = []
+    for chat in _CHATS:
+        messages = [dict(message) for message in chat]
+        variables: dict[str, Any] = {**tokenizer.special_tokens, "add_generation_prompt": True}
+        text = render(template, messages, **variables)
+        if adapter:
+            if adapter.invocation_text not in text:
+                messages[-1]["content"] += adapter.invocation_text
+            text = render(template, messages, adapter_name=adapter.name, **variables)
+        result.append(library.encode(text, add_special_tokens=False).ids)
+    return result
+
+
+def _base(model: Path, base: Path | None, dtype: str) -> Any:
+    """Plain Granite, of the base's own folder or of the composed model's tensors."""
+    if base:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="auto").eval()
+    config = read_json(model / "config.json")
+    for key in ("switch", "model_type", "architectures"):
+        del config[key]
+    granite = GraniteConfig(**config)
+    return GraniteForCausalLM.from_pretrained(model, config=granite, dtype=dtype, device_map="auto").eval()
+
+
+def _logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """[tokens, vocabulary] in float32 on the CPU."""
+    with torch.no_grad():
+        return model(torch.tensor([ids], device=model.device)).logits[0].float().cpu()
+
+
+def _compare(
+    name: str,
+    composed: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    without: Sequence[torch.Tensor] | None,
+    dtype: str,
+) -> Comparison:
+    # control tokens can have a row here and none there
+    width = min(composed[0].shape[1], expected[0].shape[1])
+    finite = torch.isfinite(composed[0][0, :width])
+    pairs = [(c[:, :width][:, finite], e[:, :width][:, finite]) for c, e in zip(composed, expected, strict=True)]
+    difference = max(float((c - e).abs().max()) for c, e in pairs)
+    largest = max(float(e.abs().max()) for _, e in pairs)
+    effect = 0.0
+    if without:
+        effect = max(float((e - w).abs().max()) for e, w in zip(expected, without, strict=True))
+    return Comparison(name, difference, largest, effect, difference <= TOLERANCE[dtype] * largest)
