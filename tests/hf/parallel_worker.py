@@ -1,6 +1,7 @@
 """One of several processes that hold a model together; started by test_parallel.py under torchrun.
 
-Arguments: the checkpoint; a file with {name: ids}; a file to write {logits, text, gradients, saved} to.
+Arguments: the checkpoint; a file with {name: ids}; a file to write {logits, text, held, gradients} to, and beside it
+the folder that is saved. In float64, so that the order of sums does not show.
 """
 
 import sys
@@ -16,7 +17,7 @@ import granite_switch.hf  # noqa: F401
 folder, prompts, results = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto").eval()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, tp_plan="auto").eval()
 asked = torch.load(prompts)
 with torch.no_grad():
     logits = {name: model(ids).logits for name, ids in asked.items()}
@@ -26,6 +27,7 @@ for ids in asked.values():
     model(ids, labels=ids).loss.backward()
 gradients = {name: p.grad for name, p in model.named_parameters() if "_lora" in name}
 gradients = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto")
 model.save_pretrained(results.with_suffix(".saved"), is_main_process=dist.get_rank() == 0)
 if dist.get_rank() == 0:
     torch.save({"logits": logits, "text": text, "held": held, "gradients": gradients}, results)

@@ -29,39 +29,44 @@ def together(composed, reference, tmp_path_factory):
     return SimpleNamespace(**torch.load(folder / "results.pt"), saved=folder / "results.saved")
 
 
+@pytest.fixture(scope="module")
+def alone(reference):
+    return copy.deepcopy(reference.model).double()
+
+
 @pytest.mark.slow
 class TestTwoProcesses:
-    def test_logits(self, together, reference, row):
-        seen = reference.compare(together.logits)
-        assert seen.difference <= 1e-5
-        row("Devices", '`tp_plan="auto"`, two processes', seen=seen)
+    def test_logits(self, together, reference, alone, row):
+        with torch.no_grad():
+            for name, ids in reference.prompts.items():
+                torch.testing.assert_close(together.logits[name], alone(ids).logits, rtol=1e-10, atol=1e-10)
+        row("Devices", '`tp_plan="auto"`, two processes', seen=reference.compare(together.logits))
 
-    def test_text(self, together, reference):
+    def test_text(self, together, reference, alone):
         for name, ids in reference.prompts.items():
-            expected = reference.model.generate(ids, max_new_tokens=6, do_sample=False)
-            assert together.text[name].tolist() == expected.tolist()
+            assert together.text[name].tolist() == alone.generate(ids, max_new_tokens=6, do_sample=False).tolist()
 
-    def test_each_holds_a_part(self, together, reference):
-        whole = dict(reference.model.named_parameters())
+    def test_each_holds_a_part(self, together, alone):
+        whole = dict(alone.named_parameters())
         split = {name for name in together.held if "_lora" in name}
         assert {name.rsplit("-", 1)[1] for name in split if "qkv_lora" in name or "gate_up_lora" in name} == {"B"}
-        assert {name.rsplit("-", 1)[1] for name in split if "o_lora" in name or "down_lora" in name} == {"A"}
+        assert {name.rsplit("-", 1)[1] for name in split if ".o_lora" in name or "down_lora" in name} == {"A"}
         assert all(together.held[name] * 2 == whole[name].numel() for name in split)
 
-    def test_gradients(self, together, reference):
-        model = copy.deepcopy(reference.model)
+    def test_gradients(self, together, reference, alone):
         for ids in reference.prompts.values():
-            model(ids, labels=ids).loss.backward()
-        for name, parameter in model.named_parameters():
+            alone(ids, labels=ids).loss.backward()
+        for name, parameter in alone.named_parameters():
             if "_lora" in name:
-                torch.testing.assert_close(together.gradients[name], parameter.grad, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(together.gradients[name], parameter.grad, rtol=1e-8, atol=1e-8)
 
     def test_saving(self, together, composed):
         for file in composed.glob("adapter-*.safetensors"):
             assert file.read_bytes() == (together.saved / file.name).read_bytes()
-        saved, original = ({}, {})
-        for folder, tensors in ((together.saved, saved), (composed, original)):
-            for file in folder.glob("*.safetensors"):
-                tensors |= load_file(file)
-        assert saved.keys() == original.keys()
-        assert all(torch.equal(saved[key], original[key]) for key in saved)
+        saved, original = _tensors(together.saved), _tensors(composed)
+        assert saved.keys() - original.keys() <= {"lm_head.weight"}  # transformers unties what it gathers
+        assert all(torch.equal(saved[key], tensor) for key, tensor in original.items())
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
