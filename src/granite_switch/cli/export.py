@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from granite_switch.gguf import Plan
 
 _LIMITS = (
-    "llama.cpp keeps one adapter per sequence: the first control token counts to its end, and nothing returns to base"
+    "llama.cpp keeps one adapter per sequence, from its control token to the end; "
+    "another one, or the base, needs a new one"
 )
 
 

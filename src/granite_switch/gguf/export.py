@@ -103,8 +103,12 @@ def export(
 def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> Plan:
     """Read and check everything, and write nothing. Arguments as for `export`."""
     folder = Path(model)
+    if outtype not in ("", *OUTTYPES):
+        raise CheckpointError(f"outtype {outtype!r} is none of {', '.join(OUTTYPES)}")
     config, spec, tensors = _read(folder)
     config = {**_DEFAULTS, **config}
+    if problems := list(_pattern_problems(config, spec)):
+        raise CheckpointError(f"{folder}: config.json contradicts itself", problems=problems)
     problems = [*_base_problems(config), *_switch_problems(config, spec), *_tensor_problems(config, spec, tensors)]
     tokenizer = read_tokenizer(folder)
     words, more, warnings = vocabulary(tokenizer, config["vocab_size"], spec, _end_tokens(folder, config))
@@ -216,6 +220,15 @@ def _switch_problems(config: Mapping[str, Any], spec: SwitchSpec) -> Iterator[st
                 yield f"{adapter.name}: {what} {token} is not in the vocabulary of {size}"
         if ids.count(adapter.token_id) > 1:
             yield f"{adapter.name}: control token {adapter.token_id} belongs to another adapter too"
+
+
+def _pattern_problems(config: Mapping[str, Any], spec: SwitchSpec) -> Iterator[str]:
+    layers = config["num_hidden_layers"]
+    for adapter in spec.active:
+        for what, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+            for name, values in pattern.items():
+                if len(values) != layers:
+                    yield f"{adapter.name}: {what} of {name} has {len(values)} entries for {layers} layers"
 
 
 def _tensor_problems(config: Mapping[str, Any], spec: SwitchSpec, tensors: Mapping[str, Tensor]) -> list[str]:
