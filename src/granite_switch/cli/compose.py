@@ -1,6 +1,7 @@
 """`granite-switch compose`."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -32,14 +33,16 @@ def compose(
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repositories.")] = None,
     generatable: Annotated[bool, typer.Option(help="Let the model generate control tokens.")] = False,
     create_io_yaml: Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")] = False,
+    push: Annotated[str, typer.Option(help="Hub repository to upload it to; --output can then be left out.")] = "",
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private, if it is made.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show what the sources hold and stop.")] = False,
 ) -> None:
     """Compose a base model and adapters into one checkpoint."""
     from granite_switch.compose import prepare
-    from granite_switch.compose.write import write_model
-    from granite_switch.core.staging import check_target, staged
+    from granite_switch.compose.push import push as upload
+    from granite_switch.core.staging import check_target
 
     if technology not in ("", "lora", "alora"):
         raise typer.BadParameter("is alora or lora", param_hint="--technology")
@@ -47,7 +50,7 @@ def compose(
     if list_:
         show_sources(sources, revision)
         return
-    if output is None and not dry_run:
+    if output is None and not push and not dry_run:
         raise typer.BadParameter("say where the model is to stand", param_hint="--output")
     if output and not dry_run:
         check_target(output, force=force)
@@ -65,11 +68,25 @@ def compose(
     for warning in plan.warnings:
         warn(warning)
     if output and not dry_run:
-        total = plan.checkpoint.nbytes + plan.adapter_bytes
-        with staged(output, force=force) as folder, progress("composing", total) as advance:
-            write_model(plan, folder, advance)
+        _write(plan, output, force)
     console.print(summary(plan))
-    console.print(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
+    if output or dry_run:
+        console.print(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
+    if push and not dry_run:
+        with TemporaryDirectory() as temporary:
+            model = output or Path(temporary) / "model"
+            if not output:
+                _write(plan, model, force)
+            console.print(f"pushed: {upload(model, push, private=private)}", markup=False)
+
+
+def _write(plan: "Plan", output: Path, force: bool) -> None:
+    from granite_switch.compose.write import write_model
+    from granite_switch.core.staging import staged
+
+    total = plan.checkpoint.nbytes + plan.adapter_bytes
+    with staged(output, force=force) as folder, progress("composing", total) as advance:
+        write_model(plan, folder, advance)
 
 
 def summary(plan: "Plan") -> Table:
