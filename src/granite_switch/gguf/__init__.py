@@ -1,12 +1,50 @@
 """llama.cpp: one GGUF file with the base and every adapter, for its `graniteswitch` architecture."""
 
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from granite_switch.core.staging import staged_file
 from granite_switch.errors import SwitchError
 
 try:
-    from granite_switch.gguf.export import OUTTYPES, Plan, export, prepare, write
-except ModuleNotFoundError as error:
-    if error.name != "gguf":
-        raise
+    import gguf  # noqa: F401
+except ModuleNotFoundError:
     raise SwitchError("the package gguf is not installed", hint="pip install 'granite-switch[gguf]'") from None
 
+from granite_switch.gguf.plan import OUTTYPES, Plan, prepare
+from granite_switch.gguf.write import write
+
 __all__ = ["OUTTYPES", "Plan", "export", "prepare", "write"]
+
+
+def export(
+    model: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    outtype: str = "",
+    pre: str = "",
+    force: bool = False,
+    on_bytes: Callable[[int], Any] | None = None,
+) -> Plan:
+    """Write a composed model as one GGUF file.
+
+    Args:
+        model: folder of a composed model, also of an older generation that exchanges tokens.
+        output: the file; it appears only when it is complete.
+        outtype: one of f32, f16, bf16, q8_0; the model's own dtype by default.
+        pre: llama.cpp's name of the pre-tokenizer; worked out by default.
+        force: replace an existing file.
+        on_bytes: called with the number of bytes after each piece that is written.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: with all that keeps the model from being exported.
+    """
+    plan = prepare(model, outtype=outtype, pre=pre)
+    with staged_file(Path(output), force=force) as path:
+        write(plan, path, on_bytes)
+    return plan

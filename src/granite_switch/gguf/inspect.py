@@ -7,7 +7,7 @@ from typing import Any
 from gguf import GGUFReader, LlamaFileType, ReaderTensor
 
 from granite_switch.errors import CheckpointError
-from granite_switch.gguf.export import ARCH
+from granite_switch.gguf.write import ARCH
 
 
 def describe(path: Path) -> dict[str, Any]:

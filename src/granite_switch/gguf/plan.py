@@ -1,42 +1,29 @@
-"""Export a composed model to one GGUF file of llama.cpp's `graniteswitch` architecture.
+"""Read and check everything about an export before a byte is written.
 
-First everything is read and checked (`prepare`), then the file is streamed (`write`). What the engine does not check is
-checked here: src/models/granite-switch.cpp loads duplicate or unknown control tokens without a word.
+What the engine does not check is checked here: src/models/granite-switch.cpp loads duplicate or unknown control tokens
+without a word.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter, LlamaFileType
-
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
 from granite_switch.core.layout import widths
 from granite_switch.core.spec import MODEL_TYPE, SwitchSpec
-from granite_switch.core.staging import staged_file
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import CheckpointError
 from granite_switch.gguf.pretokenizer import NAMES, detect
 from granite_switch.gguf.tensors import EMBEDDING, HEAD, TYPES, Target, expected, max_rank, targets
 from granite_switch.gguf.vocabulary import Vocabulary, vocabulary
 
-ARCH = "graniteswitch"
-ROUTER_GAIN = 15.0  # llama.cpp's default: another token's weight against the control token's is e^-30
 MOST_ADAPTERS = MOST_RANKS = 4096
 OUTTYPES = tuple(TYPES)
 _OWN = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-_FILE_TYPES = {
-    "f32": LlamaFileType.ALL_F32,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "bf16": LlamaFileType.MOSTLY_BF16,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-}
 # transformers' GraniteConfig, for what a config.json leaves out
 _DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 2048,
@@ -69,39 +56,17 @@ class Plan:
         return sum(target.nbytes for target in self.targets)
 
 
-def export(
-    model: str | PathLike[str],
-    output: str | PathLike[str],
-    *,
-    outtype: str = "",
-    pre: str = "",
-    force: bool = False,
-    on_bytes: Callable[[int], Any] | None = None,
-) -> Plan:
-    """Write a composed model as one GGUF file.
+def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> Plan:
+    """Read and check everything, and write nothing.
 
     Args:
         model: folder of a composed model, also of an older generation that exchanges tokens.
-        output: the file; it appears only when it is complete.
-        outtype: one of f32, f16, bf16, q8_0; the model's own dtype by default.
+        outtype: one of `OUTTYPES`; the model's own dtype by default.
         pre: llama.cpp's name of the pre-tokenizer; worked out by default.
-        force: replace an existing file.
-        on_bytes: called with the number of bytes after each piece that is written.
-
-    Returns:
-        What was written.
 
     Raises:
         CheckpointError: with all that keeps the model from being exported.
     """
-    plan = prepare(model, outtype=outtype, pre=pre)
-    with staged_file(Path(output), force=force) as path:
-        write(plan, path, on_bytes)
-    return plan
-
-
-def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> Plan:
-    """Read and check everything, and write nothing. Arguments as for `export`."""
     folder = Path(model)
     if outtype not in ("", *OUTTYPES):
         raise CheckpointError(f"outtype {outtype!r} is none of {', '.join(OUTTYPES)}")
@@ -127,38 +92,6 @@ def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> 
         io_configs=_io_configs(folder, spec),
         warnings=(*warnings, *doubt),
     )
-
-
-def write(plan: Plan, path: Path, on_bytes: Callable[[int], Any] | None = None) -> None:
-    """Stream the file.
-
-    Args:
-        plan: what to write.
-        path: where, replacing what is there.
-        on_bytes: called with the number of bytes after each piece.
-    """
-    writer = GGUFWriter(path, ARCH)
-    _general(writer, plan)
-    _hyperparameters(writer, plan)
-    _tokenizer(writer, plan)
-    _own_keys(writer, plan)
-    for target in plan.targets:
-        writer.add_tensor_info(target.name, target.shape, np.dtype(np.float32), target.nbytes, target.type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    assert writer.fout is not None
-    (file,) = writer.fout
-    try:
-        for target in plan.targets:
-            writer.write_padding(file, file.tell())
-            for data in target.encoded():
-                file.write(data)
-                if on_bytes:
-                    on_bytes(len(data))
-        writer.write_padding(file, file.tell())
-    finally:
-        writer.close()
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], SwitchSpec, Mapping[str, Tensor]]:
@@ -201,7 +134,7 @@ def _base_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if head % 2:
         yield f"head size {head} is odd"
     try:
-        _rope(config)
+        rope_scaling(config)
     except ValueError as error:
         yield f"rotary embeddings: {error}"
 
@@ -268,7 +201,7 @@ def _io_configs(folder: Path, spec: SwitchSpec) -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") if path.is_file() else "" for name, path in paths.items()}
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope.scaling.*` for a config's rotary embeddings, as transformers' modeling_rope_utils defines them.
 
     Raises:
@@ -297,76 +230,3 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _general(writer: GGUFWriter, plan: Plan) -> None:
-    writer.add_type("model")
-    writer.add_name(f"{plan.spec.base_model or 'Granite'} with {len(plan.spec.active)} adapters")
-    writer.add_file_type(_FILE_TYPES[plan.outtype])
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-
-
-def _hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
-    config, spec = plan.config, plan.spec
-    heads = config["num_attention_heads"]
-    head = widths(config)["query"] // heads
-    rope = config.get("rope_parameters") or {}
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", config["rope_theta"])))
-    for key, value in _rope(config).items():
-        kind = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}[type(value)]
-        writer.add_key_value(f"{ARCH}.rope.scaling.{key}", value, kind)
-    writer.add_attention_scale(config["attention_multiplier"])
-    writer.add_embedding_scale(config["embedding_multiplier"])
-    writer.add_residual_scale(config["residual_multiplier"])
-    writer.add_logit_scale(config["logits_scaling"])
-    writer.add_uint32(f"{ARCH}.adapters.count", len(spec.active))
-    writer.add_uint32(f"{ARCH}.adapters.lora_rank", max_rank(spec, config["num_hidden_layers"]))
-    writer.add_array(f"{ARCH}.adapters.token_ids_activate", [a.token_id for a in spec.active])
-    writer.add_array(f"{ARCH}.adapters.token_ids_substitute", [a.substitute_token_id for a in spec.active])
-    writer.add_float32(f"{ARCH}.adapters.router_gain", ROUTER_GAIN)
-
-
-def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
-    words = plan.vocabulary
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(plan.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    if words.merges:
-        writer.add_token_merges(words.merges)
-    for name, index in words.special.items():
-        getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_bos_token(words.add_bos)
-    writer.add_add_eos_token(words.add_eos)
-    if not plan.spec.generatable:
-        writer.add_array("tokenizer.ggml.suppress_tokens", sorted(plan.spec.control_slots))
-    if set(words.templates) == {"default"}:
-        writer.add_chat_template(words.templates["default"])
-    elif words.templates:
-        writer.add_chat_template([{"name": name, "template": text} for name, text in words.templates.items()])
-
-
-def _own_keys(writer: GGUFWriter, plan: Plan) -> None:
-    """What llama.cpp has no keys for: the file says itself what it holds. The engine ignores them."""
-    adapters = plan.spec.active
-    writer.add_string("granite_switch.switch", json.dumps(plan.spec.to_dict(), ensure_ascii=False, sort_keys=True))
-    writer.add_array("granite_switch.adapters.names", [a.name for a in adapters])
-    writer.add_array("granite_switch.adapters.technologies", [a.technology for a in adapters])
-    writer.add_array("granite_switch.adapters.ranks", [_rank(plan, a.name) for a in adapters])
-    writer.add_array("granite_switch.adapters.io_configs", [plan.io_configs[a.name] for a in adapters])
-
-
-def _rank(plan: Plan, name: str) -> int:
-    adapter = plan.spec.adapter(name)
-    return max_rank(replace(plan.spec, adapters=(adapter,)), plan.config["num_hidden_layers"])

@@ -1,0 +1,128 @@
+"""Stream a planned export into a GGUF file: llama.cpp's keys, our own, and the tensors piece by piece."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter, LlamaFileType
+
+from granite_switch.core.layout import widths
+from granite_switch.gguf.plan import Plan, rope_scaling
+from granite_switch.gguf.tensors import max_rank
+
+ARCH = "graniteswitch"
+ROUTER_GAIN = 15.0  # llama.cpp's default: another token's weight against the control token's is e^-30
+_FILE_TYPES = {
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def write(plan: Plan, path: Path, on_bytes: Callable[[int], Any] | None = None) -> None:
+    """Stream the file.
+
+    Args:
+        plan: what to write.
+        path: where, replacing what is there.
+        on_bytes: called with the number of bytes after each piece.
+    """
+    writer = GGUFWriter(path, ARCH)
+    _general(writer, plan)
+    _hyperparameters(writer, plan)
+    _tokenizer(writer, plan)
+    _own_keys(writer, plan)
+    for target in plan.targets:
+        writer.add_tensor_info(target.name, target.shape, np.dtype(np.float32), target.nbytes, target.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    (file,) = writer.fout
+    try:
+        for target in plan.targets:
+            writer.write_padding(file, file.tell())
+            for data in target.encoded():
+                file.write(data)
+                if on_bytes:
+                    on_bytes(len(data))
+        writer.write_padding(file, file.tell())
+    finally:
+        writer.close()
+
+
+def _general(writer: GGUFWriter, plan: Plan) -> None:
+    writer.add_type("model")
+    writer.add_name(f"{plan.spec.base_model or 'Granite'} with {len(plan.spec.active)} adapters")
+    writer.add_file_type(_FILE_TYPES[plan.outtype])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
+    config, spec = plan.config, plan.spec
+    heads = config["num_attention_heads"]
+    head = widths(config)["query"] // heads
+    rope = config.get("rope_parameters") or {}
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", config["rope_theta"])))
+    for key, value in rope_scaling(config).items():
+        kind = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}[type(value)]
+        writer.add_key_value(f"{ARCH}.rope.scaling.{key}", value, kind)
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+    writer.add_uint32(f"{ARCH}.adapters.count", len(spec.active))
+    writer.add_uint32(f"{ARCH}.adapters.lora_rank", max_rank(spec, config["num_hidden_layers"]))
+    writer.add_array(f"{ARCH}.adapters.token_ids_activate", [a.token_id for a in spec.active])
+    writer.add_array(f"{ARCH}.adapters.token_ids_substitute", [a.substitute_token_id for a in spec.active])
+    writer.add_float32(f"{ARCH}.adapters.router_gain", ROUTER_GAIN)
+
+
+def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
+    words = plan.vocabulary
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(plan.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    if words.merges:
+        writer.add_token_merges(words.merges)
+    for name, index in words.special.items():
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(words.add_bos)
+    writer.add_add_eos_token(words.add_eos)
+    if not plan.spec.generatable:
+        writer.add_array("tokenizer.ggml.suppress_tokens", sorted(plan.spec.control_slots))
+    if set(words.templates) == {"default"}:
+        writer.add_chat_template(words.templates["default"])
+    elif words.templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in words.templates.items()])
+
+
+def _own_keys(writer: GGUFWriter, plan: Plan) -> None:
+    """What llama.cpp has no keys for: the file says itself what it holds. The engine ignores them."""
+    adapters = plan.spec.active
+    writer.add_string("granite_switch.switch", json.dumps(plan.spec.to_dict(), ensure_ascii=False, sort_keys=True))
+    writer.add_array("granite_switch.adapters.names", [a.name for a in adapters])
+    writer.add_array("granite_switch.adapters.technologies", [a.technology for a in adapters])
+    writer.add_array("granite_switch.adapters.ranks", [_rank(plan, a.name) for a in adapters])
+    writer.add_array("granite_switch.adapters.io_configs", [plan.io_configs[a.name] for a in adapters])
+
+
+def _rank(plan: Plan, name: str) -> int:
+    adapter = plan.spec.adapter(name)
+    return max_rank(replace(plan.spec, adapters=(adapter,)), plan.config["num_hidden_layers"])
