@@ -51,11 +51,12 @@ def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, s
     files: dict[str, Mapping[str, Tensor]] = {}
     for name, tensors in plan.checkpoint.files.items():
         target = "model-00001-of-00001.safetensors" if name == SINGLE else name
-        if tensors.keys() & plan.grown.keys() and not same_tokens:
+        source = plan.checkpoint.folder / name
+        changed = tensors.keys() & plan.grown.keys() or tensors != read_header(source)[0]
+        if changed and not same_tokens:
             write(folder / target, [_entry(plan, tensor) for tensor in tensors.values()], on_bytes)
             files[target] = read_header(folder / target)[0]
         else:
-            source = plan.checkpoint.folder / name
             link_or_copy(source, folder / target)
             files[target] = tensors if not same_tokens else read_header(folder / target)[0]
             if on_bytes:

@@ -13,7 +13,15 @@ from typing import Any, Protocol, TypeVar
 
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
 from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
-from granite_switch.core.spec import ARCHITECTURE, MODEL_TYPE, AdapterSpec, Hiding, SwitchSpec, control_token
+from granite_switch.core.spec import (
+    ARCHITECTURE,
+    BASE_TOKEN,
+    MODEL_TYPE,
+    AdapterSpec,
+    Hiding,
+    SwitchSpec,
+    control_token,
+)
 from granite_switch.errors import CheckpointError
 
 UPGRADE = "granite-switch upgrade OLD NEW"
@@ -183,7 +191,8 @@ def describe(folder: Path) -> list[str]:
         f"loads as it is in transformers{' and vLLM' if old.generation > 1 else ''}; to upgrade: {UPGRADE}",
         "upgrading splits q, k, v and gate, up; writes every adapter as a file of its own "
         f"({sum(t.nbytes for t in stacks):,} bytes of stacks, {kept:,} without padding)",
-        "upgrading adds a return-to-base token, and a chat template that wraps the base's",
+        f"upgrading {'renames' if old.spec.base_token else 'adds'} the token that returns to the base, "
+        f"{f'{old.spec.base_token} to {BASE_TOKEN}' if old.spec.base_token else BASE_TOKEN}, and wraps the chat template",
     ]
     if old.generation == 1:
         lines.append(

@@ -1,0 +1,35 @@
+"""`granite-switch upgrade`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from granite_switch.cli.compose import summary
+from granite_switch.cli.console import console, progress, size
+
+
+def register(app: typer.Typer) -> None:
+    app.command("upgrade")(upgrade)
+
+
+def upgrade(
+    old: Annotated[str, typer.Argument(help="Checkpoint of an older generation: local folder or hub id.")],
+    new: Annotated[Path, typer.Argument(help="Folder to make.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and stop.")] = False,
+) -> None:
+    """Rewrite a checkpoint of an older generation as format 1."""
+    from granite_switch.compose.sources import model_folder
+    from granite_switch.compose.upgrade import carry_out, prepare
+    from granite_switch.core.staging import check_target, staged
+
+    if not dry_run:
+        check_target(new, force=force)
+    plan = prepare(model_folder(old))
+    total = plan.checkpoint.nbytes + plan.adapter_bytes
+    if not dry_run:
+        with staged(new, force=force) as folder, progress("upgrading", total) as advance:
+            carry_out(plan, folder, advance)
+    console.print(summary(plan))
+    console.print(f"{'would be written' if dry_run else 'written'}: {new} ({size(total)})", markup=False)

@@ -1,0 +1,201 @@
+"""Rewrite a checkpoint of an older generation as format 1, without the adapters it was composed from.
+
+It is taken apart into a base and adapters, lazily, and these are composed; what a composed model is, `compose` alone
+decides. The old chat template, rendered without an adapter, is the base's.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from granite_switch.compose.adapters import Adapter, check_name, digest
+from granite_switch.compose.plan import EMBEDDING, HEAD, Base, Plan, assemble
+from granite_switch.compose.sources import model_folder
+from granite_switch.compose.tokenizer import without
+from granite_switch.compose.write import write_model
+from granite_switch.core import legacy
+from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json, write_json
+from granite_switch.core.layout import PROJECTIONS, AdapterTensor, parse_key
+from granite_switch.core.spec import AdapterSpec
+from granite_switch.core.staging import check_target, staged
+from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
+from granite_switch.errors import CheckpointError
+
+_ADAPTER_MAP = re.compile(r"set adapter_map = (\{.*?\n\}) %\}", re.DOTALL)
+# The old templates place control tokens by `adapter_name`: unset inside, the base's prompt is left.
+_WITHOUT_ADAPTER = "{% set adapter_name = '' +%}"
+_TOKEN_LISTS = ("extra_special_tokens", "additional_special_tokens")
+
+
+def upgrade(
+    old: str | PathLike[str],
+    new: str | PathLike[str],
+    *,
+    force: bool = False,
+    on_bytes: Callable[[int], Any] | None = None,
+) -> Plan:
+    """Write an older generation's checkpoint as format 1.
+
+    Args:
+        old: folder or hub id.
+        new: the folder to make. It appears only when it is complete.
+        force: replace an existing folder.
+        on_bytes: called with the number of bytes after each piece that is written.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SwitchError: with all that is wrong; nothing is left behind.
+    """
+    check_target(Path(new), force=force)
+    planned = prepare(model_folder(old))
+    with staged(Path(new), force=force) as folder:
+        carry_out(planned, folder, on_bytes)
+    return planned
+
+
+def prepare(folder: Path) -> Plan:
+    """Take an older checkpoint apart and plan it anew. B is read once, to find the projections that it leaves alone."""
+    old = legacy.read(folder)
+    tokenizer = read_tokenizer(folder)
+    first = _first_control(old, tokenizer)
+    index = read_json(folder / "adapter_index.json") if (folder / "adapter_index.json").is_file() else {}
+    triggers = _invocations(old, tokenizer)
+    pairs: dict[str, dict[AdapterTensor, Tensor]] = {name: {} for name in old.spec.names}
+    for name, tensor in old.tensors.items():
+        if key := parse_key(name):
+            pairs[key.adapter][key] = tensor
+    slots = []
+    for spec in old.spec.adapters:
+        tokens = tuple(tokenizer.library.encode(triggers[spec.name], add_special_tokens=False).ids)
+        slots.append(_adapter(old, spec, pairs[spec.name], tokens, _io_yaml(folder, spec.name, index)))
+    base_model = index.get("model_info", {}).get("base_model") or folder.resolve().name
+    planned = assemble(_base(old, tokenizer, first), slots, base_model, False)
+    _check_substitutes(old, planned)
+    return planned
+
+
+def carry_out(planned: Plan, folder: Path, on_bytes: Callable[[int], Any] | None = None) -> None:
+    """Write the planned model into an empty folder."""
+    write_model(planned, folder, on_bytes)
+    path = folder / "special_tokens_map.json"  # copied as it was: without the tokens that are no more
+    if path.is_file():
+        write_json(path, _without_tokens(read_json(path), planned.base.tokenizer.tokens))
+
+
+def _base(old: legacy.Old, tokenizer: BaseTokenizer, first: int) -> Base:
+    """The base: its config, tensors without the control tokens' rows, its tokenizer and templates."""
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in old.checkpoint.files}
+    homes = {tensor.path: name for name, tensors in old.checkpoint.files.items() for tensor in tensors.values()}
+    for name, tensor in old.tensors.items():
+        if not parse_key(name):
+            rows = first if name in (EMBEDDING, HEAD) else tensor.shape[0]
+            files[homes[tensor.path]][name] = tensor[(slice(0, rows),)]
+    config = {key: value for key, value in old.config.items() if key != "switch"}
+    config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "vocab_size": first}
+    plain = without(tokenizer, first)
+    templates = {name: _WITHOUT_ADAPTER + text for name, text in tokenizer.templates.items()}
+    plain = replace(plain, config=_without_tokens(tokenizer.config, plain.tokens), templates=templates)
+    checkpoint: Checkpoint = old.checkpoint.of({name: tensors for name, tensors in files.items() if tensors})
+    return Base(old.checkpoint.folder, config, checkpoint, plain)
+
+
+def _adapter(
+    old: legacy.Old,
+    spec: AdapterSpec,
+    tensors: Mapping[AdapterTensor, Tensor],
+    invocation: tuple[int, ...],
+    io_yaml: Path | None,
+) -> Adapter:
+    """An adapter without the pairs that change nothing, which stacking it with others gave it."""
+    check_name(spec.name)
+    layers = int(old.config["num_hidden_layers"])
+    used = {(k.layer, k.projection) for k, tensor in tensors.items() if k.matrix == "B" and not _zero(tensor)}
+    used = used or {(k.layer, k.projection) for k in tensors}  # an adapter that changes nothing stays one
+    kept = {key: tensor for key, tensor in tensors.items() if (key.layer, key.projection) in used}
+    columns = {
+        name: tuple(spec.rank if (layer, name) in used else 0 for layer in range(layers)) for name in PROJECTIONS
+    }
+    contents = digest(kept)
+    return Adapter(
+        name=spec.name,
+        technology="alora" if invocation else "lora",
+        rank=spec.rank,
+        alpha=spec.alpha,
+        use_rslora=False,
+        target_modules=tuple(name for name, column in columns.items() if any(column)),
+        rank_pattern={name: column for name, column in columns.items() if any(column) and not all(column)},
+        alpha_pattern={},
+        invocation_tokens=invocation,
+        tensors=kept,
+        source=f"{old.checkpoint.folder.resolve().name}, generation {old.generation}",
+        sha256=contents,
+        digest=contents,
+        io_yaml=io_yaml,
+    )
+
+
+def _zero(tensor: Tensor) -> bool:
+    data = tensor.read()
+    return data.count(0) == len(data)
+
+
+def _io_yaml(folder: Path, name: str, index: Mapping[str, Any]) -> Path | None:
+    records = {record.get("adapter_name"): record for record in index.get("adapters", ())}
+    path = folder / (records.get(name, {}).get("io_config") or f"io_configs/{name}/io.yaml")
+    return path if path.is_file() and path.resolve().is_relative_to(folder.resolve()) else None
+
+
+def _first_control(old: legacy.Old, tokenizer: BaseTokenizer) -> int:
+    """The first control token's id. From it on, the embedding and the tokenizer must hold control tokens alone."""
+    controls = set(old.spec.control_slots)
+    first = min(controls, default=old.tensors[EMBEDDING].shape[0])
+    others = {i: text for text, i in tokenizer.tokens.items() if i >= first and i not in controls}
+    rows = old.tensors[EMBEDDING].shape[0]
+    problems = [f"token {i} is {text!r}" for i, text in sorted(others.items())]
+    problems += [f"row {i} of the embedding is no control token's" for i in range(first, rows) if i not in controls][:9]
+    if problems:
+        raise CheckpointError(
+            f"{old.checkpoint.folder}: its control tokens are not the last of its vocabulary", problems=problems[:20]
+        )
+    return first
+
+
+def _invocations(old: legacy.Old, tokenizer: BaseTokenizer) -> Mapping[str, str]:
+    """The invocation text of every adapter, "" for a LoRA, from the table with which old templates begin."""
+    found = _ADAPTER_MAP.search(tokenizer.templates.get("default", ""))
+    table = ast.literal_eval(found[1]) if found else {}
+    if missing := [name for name in old.spec.names if name not in table]:
+        raise CheckpointError(
+            f"{old.checkpoint.folder}: its chat template does not say what turns on {', '.join(missing)}",
+            hint="the old composer's template begins with a table of adapters; put it back as it was published",
+        )
+    return {name: record.get("invocation_text") or "" for name, record in table.items()}
+
+
+def _check_substitutes(old: legacy.Old, new: Plan) -> None:
+    """What control tokens were exchanged for must be what they will be exchanged for."""
+    problems = [
+        f"{a.name}: token {before.substitute_token_id} in the old checkpoint, {a.substitute_token_id} by its template"
+        for before, a in zip(old.spec.adapters, new.spec.adapters, strict=True)
+        if not old.spec.hiding and before.substitute_token_id != a.substitute_token_id
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{old.checkpoint.folder}: its config and its chat template differ in what a control token stands for",
+            problems=problems,
+        )
+
+
+def _without_tokens(config: Mapping[str, Any], kept: Mapping[str, int]) -> dict[str, Any]:
+    """A tokenizer's config without special tokens that are not its own."""
+    result = dict(config)
+    for key in _TOKEN_LISTS:
+        if isinstance(tokens := result.get(key), list):
+            result[key] = [t for t in tokens if (t["content"] if isinstance(t, dict) else t) in kept]
+    return result
