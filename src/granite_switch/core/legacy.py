@@ -185,14 +185,16 @@ def describe(folder: Path) -> list[str]:
     stacks = [t for t in old.checkpoint.tensors.values() if len(t.shape) == 4]
     pairs = [t for name, t in old.tensors.items() if name not in old.checkpoint]
     kept = sum(t.nbytes for t in pairs if "_lora." in t.name)
+    back = f"adds {BASE_TOKEN}"
+    if old.spec.base_token:
+        back = f"renames {old.spec.base_token} to {BASE_TOKEN}"
     lines = [
         f"generation {old.generation} ({_TITLES[old.generation]}): {len(old.spec.adapters)} adapters, "
         f"{old.config['num_hidden_layers']} layers",
         f"loads as it is in transformers{' and vLLM' if old.generation > 1 else ''}; to upgrade: {UPGRADE}",
         "upgrading splits q, k, v and gate, up; writes every adapter as a file of its own "
         f"({sum(t.nbytes for t in stacks):,} bytes of stacks, {kept:,} without padding)",
-        f"upgrading {'renames' if old.spec.base_token else 'adds'} the token that returns to the base, "
-        f"{f'{old.spec.base_token} to {BASE_TOKEN}' if old.spec.base_token else BASE_TOKEN}, and wraps the chat template",
+        f"upgrading {back}, and wraps the chat template",
     ]
     if old.generation == 1:
         lines.append(
