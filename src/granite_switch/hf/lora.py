@@ -80,7 +80,7 @@ class SwitchedLora(nn.Module):
         Returns:
             The outputs with the updates, each [B, S, out]. Tokens of slot 0 are what they were, bit for bit.
         """
-        if not self.updates or routing.groups == ():
+        if not self.updates:
             return list(outputs)
         flat = x.flatten(0, -2)
         flats = [y.flatten(0, -2) for y in outputs]

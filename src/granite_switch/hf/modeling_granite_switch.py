@@ -51,12 +51,14 @@ class GraniteSwitchAttention(GraniteAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        routing: Routing | None = None,
+        *,
+        routing: Routing,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         projected = [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)]
-        projected = self.qkv_lora(hidden_states, projected, routing)
+        if routing.switched:
+            projected = self.qkv_lora(hidden_states, projected, routing)
         query, key, value = (p.view(*input_shape, -1, self.head_dim).transpose(1, 2) for p in projected)
 
         cos, sin = position_embeddings
@@ -72,7 +74,9 @@ class GraniteSwitchAttention(GraniteAttention):
         )
 
         mixed = mixed.reshape(*input_shape, -1).contiguous()
-        (output,) = self.o_lora(mixed, [self.o_proj(mixed)], routing)
+        output = self.o_proj(mixed)
+        if routing.switched:
+            (output,) = self.o_lora(mixed, [output], routing)
         return output, weights
 
 
@@ -84,9 +88,13 @@ class GraniteSwitchMLP(GraniteMLP):
         _add_adapters(self, config, layer_idx, "mlp")
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        gate, up = self.gate_up_lora(x, [self.gate_proj(x), self.up_proj(x)], routing)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if routing.switched:
+            gate, up = self.gate_up_lora(x, [gate, up], routing)
         hidden = self.act_fn(gate) * up
-        (output,) = self.down_lora(hidden, [self.down_proj(hidden)], routing)
+        output = self.down_proj(hidden)
+        if routing.switched:
+            (output,) = self.down_lora(hidden, [output], routing)
         return output
 
 

@@ -76,6 +76,11 @@ class Routing:
     groups: tuple[Group, ...] | None  # without slot 0; None: not known on the host
     order: Tensor | None = None  # [tokens of all groups] int64, rows of [B * S]; None: groups are ranges of those
 
+    @property
+    def switched(self) -> bool:
+        """Whether any token may be an adapter's: the base alone calls no module of adapters."""
+        return self.groups != ()
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Routing":
         slots = self.slots.to(device, non_blocking=non_blocking)
         if slots is self.slots:
