@@ -1,0 +1,133 @@
+"""The same model through llama.cpp's own converter, which reads the layout of the second older generation."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from artefacts import edit_json
+from gguf import GGUFReader
+from safetensors.numpy import load_file, save_file
+
+from granite_switch.core.checkpoint import read_json
+from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
+from granite_switch.core.spec import SwitchSpec
+from granite_switch.gguf import OUTTYPES, export
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / ".cache" / "llama.cpp"
+SAMPLE = ROOT.parent / "shared" / "data" / "legacy" / "g2"
+FUSED = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "self_attn.o_proj": ("o_proj",),
+    "shared_mlp.input_linear": ("gate_proj", "up_proj"),
+    "shared_mlp.output_linear": ("down_proj",),
+}
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.skipif(not SOURCE.is_dir(), reason="needs llama.cpp's converter: make test-gguf"),
+]
+
+
+def convert(folder: Path, output: Path) -> Path:
+    """The converter's files of all types, <type>.gguf in `output`."""
+    script = Path(__file__).parent / "upstream_converter.py"
+    output.mkdir()
+    done = subprocess.run(
+        [sys.executable, str(script), str(SOURCE), str(folder), str(output), *OUTTYPES], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output
+
+
+def in_the_old_layout(model: Path, target: Path) -> None:
+    """Rewrite a composed model as the second older generation had it: fused, stacked, padded, B scaled."""
+    config = read_json(model / "config.json")
+    spec, sizes, layers = SwitchSpec.from_dict(config["switch"]), shapes(config), config["num_hidden_layers"]
+    tensors = {name: t for file in model.glob("*.safetensors") for name, t in load_file(file).items()}
+    rank = max(a.rank_of(name, i) for a in spec.adapters for name in PROJECTIONS for i in range(layers))
+
+    def stack(layer: int, name: str, matrix: str) -> np.ndarray:
+        out, width = sizes[name]
+        shape = (rank, width) if matrix == "A" else (out, rank)
+        result = np.zeros((len(spec.adapters), 1, *shape), np.float32)
+        for i, adapter in enumerate(spec.adapters):
+            if adapter.rank_of(name, layer):
+                values = tensors[AdapterTensor(adapter.name, layer, name, matrix).key]
+                scale = np.float32(adapter.scale_of(name, layer) if matrix == "B" else 1)
+                result[i, 0, : values.shape[0], : values.shape[1]] = values * scale
+        return result
+
+    old = {name: t for name, t in tensors.items() if "proj" not in name}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for fused, names in FUSED.items():
+            weights = [tensors[f"{prefix}.{PROJECTIONS[name].path}.weight"] for name in names]
+            old[f"{prefix}.{fused}.base_layer.weight"] = np.concatenate(weights)
+            for matrix in "AB":
+                for i, name in enumerate(names):
+                    key = f"lora_{matrix}_slices.{i}" if len(names) > 1 else f"lora_{matrix}"
+                    old[f"{prefix}.{fused}.{key}"] = stack(layer, name, matrix)
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(old, target / "model.safetensors", metadata={"format": "pt"})
+    changes: dict[str, Any] = {
+        "switch": None,
+        "num_adapters": len(spec.adapters),
+        "adapter_names": list(spec.names),
+        "adapter_ranks": [rank] * len(spec.adapters),
+        "adapter_token_ids": [a.token_id for a in spec.adapters],
+        "adapter_substitute_token_ids": [a.substitute_token_id for a in spec.adapters],
+        "max_lora_rank": rank,
+        "num_hidden_layers": layers + 1,
+        "shared_intermediate_size": config["intermediate_size"],
+        "num_local_experts": 0,
+    }
+    edit_json(target / "config.json", **changes)
+
+
+def same(found: GGUFReader, wanted: GGUFReader, controls: list[int]) -> None:
+    """Every tensor, type and byte; but upstream lets control tokens be generated, so their rows differ."""
+    mine = {tensor.name: tensor for tensor in found.tensors}
+    assert mine.keys() == {tensor.name for tensor in wanted.tensors}
+    for theirs in wanted.tensors:
+        tensor = mine[theirs.name]
+        assert (tensor.tensor_type, tensor.shape.tolist()) == (theirs.tensor_type, theirs.shape.tolist()), theirs.name
+        rows = np.delete(tensor.data, controls, axis=0) if theirs.name == "token_embd.weight" else tensor.data
+        others = np.delete(theirs.data, controls, axis=0) if theirs.name == "token_embd.weight" else theirs.data
+        np.testing.assert_array_equal(rows, others, err_msg=theirs.name)
+    for key, field in wanted.fields.items():
+        if key.startswith(("tokenizer.", "graniteswitch.")) and "expert" not in key:
+            assert found.fields[key].contents() == field.contents(), key
+
+
+@pytest.fixture(scope="module")
+def converted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model in the old layout, `old`, and what llama.cpp's converter makes of it, `theirs`."""
+    folder = tmp_path_factory.mktemp("upstream")
+    in_the_old_layout(model, folder / "old")
+    convert(folder / "old", folder / "theirs")
+    return folder
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+@pytest.mark.parametrize("layout", ["format 1", "old"])
+def test_both_layouts(model: Path, converted: Path, tmp_path: Path, layout: str, outtype: str) -> None:
+    export(model if layout == "format 1" else converted / "old", tmp_path / "mine.gguf", outtype=outtype)
+    controls = sorted(SwitchSpec.from_dict(read_json(model / "config.json")["switch"]).control_slots)
+    if layout == "old":  # it knows no return to base
+        controls = controls[1:]
+    same(GGUFReader(tmp_path / "mine.gguf"), GGUFReader(converted / "theirs" / f"{outtype}.gguf"), controls)
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the samples are not beside the checkout")
+def test_a_checkpoint_of_the_older_program(tmp_path: Path) -> None:
+    convert(SAMPLE, tmp_path / "theirs")
+    controls = read_json(SAMPLE / "config.json")["adapter_token_ids"]
+    for outtype in OUTTYPES:
+        export(SAMPLE, tmp_path / "mine.gguf", outtype=outtype, force=True)
+        same(GGUFReader(tmp_path / "mine.gguf"), GGUFReader(tmp_path / "theirs" / f"{outtype}.gguf"), controls)
