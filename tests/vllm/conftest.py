@@ -1,0 +1,92 @@
+"""Engines for the vLLM tests: in this process, so that a start takes seconds and a test can look inside."""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if find_spec("vllm.config") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Granite whose heads have 32 dimensions, the smallest that vLLM's CPU attention takes."""
+    from artefacts import make_base
+
+    return make_base(tmp_path_factory.mktemp("models") / "base", hidden=128, pad_vocab=9)
+
+
+def start(model: Path, **options: Any) -> Any:
+    """A small `vllm.LLM`, eager, in this process."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": 32,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 512,
+        "seed": 0,
+        # random weights would fill a JSON answer with newlines
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    }
+    return LLM(str(model), **{**settings, **options})
+
+
+@contextmanager
+def running(model: Path, **options: Any) -> Iterator[Any]:
+    """An engine that is gone afterwards, so that the next one finds its memory free."""
+    llm = start(model, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def core_of(llm: Any) -> Any:
+    """The engine's core: scheduler and executor."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def runner_of(llm: Any) -> Any:
+    """The engine's model runner."""
+    return core_of(llm).model_executor.driver_worker.worker.model_runner
+
+
+@pytest.fixture(scope="module")
+def engine(composed: Path) -> Iterator[Any]:
+    """The composed model in float32, one engine for a module."""
+    with running(composed) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def reference(composed: Path) -> Callable[[list[int], int], list[int]]:
+    """Greedy continuation by the transformers backend in float32: (prompt, number of tokens) -> tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import granite_switch.hf  # noqa: F401  (registers the classes)
+
+    model = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+
+    def greedy(prompt: list[int], count: int) -> list[int]:
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
+        return tokens[0, len(prompt) :].tolist()
+
+    return greedy
