@@ -73,7 +73,7 @@ def _attempt(problems: list[str], step: Callable[..., T], *args: Any) -> T | Non
     try:
         return step(*args)
     except SwitchError as error:
-        problems += [error.message, *error.problems]
+        problems += error.problems or [error.message]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problems.append(f"{args[0]}: {step.__name__}: {type(error).__name__} {error}")
     return None
