@@ -159,7 +159,9 @@ def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterat
 
 def is_fused(names: Iterable[str]) -> bool:
     """Whether these are tensor names of an older generation; its own never occur in format 1."""
-    return any((m := _FUSED_TENSOR.fullmatch(name)) and not _is_format_1(m) for name in names)
+    return any(
+        _TABLES.fullmatch(name) or ((m := _FUSED_TENSOR.fullmatch(name)) and not _is_format_1(m)) for name in names
+    )
 
 
 def read(folder: Path) -> Old:
@@ -266,6 +268,7 @@ def _spec(config: Mapping[str, Any]) -> SwitchSpec:
         base_token="<|base_reset|>" if back[0] >= 0 else "",
         base_token_id=back[0],
         base_substitute_token_id=back[1],
+        generatable=True,  # nothing kept the old programs from it
         hiding=_hiding(config, dict(zip(names, tokens, strict=True))) if generation(config) == 1 else None,
     )
 
@@ -298,6 +301,8 @@ def _check(config: Mapping[str, Any]) -> None:
         problems.append(f"its base has position_embedding_type {config['position_embedding_type']!r}, not 'rope'")
     if config.get("qk_norm"):
         problems.append("its base normalises queries and keys (`qk_norm`), which Granite does not")
+    if len(config.get("hiding_groups") or ()) > 62:
+        problems.append("it has more than 62 hiding groups")
     if other := sorted(set(config.get("layer_types") or ()) - {"attention", "full_attention"}):
         problems.append(f"its base has layers of type {', '.join(other)}")
     problems += [f"unknown target module {m!r}" for m in config.get("lora_target_modules") or () if m not in _TARGETS]

@@ -36,22 +36,19 @@ class Hiding(nn.Module):
         groups = len(spec.hiding.groups)
         for name, rows in [("token_to_group_mask", vocab_size), ("adapter_hiding_matrix", len(spec.adapters) + 1)]:
             self.register_buffer(name, torch.zeros(rows, groups, dtype=torch.bool), persistent=False)
-        self.register_buffer("is_control", torch.zeros(vocab_size, dtype=torch.bool), persistent=False)
         self.fill()
 
     @torch.no_grad()
     def fill(self) -> None:
         """Write what the config says into the tables."""
-        for table in (self.token_to_group_mask, self.adapter_hiding_matrix, self.is_control):
-            table.zero_()
+        self.token_to_group_mask.zero_()
+        self.adapter_hiding_matrix.zero_()
         for group, tokens in enumerate(self.spec.hiding.groups):
             for token in tokens:
                 self.token_to_group_mask[token, group] = True
         for slot, hidden in enumerate(self.spec.hiding.policy):
             for group in hidden:
                 self.adapter_hiding_matrix[slot, group] = True
-        for token in self.spec.control_slots:
-            self.is_control[token] = True
 
     def forward(self, seen: Tensor, new: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is hidden from whom.
@@ -63,16 +60,18 @@ class Hiding(nn.Module):
 
         Returns:
             Groups as bits, [B, K] int64: those that each new token's adapter hides and it is itself not in (a query
-            always sees its own group), and those that each token is in. And [B, S] int64, the control tokens at or
-            before each new token.
+            always sees its own group), and those that each token is in. And [B, S] int64, what each new token's
+            position is to be less by: the tokens that its adapter hides, and one where an adapter is on in any case,
+            as the program that made these checkpoints has it.
         """
         bits = 1 << torch.arange(self.token_to_group_mask.shape[1], device=seen.device)
         members = (self.token_to_group_mask[seen] * bits).sum(-1)
+        policy = (self.adapter_hiding_matrix * bits).sum(-1)
         suppressed = torch.zeros_like(seen)
-        suppressed[:, new] = (self.adapter_hiding_matrix[slots] * bits).sum(-1) & ~members[:, new]
-        here = self.is_control[seen[:, new]].cumsum(1)
-        before = self.is_control[seen].sum(1, keepdim=True) - here[:, -1:]
-        return suppressed, members, before + here
+        suppressed[:, new] = policy[slots] & ~members[:, new]
+        counts = (members[:, None] & policy[:, None] != 0).cumsum(-1)[:, :, new]  # [B, slots, S]
+        gaps = counts.gather(1, slots[:, None])[:, 0]
+        return suppressed, members, torch.maximum(gaps, (slots > 0).long())
 
 
 def masked(

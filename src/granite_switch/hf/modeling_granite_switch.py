@@ -245,7 +245,7 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
         """Generation 1: the attention mask without the keys that adapters hide, and positions without their gaps."""
         past = 0 if cache is None else cache.get_seq_length()
         new = torch.arange(slots.shape[1], device=slots.device) + past
-        suppressed, members, count = self.hiding(seen, new, slots)
+        suppressed, members, gaps = self.hiding(seen, new, slots)
         if self.config.switch_spec.hiding.groups:
             like = torch.empty((*slots.shape, 0), dtype=self.dtype, device=slots.device)
             attention_mask = masked(
@@ -259,7 +259,7 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
                 position_ids=position_ids,
             )
         positions = new[None] if position_ids is None else position_ids
-        return attention_mask, (positions - count).clamp(min=0)
+        return attention_mask, (positions - gaps).clamp(min=0)
 
 
 class GraniteSwitchForCausalLM(GraniteSwitchPreTrainedModel, GraniteForCausalLM):
