@@ -11,6 +11,7 @@ from granite_switch.gguf import export
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IO_YAML = "model: null\nresponse_format: null\ntransformations: null\n"
+ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 Make = Callable[..., Path]
 
 
@@ -18,14 +19,14 @@ Make = Callable[..., Path]
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Compose a small base with a LoRA and an aLoRA on every projection, and an aLoRA on few, ranks all different."""
 
-    def make(seed: int = 11, **base: object) -> Path:
+    def make(seed: int = 11, invocation: str = ASSISTANT, **base: object) -> Path:
         folder = tmp_path_factory.mktemp("gguf")
         make_base(folder / "base", seed=seed, **base)  # type: ignore[arg-type]
         everywhere = {"targets": ALL, "alpha": 8, "strength": 0.15}
         make_adapter(folder / "adapters" / "check", folder / "base", seed=1, rank=8, **everywhere)
         make_adapter(
             folder / "adapters" / "cite", folder / "base", seed=2, rank=3, use_rslora=True,
-            invocation="<|start_of_role|>assistant<|end_of_role|>", **everywhere,
+            invocation=invocation, **everywhere,
         )  # fmt: skip
         make_adapter(
             folder / "adapters" / "rewrite", folder / "base", seed=3, rank=2, targets=("k_proj", "down_proj"),
