@@ -1,0 +1,71 @@
+"""torch.compile: decoding with a static cache is one graph, made once, whatever switches."""
+
+import copy
+
+import pytest
+import torch
+from transformers import CompileConfig, StaticCache
+
+from granite_switch.core.routing import exchange
+
+
+@pytest.fixture
+def model(reference):
+    torch.compiler.reset()
+    yield copy.deepcopy(reference.model)
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def tokens(reference):
+    """Four sequences; in the last eight steps each switches to something else, several times."""
+    controls = [*reference.spec.control_slots]
+    torch.manual_seed(3)
+    ids = torch.randint(10, 300, (4, 20))
+    ids[0, 0], ids[1, 5] = controls[:2]
+    for step in (13, 15, 16, 18):
+        for row in range(4):
+            ids[row, step] = controls[(row + step) % len(controls)]
+    return ids
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_decode(model, tokens, row, backend):
+    with torch.no_grad():
+        whole = model(tokens).logits
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(tokens[:, :12], past_key_values=cache)
+        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        steps = [compiled(tokens[:, 12:13], past_key_values=cache).logits]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            steps += [compiled(tokens[:, at : at + 1], past_key_values=cache).logits for at in range(13, 20)]
+    got, expected = torch.cat(steps, dim=1), whole[:, 12:]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    finite = expected.isfinite()
+    difference = (got - expected)[finite].abs().max() / expected[finite].abs().max()
+    row("Running", f"`torch.compile`, static cache, backend {backend}: one graph", difference=float(difference))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_prefill(model, tokens, reference, backend):
+    """Of one shape, without a cache; what is meant for the base is the base's."""
+    substitutes = reference.spec.substitutes
+    exchanged = torch.tensor([exchange(line, substitutes) for line in tokens.tolist()])
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        for ids in (tokens, tokens.flip(0), exchanged):
+            got = compiled(ids, use_cache=False).logits
+            torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
+    if backend == "eager":
+        assert torch.equal(got, model(exchanged).logits)
+
+
+def test_generate(model, reference, row):
+    """transformers' own way: `generate` compiles decoding by itself where the cache is static."""
+    ids, mask = reference.batch()
+    setup = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1, "attention_mask": mask}
+    how = CompileConfig(backend="eager", fullgraph=True)
+    how._compile_all_devices = True
+    compiled = model.generate(ids, cache_implementation="static", compile_config=how, **setup)
+    assert compiled.tolist() == reference.model.generate(ids, **setup).tolist()
+    row("Running", "`generate` that compiles (static cache)")

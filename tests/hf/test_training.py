@@ -1,0 +1,132 @@
+"""Training the adapters of a composed model: loss, gradients, checkpointed activations."""
+
+import copy
+
+import pytest
+import torch
+
+from granite_switch.core.routing import exchange
+
+
+@pytest.fixture
+def model(reference):
+    return copy.deepcopy(reference.model).train()
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_loss(model, reference):
+    """The loss of the tokens that the decoder sees, over the vocabulary without control tokens."""
+    ids, mask = reference.batch()
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, labels=labels)
+    seen = torch.tensor([exchange(line, reference.spec.substitutes) for line in labels.tolist()])
+    logits = out.logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, seen[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(out.loss, expected)
+    assert out.loss.isfinite()
+
+
+def test_gradients_reach_their_adapter_only(model, reference, row):
+    """Each adapter's A and B move where it is on, and no other's."""
+    for name in reference.spec.names:
+        ids = reference.prompts[name]
+        _, found = gradients(model, input_ids=ids, labels=ids)
+        moved = {key.rsplit(".", 1)[1].split("-q_")[0] for key, g in found.items() if "_lora." in key and g.any()}
+        own = {key for key in moved if key.startswith(f"{name}-") or key == name}
+        assert own
+        assert moved == own
+    row("Training", "loss, and gradients in the adapter that is on")
+
+
+def test_gradients_are_those_of_the_update(model, reference):
+    """Checked by finite differences, in float64 (the norms stay in float32)."""
+    model.double().eval()
+    ids = reference.prompts["hallucination_detection"]
+    torch.manual_seed(0)
+    weights = torch.randn(reference.logits[None].shape[-1], dtype=torch.float64)
+    weights[[*reference.spec.control_slots]] = 0
+
+    def objective() -> torch.Tensor:
+        logits = model(ids).logits
+        return (logits.masked_fill(logits.isinf(), 0) @ weights).sum()
+
+    objective().backward()
+    for name, parameter in model.named_parameters():
+        if ".hallucination_detection-" not in name:
+            continue
+        at = (parameter.shape[0] // 2, parameter.shape[1] // 2)
+        values = []
+        for step in (1e-4, -2e-4):
+            with torch.no_grad():
+                parameter[at] += step
+                values.append(float(objective()))
+        assert (values[0] - values[1]) / 2e-4 == pytest.approx(float(parameter.grad[at]), rel=1e-2, abs=1e-2)
+        with torch.no_grad():
+            parameter[at] += 1e-4
+
+
+def test_frozen_base(model, reference, row):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "_lora." in name
+    ids, mask = reference.batch()
+    _, found = gradients(model, input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    assert found
+    assert all("_lora." in name for name in found)
+    row("Training", "frozen base: no gradient there")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(model, reference, row, reentrant):
+    ids, mask = reference.batch()
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100), "use_cache": False}
+    loss, expected = gradients(model, **inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    again, found = gradients(model, **inputs)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    row("Training", f"gradient checkpointing, use_reentrant={reentrant}")
+
+
+def test_learns(model, reference):
+    """A few steps on one adapter lower its loss, and leave the base and the other adapters as they are."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".citations-" in name
+    ids = reference.prompts["citations"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] * 0.95
+    model.eval()
+    with torch.no_grad():
+        for name in (None, "answerability", "query_rewrite"):
+            assert torch.equal(model(reference.prompts[name]).logits, reference.logits[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, reference, dtype):
+    """Adapters in another dtype than the base, as in training, and all in half precision."""
+    ids = reference.prompts["answerability"]
+    model.to(dtype)
+    loss, found = gradients(model, input_ids=ids, labels=ids)
+    for name, parameter in model.named_parameters():
+        if "_lora." in name:
+            parameter.data = parameter.data.float()
+    wide, _ = gradients(model, input_ids=ids, labels=ids)
+    assert all(g.isfinite().all() for g in found.values())
+    assert wide == pytest.approx(loss, rel=0.1)

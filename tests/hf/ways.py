@@ -1,0 +1,102 @@
+"""How two ways of loading one checkpoint compare: by the logits, and by what each adapter does to them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from granite_switch.hf import GraniteSwitchForCausalLM
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How a way of loading compares with the plain load."""
+
+    difference: float  # largest, relative to the largest logit
+    effects: dict[str, float]  # adapter -> its change of the base's logits, relative to that change in the plain load
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What an adapter is asked about."""
+
+    messages: Sequence[Mapping[str, str]]
+    documents: Sequence[Mapping[str, str]] | None = None
+
+
+class Reference:
+    """The plain load of a checkpoint: float32, on the CPU, eager execution.
+
+    Args:
+        folder: a composed checkpoint.
+        conversations: of each adapter; one for all where there is no other.
+    """
+
+    def __init__(self, folder: Path, conversations: Mapping[str, Conversation] | Conversation) -> None:
+        self.folder = folder
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.model = GraniteSwitchForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.spec = self.model.config.switch_spec
+        self.prompts: dict[str | None, Tensor] = {}
+        self.off: dict[str, str | None] = {}  # adapter -> the prompt that is the same but for the control token
+        if isinstance(conversations, Conversation):
+            self.prompts[None] = self.render(conversations)
+            self.off = dict.fromkeys(self.spec.names)
+            conversations = dict.fromkeys(self.spec.names, conversations)
+        else:
+            self.off = {name: f"{name}, off" for name in self.spec.names}
+            self.prompts = {self.off[name]: self.render(conversations[name]) for name in self.spec.names}
+        for name, conversation in conversations.items():
+            self.prompts[name] = self.render(conversation, name)
+        self.logits = {name: self.of(self.model, ids) for name, ids in self.prompts.items()}
+
+    def render(self, conversation: Conversation, adapter: str | None = None) -> Tensor:
+        """A prompt's ids, [1, S]."""
+        rendered = self.tokenizer.apply_chat_template(
+            conversation.messages,
+            documents=conversation.documents,
+            adapter_name=adapter,
+            add_generation_prompt=True,
+            return_tensors="pt",
+        )
+        return rendered["input_ids"]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """All prompts of different lengths, padded on the left: ids and attention mask, [B, S]."""
+        rows = [ids[0, cut:] if name is None else ids[0] for cut, (name, ids) in enumerate(self.prompts.items(), 3)]
+        width = max(len(row) for row in rows)
+        ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=1) for row in rows])
+        mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+        return ids, mask
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: Any, ids: Tensor) -> Tensor:
+        """A model's logits in float32, [1, S, V]."""
+        device = model.get_input_embeddings().weight.device
+        return model(ids if device.type == "meta" else ids.to(device)).logits.float().cpu()
+
+    def seen(self, model: Any) -> Seen:
+        """Compare a model with this one: the same checkpoint, loaded another way."""
+        return self.compare({name: self.of(model, ids) for name, ids in self.prompts.items()})
+
+    def compare(self, logits: dict[str | None, Tensor]) -> Seen:
+        """Compare logits of the prompts with this model's."""
+        differences = []
+        for name, expected in self.logits.items():
+            finite = expected.isfinite()
+            largest = (logits[name] - expected)[finite].abs().nan_to_num(nan=float("inf")).max()
+            differences.append(largest / expected[finite].abs().max())
+        effects = {name: _change(logits, name, off) / _change(self.logits, name, off) for name, off in self.off.items()}
+        return Seen(float(max(differences)), effects)
+
+
+def _change(logits: dict[str | None, Tensor], adapter: str, off: str | None) -> float:
+    """By how much an adapter changes the last token's logits, in the Euclidean norm."""
+    base, own = logits[off][0, -1], logits[adapter][0, -1]
+    kept = own.isfinite()
+    return float((own - base)[kept].norm())
