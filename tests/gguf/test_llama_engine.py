@@ -215,3 +215,26 @@ def test_older_generations_as_their_own_program_computed_them(generation: str, t
         compared += 1
     assert compared >= 10
     engine.close()
+
+
+def test_the_example_generates_what_transformers_generates(
+    model: Path, exported: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    from transformers import AutoTokenizer
+    from with_llama_cpp import adapters, answer
+
+    llm = llama_cpp.Llama(str(exported), n_ctx=256, type_k=0, type_v=0, n_threads=1, verbose=False)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert adapters(llm) == ["check", "cite", "rewrite"]
+    messages = [{"role": "user", "content": "Where does Anna live? <rewrite>"}]
+    for name in ("base", "check", "cite", "rewrite"):  # in turn, over one kept cache
+        prompt = tokenizer.apply_chat_template(
+            messages, adapter_name=name, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            sequence = reference.model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
+        wanted = tokenizer.decode(sequence[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        # bytes that are no text: llama-cpp-python drops them, transformers marks them
+        assert answer(llm, messages, name, max_tokens=12) == wanted.replace("\ufffd", "")
+    llm.close()
