@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from granite_switch.core.legacy import UPGRADE
 from granite_switch.errors import ServingError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Limits:
         Raises:
             ServingError: with all that is wrong at once.
         """
+        import torch
         from vllm.platforms import current_platform
 
         from granite_switch.vllm.switch import POSITIONS, SLOTS
@@ -32,12 +34,15 @@ class Limits:
         if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
             problems.append("--enable-prompt-embeds: control tokens are read from token ids")
         if vllm_config.cache_config.cache_dtype.startswith("fp8") and not current_platform.is_cpu():
-            problems.append("--kv-cache-dtype fp8: slots are exact only where queries stay unquantised; use auto")
+            problems.append("--kv-cache-dtype fp8: slots are exact only where queries stay unquantised; leave it out")
         if vllm_config.model_config.max_model_len > POSITIONS:
             problems.append(f"--max-model-len: at most {POSITIONS:,} positions")
-        if len(vllm_config.model_config.hf_config.switch_spec.adapters) >= SLOTS:
+        spec = vllm_config.model_config.hf_config.switch_spec
+        if spec.hiding:
+            problems.append(f"the checkpoint is of generation 1, which hides tokens from attention; first: {UPGRADE}")
+        if len(spec.adapters) >= SLOTS:
             problems.append(f"more than {SLOTS - 1:,} adapters")
+        if vllm_config.model_config.dtype == torch.float32 and not current_platform.is_cpu():
+            problems.append("--dtype float32: vLLM's LoRA kernels take float16 and bfloat16")
         if problems:
-            raise ServingError(
-                "a switch model cannot be served like this", problems=problems, hint="leave the option out"
-            )
+            raise ServingError("a switch model cannot be served like this", problems=problems)

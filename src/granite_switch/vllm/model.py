@@ -5,6 +5,7 @@ every adapter (`lora`); control tokens cannot be generated. The base's weights l
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from vllm.model_executor.models.granite import GraniteForCausalLM, GraniteModel
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from granite_switch.core import layout
+from granite_switch.core import layout, legacy
 from granite_switch.core.layout import parse_key
 from granite_switch.errors import CheckpointError
 from granite_switch.vllm.lora import make_router, wrap_linears
@@ -109,12 +110,21 @@ class GraniteSwitchForCausalLM(GraniteForCausalLM):
         return loaded | set(self.adapter_tensors)
 
     def _set_adapters_aside(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
+        for name, tensor in self._as_format_1(weights):
             found = parse_key(name)
             if found is None:
                 yield name, tensor
             elif self.model.start_layer <= found.layer < self.model.end_layer:
                 self.adapter_tensors[name] = tensor.cpu()
+
+    def _as_format_1(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Take generations 2 and 3 apart as they stream by; what comes before their first own name is in both."""
+        weights = iter(weights)
+        for name, tensor in weights:
+            if legacy.is_fused([name]):
+                yield from legacy.split(chain([(name, tensor)], weights), self.config.to_dict())
+            else:
+                yield name, tensor
 
     def _check_adapters(self) -> None:
         shapes = layout.shapes(self.config.to_dict())
