@@ -128,7 +128,7 @@ class TestCaches:
                     expected = merged(same, past_key_values=caches[1]).logits
                 known = logits.isfinite()
                 torch.testing.assert_close(logits[known], expected[known], rtol=1e-4, atol=1e-4)
-            options = {"cache_implementation": "quantized", "cache_config": settings}
+            options = {"cache_implementation": "quantized", "cache_config": dict(settings)}
             forbidden = {"bad_words_ids": [[token] for token in reference.spec.control_slots]}
             expected = greedy(merged, exchanged, **options, **forbidden)[:, ids.shape[1] :]
             assert greedy(own, ids, **options)[:, ids.shape[1] :].tolist() == expected.tolist()

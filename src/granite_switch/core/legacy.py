@@ -158,10 +158,8 @@ def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterat
 
 
 def is_fused(names: Iterable[str]) -> bool:
-    """Whether these are tensor names of an older generation; its own never occur in format 1."""
-    return any(
-        _TABLES.fullmatch(name) or ((m := _FUSED_TENSOR.fullmatch(name)) and not _is_format_1(m)) for name in names
-    )
+    """Whether these are tensor names of an older generation. Its look-up tables do not tell: they mean nothing now."""
+    return any((found := _FUSED_TENSOR.fullmatch(name)) and not _is_format_1(found) for name in names)
 
 
 def read(folder: Path) -> Old:
