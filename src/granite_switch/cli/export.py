@@ -32,14 +32,14 @@ def gguf(
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
     """Write one GGUF file for llama.cpp, with every adapter in it."""
-    from granite_switch.compose.sources import base_folder
+    from granite_switch.compose.sources import model_folder
     from granite_switch.core.staging import check_file, staged_file
     from granite_switch.gguf import OUTTYPES, prepare, write
 
     if outtype not in ("", *OUTTYPES):
         raise typer.BadParameter(f"is one of {', '.join(OUTTYPES)}", param_hint="--outtype")
     check_file(output, force=force)
-    plan = prepare(base_folder(model, revision), outtype=outtype, pre=pre)
+    plan = prepare(model_folder(model, revision), outtype=outtype, pre=pre)
     texts = _modelfiles(plan, output) if modelfile else {}
     for path in texts:
         check_file(path, force=force)
