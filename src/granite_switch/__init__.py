@@ -10,12 +10,37 @@ from granite_switch.errors import SwitchError
 
 if TYPE_CHECKING:
     from granite_switch.compose import compose
+    from granite_switch.compose.edit import add, remove, rename, update
+    from granite_switch.compose.extract import extract
+    from granite_switch.compose.inspect import inspect
+    from granite_switch.compose.push import push
+    from granite_switch.compose.verify import verify
+    from granite_switch.conversation import Conversation
 
 __version__ = "0.2.0"
-__all__ = ["SwitchError", "__version__", "compose"]
+__all__ = [
+    "Conversation",
+    "SwitchError",
+    "__version__",
+    "add",
+    "compose",
+    "extract",
+    "inspect",
+    "push",
+    "remove",
+    "rename",
+    "update",
+    "verify",
+]
+
+_HOME = {name: f"granite_switch.compose.{name}" for name in ("extract", "inspect", "push", "verify")}
+_HOME |= dict.fromkeys(("add", "remove", "rename", "update"), "granite_switch.compose.edit")
+_HOME["Conversation"] = "granite_switch.conversation"
 
 
 def __getattr__(name: str) -> Any:
-    if name != "compose":
+    if name == "compose":
+        return import_module("granite_switch.compose")  # a module that can be called
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("granite_switch.compose")  # a module that can be called
+    return getattr(import_module(_HOME[name]), name)
