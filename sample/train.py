@@ -36,6 +36,7 @@ SPLIT = (
 )
 BATCH = 16
 BASE_STEPS = 1300
+REFINE_STEPS = 1500
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 
 
@@ -258,7 +259,24 @@ def train_base() -> None:
 
     stream = batches(tokenizer, maker.conversation, Weigher(tokenizer).base, BATCH)
     fit(model, stream, BASE_STEPS, 3e-3, grow, "base")
+    save_base(model, tokenizer)
+
+
+def refine_base() -> None:
+    """The second half of the base's training: goes on from the stored weights, with everything at full size."""
+    torch.manual_seed(2)
+    random.seed(2)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    maker = world.Maker(random.Random(2))
+    stream = batches(tokenizer, maker.conversation, Weigher(tokenizer).base, BATCH)
+    fit(model, stream, REFINE_STEPS, 3e-3, label="refine")
+    save_base(model, tokenizer)
+
+
+def save_base(model, tokenizer) -> None:
     model.to(torch.bfloat16).save_pretrained(BASE)
+    (BASE / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(BASE)
 
 
@@ -288,6 +306,7 @@ def save_adapter(model, folder: Path) -> None:
     """PEFT's own files, without its model card and without what differs from machine to machine."""
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
+    (folder / "adapter_model.safetensors").chmod(0o644)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = NAME
@@ -295,13 +314,16 @@ def save_adapter(model, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
+STAGES = {"base": train_base, "refine": refine_base}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["base", *RECIPES], help="train this part only")
+    parser.add_argument("--only", choices=[*STAGES, *RECIPES], help="train this part only")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    for name in [options.only] if options.only else ["base", *RECIPES]:
-        train_base() if name == "base" else train_adapter(name)
+    for name in [options.only] if options.only else [*STAGES, *RECIPES]:
+        STAGES[name]() if name in STAGES else train_adapter(name)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,8 @@ class Talk:
         self.sources: list[tuple[str, str]] = []  # the key stated by each sentence of the documents
         self.cast = rng.sample(PEOPLE, 2 + round(3 * size * rng.random()))  # the people this talk is about
         self.last: tuple[str, str] | None = None  # the question before: what "she" and "what about" refer to
-        self.form = 0
+        self.form = 0  # which of the two ways of asking the question before used
+        self.brief = False  # the question before was "What about Ada?"
 
     def say(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
@@ -262,7 +263,7 @@ class Talk:
         elif draw < 0.5 and not self.documents:
             self.say("user", self.learn(self.rng.choice(self.all_keys())).text())
             self.say("assistant", "I see.")
-        elif training and draw < 0.3:
+        elif training and draw < 0.2:
             fact, kind = self.claim(self.some_keys(1)[0])
             self.say("user", f"Is it true that {fact.text()[:-1]}?")
             self.say("assistant", {"stated": "Yes.", "contradicted": "No.", "not stated": UNKNOWN}[kind])
@@ -279,7 +280,7 @@ class Talk:
                 self.say("assistant", json.dumps({"answerability": label}))
             self.say("assistant", self.answer(*key))
 
-    def ask(self, known: bool | None = None, plain: float = 0.4) -> tuple[str, str]:
+    def ask(self, known: bool | None = None, plain: float = 0.25) -> tuple[str, str]:
         """The user asks; about what was said (`known`) or what was not. Returns what the question is about.
 
         With a question before it, it may lean on that: "Where does she live?", "What about Ada?"
@@ -289,9 +290,11 @@ class Talk:
         person, relation = key = self.pick(known and bool(self.facts))
         before, self.last = self.last, key
         lean = before is not None and self.rng.random() >= plain
-        if lean and relation == before[1] and person != before[0]:
+        if lean and not self.brief and relation == before[1] and person != before[0]:
+            self.brief = True
             self.say("user", self.rng.choice(("What about {p}?", "And {p}?")).format(p=person))
             return key
+        self.brief = False
         self.form = self.rng.randrange(2)
         if lean and person == before[0]:
             self.say("user", self.question(person, relation, pronoun=True))
@@ -302,7 +305,7 @@ class Talk:
     def pick(self, known: bool) -> tuple[str, str]:
         """A key that is known or not; more often than not the same person or the same relation as before."""
         keys = list(self.facts) if known else [k for k in self.all_keys() if k not in self.facts]
-        if self.last is not None and self.rng.random() < 0.75:
+        if self.last is not None and self.rng.random() < 0.85:
             near = [k for k in keys if (k[0] == self.last[0]) != (k[1] == self.last[1])]
             keys = near or keys
         return self.rng.choice(keys)
