@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from artefacts import CHATML, CHATML_TEMPLATE
 from typer.testing import CliRunner
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from granite_switch.cli import app
 from granite_switch.core.chat import render
 from granite_switch.core.tokenizer import read_tokenizer
-from granite_switch.errors import SwitchError
+from granite_switch.errors import SwitchError, TemplateError
 from granite_switch.gguf.modelfile import modelfiles
 
 RUN = CliRunner()
@@ -86,3 +87,14 @@ def test_modelfiles_render_what_the_chat_template_renders(make_model: Any, model
 def test_a_template_that_changes_what_users_write_gets_no_modelfile() -> None:
     template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
     assert modelfiles("m.gguf", template, (), {}, 10) == {}
+
+
+def test_the_template_bears_llama_servers_way_of_rendering(model: Path) -> None:
+    template = read_tokenizer(model).templates["default"]
+    messages = [{"role": "user", "content": "Where?"}]
+    # it renders once without the variable, to see what the generation prompt adds
+    before = render(template, messages, adapter_name="cite", add_generation_prompt=jinja2.Undefined())
+    whole = render(template, messages, adapter_name="cite", add_generation_prompt=True)
+    assert whole == before + "<|cite|>assistant<|end_of_role|>"
+    with pytest.raises(TemplateError, match="invocation text"):
+        render(template, messages, adapter_name="cite", add_generation_prompt=False)
