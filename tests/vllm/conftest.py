@@ -74,15 +74,22 @@ def engine(composed: Path) -> Iterator[Any]:
         yield llm
 
 
-@pytest.fixture(scope="session")
-def reference(composed: Path) -> Callable[[list[int], int], list[int]]:
-    """Greedy continuation by the transformers backend in float32: (prompt, number of tokens) -> tokens."""
+def transformers_model(folder: Path) -> Any:
+    """The transformers backend in float32, which is the oracle here."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import granite_switch.hf  # noqa: F401  (registers the classes)
 
-    model = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def reference(composed: Path) -> Callable[[list[int], int], list[int]]:
+    """Greedy continuation of the composed model by transformers: (prompt, number of tokens) -> tokens."""
+    import torch
+
+    model = transformers_model(composed)
     model.generation_config.eos_token_id = None
 
     def greedy(prompt: list[int], count: int) -> list[int]:

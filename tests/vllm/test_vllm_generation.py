@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import core_of, running
+import torch
+from conftest import core_of, running, transformers_model
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
@@ -105,12 +106,7 @@ def test_beam_search_finds_at_least_the_greedy_sequences_probability(engine: Any
 
 
 def test_logprobs_equal_transformers(engine: Any, composed: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import granite_switch.hf  # noqa: F401
-
-    model = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32)
+    model = transformers_model(composed)
     for output in run(engine, batch(engine), logprobs=5, prompt_logprobs=5, max_tokens=3):
         whole = [*output.prompt_token_ids, *output.outputs[0].token_ids]
         with torch.no_grad():

@@ -109,10 +109,10 @@ class TritonRouter(Router):
         self.groups = torch.tensor([self.adapters + 1], dtype=torch.int32, device="cpu")
 
     def route(self, slots: Tensor) -> None:
-        mapping = slots - 1
+        count, mapping = slots.size(0), slots - 1
         counts = (mapping[:, None] == self.ids).sum(0, dtype=torch.int32)
-        self.mapping[: len(slots)].copy_(mapping)
-        self.order[: len(slots)].copy_(mapping.argsort(stable=True))
+        self.mapping[:count].copy_(mapping)
+        self.order[:count].copy_(mapping.argsort(stable=True))
         self.counts.copy_(counts)
         self.starts[1:].copy_(counts.cumsum(0))
 
@@ -171,7 +171,7 @@ class GroupedRouter(Router):
 
     def route(self, slots: Tensor) -> None:
         if torch.compiler.is_compiling():
-            current = self.slots[: len(slots)]
+            current = self.slots[: slots.size(0)]
             current.copy_(slots)
             torch.ops.vllm.granite_switch_route(current)
         else:

@@ -73,11 +73,11 @@ class Switch(nn.Module):
         """
         slots = self.slot_of_token[input_ids]
         control = slots >= 0
-        key, value = (self.query.new_zeros(len(input_ids), len(self.query)) for _ in range(2))
+        key, value = (self.query.new_zeros(input_ids.size(0), self.query.size(0)) for _ in range(2))
         key[:, :POSITION_DIGITS] = _digits(positions, self.digits) * control[:, None]
         key[:, POSITION_DIGITS] = (~control).to(key.dtype)
         value[:, :SLOT_DIGITS] = _digits(slots, self.digits[:SLOT_DIGITS]) * control[:, None]
-        query = self.query.expand(len(input_ids), -1).contiguous()
+        query = self.query.expand(input_ids.size(0), -1).contiguous()
         found = self.attn(query, key, value)[:, :SLOT_DIGITS].round().to(torch.int32)
         return (found << self.digits[:SLOT_DIGITS].to(torch.int32)).sum(1, dtype=torch.int32).clamp(0, self.adapters)
 
