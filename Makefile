@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast check format sample bench clean
+.PHONY: setup demo test test-fast check format sample bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-fast  the part of it that takes under two minutes"
 	@echo "make check      format, lint, types, import arrows"
 	@echo "make sample     train the sample model and its adapters anew (under an hour)"
+	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
 
 setup: .venv/.stamp
 
@@ -47,6 +48,22 @@ format: setup
 
 sample: setup
 	$(BIN)/python sample/train.py
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py --quick
+	$(BIN)/python benchmarks/page.py
+
+bench-full: setup
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/page.py
+
+bench-setup: .venv-old/.stamp
+
+.venv-old/.stamp:
+	$(PYTHON) -m venv .venv-old
+	.venv-old/bin/pip install --quiet torch==2.13.0
+	.venv-old/bin/pip install --quiet torch==2.13.0 'granite-switch[compose]==0.1.1'
+	touch $@
 
 clean:
 	rm -rf $(OUT) build dist

@@ -30,12 +30,15 @@ IO_YAML = "model: null\nresponse_format: null\ntransformations: null\n"
 
 def make_base(folder: Path, size: str) -> None:
     import torch
+    from artefacts import GRANITE_TEMPLATE, tokenizer_file
     from artefacts import make_base as make
-    from artefacts import tokenizer_file
 
     shape = dict(SIZES[size])
     padding = max(0, shape.pop("vocabulary", 0) - tokenizer_file().get_vocab_size())
-    make(folder, pad_vocab=padding, initializer_range=0.02, dtype=getattr(torch, DTYPES[size]), **shape)
+    # the older project edits templates, and what it writes into them takes for granted that there is an `ns`
+    template = "{%- set ns = namespace() %}\n" + GRANITE_TEMPLATE
+    dtype = getattr(torch, DTYPES[size])
+    make(folder, pad_vocab=padding, initializer_range=0.02, dtype=dtype, template=template, **shape)
 
 
 def make_library(folder: Path, base: Path, size: str, name: str) -> None:
