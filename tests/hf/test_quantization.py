@@ -19,7 +19,7 @@ from granite_switch import compose
 from granite_switch.core.layout import PROJECTIONS
 
 SAMPLE = ROOT / "sample"
-TRAINED = (SAMPLE / "base" / "model.safetensors").exists()
+TRAINED = len([*SAMPLE.glob("library/*/*/*/adapter_model.safetensors")]) == 4
 ADAPTERS = ["answerability(alora)", "citations(lora)", "hallucination_detection(lora)", "query_rewrite(alora)"]
 
 
