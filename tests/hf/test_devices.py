@@ -39,6 +39,16 @@ def test_device_map(composed, check, placement):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(composed, reference, row, dtype):
+    """As in the report that began it."""
+    model = AutoModelForCausalLM.from_pretrained(composed, dtype=dtype, device_map="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    seen = reference.seen(model)
+    assert all(effect == pytest.approx(1, abs=0.1) for effect in seen.effects.values())
+    row(SECTION, f"`dtype={dtype}`, `device_map='auto'`", seen=seen)
+
+
 @pytest.mark.parametrize("split", MIXED)
 def test_explicit_map(composed, check, tmp_path, split):
     placement = _whole(composed, MIXED[split])

@@ -185,6 +185,18 @@ def test_accuracy(load, full, way, adapter):
     assert right[1] >= right[0] - 0.1
 
 
+@pytest.mark.parametrize("way", ["bitsandbytes nf4, double", "bitsandbytes int8", "torchao int8 weights"])
+def test_saved_quantised(load, full, tmp_path, row, way):
+    """`save_pretrained` of a quantised model gives a checkpoint that loads as it was."""
+    model = load(way)
+    model.save_pretrained(tmp_path)
+    assert len([*tmp_path.glob("adapter-*.safetensors")]) == len(full.spec.names)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for ids in full.prompts.values():
+        assert torch.equal(Reference.of(again, ids), Reference.of(model, ids))
+    row("Quantisation", f"{way}: saved and loaded", seen=full.seen(again))
+
+
 @pytest.fixture(scope="module", params=["nf4", "int8"])
 def serialised(plain_base, library, request, tmp_path_factory):
     """A base that bitsandbytes quantised and saved, and what was composed of it."""

@@ -134,6 +134,25 @@ class TestCaches:
             assert greedy(own, ids, **options)[:, ids.shape[1] :].tolist() == expected.tolist()
         row("Running", "cache: quantised (quanto, 4 bits)")
 
+    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    def test_sliding(self, reference, row, kind):
+        """A cache of a window, for which Granite has no mask but which it takes: as the merged base with the same."""
+        config = copy.deepcopy(reference.model.config)
+        config.sliding_window = 8
+        for name in ("citations", "hallucination_detection"):
+            ids, merged = reference.prompts[name], _merged(reference, name)
+            exchanged = reference.model.model.switch.control_to_substitute[ids]
+            logits = []
+            for model, tokens in ((reference.model, ids), (merged, exchanged)):
+                cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=32)
+                assert all(cache.is_sliding)
+                with torch.no_grad():
+                    parts = (tokens[:, :12], *tokens[:, 12:].split(1, dim=1))
+                    logits.append(torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1))
+            known = logits[0].isfinite()
+            torch.testing.assert_close(logits[0][known], logits[1][known], rtol=1e-4, atol=5e-4)
+        row("Running", f"cache: {kind}, sliding window")
+
     def test_reuse(self, model, reference, mixed, row):
         """A cache that one call leaves serves the next, which may switch again."""
         first = greedy(model, mixed, return_dict_in_generate=True)

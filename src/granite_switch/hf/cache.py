@@ -54,8 +54,10 @@ def slot_layer(cache: Cache, num_hidden_layers: int) -> DynamicSlotLayer | Stati
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) == num_hidden_layers:
         first = cache.layers[0]
-        layer = StaticSlotLayer(first.max_cache_len) if isinstance(first, StaticLayer) else DynamicSlotLayer()
+        whole = isinstance(first, StaticLayer) and not first.is_sliding  # a window is shorter than what it has seen
+        layer = StaticSlotLayer(first.max_cache_len) if whole else DynamicSlotLayer()
         layer.cache = cache
+        layer.is_sliding = first.is_sliding  # or masks would be made for this layer, not for the model's
         cache.layers.append(layer)
         before = int(first.get_seq_length())
         if before:
