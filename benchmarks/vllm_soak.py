@@ -1,0 +1,114 @@
+"""The server under load: mixed adapters for minutes, every answer compared with the one that the request got alone.
+
+    .venv-vllm/bin/python benchmarks/vllm_soak.py MODEL [--minutes 5] [--concurrent 200] [--dtype float32]
+
+Starts the OpenAI-compatible server on loopback. Exits with 1 if an answer differs or is lost. In float32 by default: in
+shorter types the make-up of a batch can decide between two candidates. Memory is that of all the server's processes.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--concurrent", type=int, default=200)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    options = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
+    command += ["--served-model-name", "switch", "--host", "127.0.0.1", "--port", str(port), "--block-size", "32"]
+    command += ["--dtype", options.dtype, "--enforce-eager", "--max-num-seqs", "256", "--max-model-len", "2048"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+    try:
+        figures = asyncio.run(soak(f"http://127.0.0.1:{port}", server, options))
+    finally:
+        server.terminate()
+        server.wait(60)
+    print(json.dumps(figures, indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(figures, indent=1))
+    return 1 if figures["different"] or figures["lost"] else 0
+
+
+async def soak(url: str, server: subprocess.Popen, options: argparse.Namespace) -> dict[str, Any]:
+    limits = httpx.Limits(max_connections=options.concurrent)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        await until_up(client, server)
+        requests = [body(name, i) for i in range(8) for name in [None, *names(options.model)]]
+        alone = [await ask(client, request) for request in requests]
+        end = time.monotonic() + 60 * options.minutes
+        counts = {"answers": 0, "different": 0, "lost": 0}
+        memory = [resident(server)]
+
+        async def user(number: int) -> None:
+            turn = number
+            while time.monotonic() < end:
+                turn += 7
+                answer = await ask(client, requests[turn % len(requests)])
+                counts["answers"] += 1
+                counts["lost"] += answer is None
+                counts["different"] += answer is not None and answer != alone[turn % len(requests)]
+
+        async def watch() -> None:
+            while time.monotonic() < end:
+                await asyncio.sleep(10)
+                memory.append(resident(server))
+
+        await asyncio.gather(watch(), *(user(i) for i in range(options.concurrent)))
+    return {**counts, "minutes": options.minutes, "concurrent": options.concurrent, "resident_mb": memory}
+
+
+async def until_up(client: httpx.AsyncClient, server: subprocess.Popen) -> None:
+    while True:
+        if server.poll() is not None:
+            raise SystemExit("the server did not start")
+        try:
+            if (await client.get("/health")).status_code == 200:
+                return
+        except httpx.TransportError:
+            await asyncio.sleep(1)
+
+
+def names(model: Path) -> list[str]:
+    return [adapter["name"] for adapter in json.loads((model / "config.json").read_text())["switch"]["adapters"]]
+
+
+def body(name: str | None, number: int) -> dict[str, Any]:
+    message = {"role": "user", "content": f"Where does Anna live? Question {number} <rewrite>"}
+    fields = {"model": "switch", "messages": [message], "temperature": 0, "max_tokens": 24}
+    return fields | ({"chat_template_kwargs": {"adapter_name": name}} if name else {})
+
+
+async def ask(client: httpx.AsyncClient, request: dict[str, Any]) -> str | None:
+    try:
+        answer = await client.post("/v1/chat/completions", json=request)
+        return answer.json()["choices"][0]["message"]["content"] if answer.status_code == 200 else None
+    except httpx.HTTPError:
+        return None
+
+
+def resident(server: subprocess.Popen) -> int:
+    process = psutil.Process(server.pid)
+    return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)]) >> 20
+
+
+if __name__ == "__main__":
+    sys.exit(main())
