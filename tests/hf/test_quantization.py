@@ -197,11 +197,11 @@ def test_saved_quantised(load, full, tmp_path, row, way):
     row("Quantisation", f"{way}: saved and loaded", seen=full.seen(again))
 
 
-@pytest.fixture(scope="module", params=["nf4", "int8"])
+@pytest.fixture(scope="module", params=["bitsandbytes nf4", "bitsandbytes int8", "torchao int8 weights"])
 def serialised(plain_base, library, request, tmp_path_factory):
-    """A base that bitsandbytes quantised and saved, and what was composed of it."""
+    """A base that was quantised and saved, and what was composed of it."""
     folder = tmp_path_factory.mktemp(request.param)
-    _load(plain_base, bnb(request.param)).save_pretrained(folder / "base")
+    _load(plain_base, WAYS[request.param]()).save_pretrained(folder / "base")
     for file in plain_base.iterdir():
         if "token" in file.name or "template" in file.name:
             (folder / "base" / file.name).write_bytes(file.read_bytes())
@@ -222,7 +222,7 @@ class TestQuantisedOnDisk:
         model = AutoModelForCausalLM.from_pretrained(serialised / "model", dtype=torch.bfloat16).eval()
         assert model.config.quantization_config is not None
         seen = full.seen(model)
-        row("Quantisation", f"base quantised on disk, bitsandbytes {serialised.name[:-1]}", seen=seen)
+        row("Quantisation", f"base quantised on disk: {serialised.name[:-1]}", seen=seen)
         assert all(effect == pytest.approx(1, abs=0.1) for effect in seen.effects.values())
 
 

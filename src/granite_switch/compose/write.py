@@ -54,7 +54,8 @@ def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, s
         source = plan.checkpoint.folder / name
         changed = tensors.keys() & plan.grown.keys() or tensors != read_header(source)[0]
         if changed and not same_tokens:
-            write(folder / target, [_entry(plan, tensor) for tensor in tensors.values()], on_bytes)
+            entries = [_entry(plan, tensor) for tensor in tensors.values()]
+            write(folder / target, entries, on_bytes, metadata=read_header(source)[1])
             files[target] = read_header(folder / target)[0]
         else:
             link_or_copy(source, folder / target)

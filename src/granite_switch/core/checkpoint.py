@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -158,16 +159,19 @@ def _tensor(path: Path, data: int, name: str, record: Mapping[str, Any]) -> Tens
     return Tensor(name, record["dtype"], shape, path, data + start, end - start)
 
 
-def write(path: Path, entries: Iterable[Entry], on_bytes: Any = None) -> None:
+def write(
+    path: Path, entries: Iterable[Entry], on_bytes: Any = None, metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write a safetensors file. The same entries give the same bytes.
 
     Args:
         path: the file; its data is on the disk when this returns.
         entries: what to write, in this order.
         on_bytes: called with the number of bytes after each piece, for progress.
+        metadata: for the header. Some quantisers cannot read their tensors without theirs.
     """
     entries = list(entries)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted(metadata.items()))}}
     offset = 0
     for entry in entries:
         end = offset + entry.nbytes

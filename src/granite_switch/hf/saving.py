@@ -4,13 +4,24 @@ transformers writes first, whatever the model went through (quantised, offloaded
 are moved from its shards into their files.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor, copy_of, read_header, write, write_index
-from granite_switch.core.layout import AdapterTensor, adapter_file, parse_key
+from granite_switch.core.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Tensor,
+    copy_of,
+    read_header,
+    read_json,
+    write,
+    write_index,
+)
+from granite_switch.core.layout import AdapterTensor, adapter_file, digest, parse_key
 from granite_switch.core.spec import SwitchSpec
 
 _FLOATS = {"F32", "F16", "BF16"}
@@ -66,13 +77,25 @@ def _split(folder: Path, spec: SwitchSpec, source: Path) -> None:
         rewritten.append((partial, folder / target))
     for name, tensors in checkpoint.files.items():
         target = "model-00001-of-00001.safetensors" if name == SINGLE else name
-        write(folder / f".{target}", [copy_of(t) for key, t in tensors.items() if not parse_key(key)])
+        entries = [copy_of(tensor) for key, tensor in tensors.items() if not parse_key(key)]
+        write(folder / f".{target}", entries, metadata=read_header(folder / name)[1])
         rewritten.append((folder / f".{target}", folder / target))
     for partial, final in rewritten:
         partial.replace(final)
         files[final.name] = read_header(final)[0]
     (folder / SINGLE).unlink(missing_ok=True)
     write_index(folder, files)
+    _record(folder, {name: files[adapter_file(name)] for name in adapters})
+
+
+def _record(folder: Path, adapters: dict[str, dict[str, Tensor]]) -> None:
+    """Where an adapter was trained further, it is no longer its source's: record its own digest."""
+    config = read_json(folder / "config.json")
+    for adapter in config["switch"]["adapters"]:
+        tensors = {key: t for name, t in adapters.get(adapter["name"], {}).items() if (key := parse_key(name))}
+        if adapter.get("digest") and tensors and adapter["digest"] != digest(tensors):
+            adapter.update(digest=digest(tensors), sha256="")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _unchanged(original: Path, tensors: dict[AdapterTensor, Tensor]) -> bool:
