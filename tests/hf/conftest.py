@@ -58,9 +58,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _ROWS.extend(value for name, value in report.user_properties if name == "row")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Replace the table of docs/transformers.md; on the process that hears of all tests."""
-    if not os.environ.get("WRITE_TABLE") or hasattr(session.config, "workerinput") or not _ROWS:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Replace the table of docs/transformers.md; on the process that hears of all tests, if none failed."""
+    if not os.environ.get("WRITE_TABLE") or hasattr(session.config, "workerinput") or exitstatus or not _ROWS:
         return
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     tail = rest.partition(END)[2]
@@ -69,11 +69,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _table() -> Iterator[str]:
     yield f"\ntransformers {transformers.__version__}, torch {torch.__version__}."
-    for section in sorted({row[0] for row in _ROWS}):
+    rows = {(section, way): shown for section, way, *shown in _ROWS}
+    for section in sorted({section for section, _ in rows}):
         yield f"\n### {section}\n"
         yield "| way | outcome | largest difference | adapters' effect |"
         yield "|---|---|---|---|"
-        for _, way, outcome, difference, effects in sorted(r for r in _ROWS if r[0] == section):
+        for way in sorted(way for owner, way in rows if owner == section):
+            outcome, difference, effects = rows[section, way]
             shown = "" if difference < 0 else "0" if difference == 0 else f"{difference:.1e}"
             spread = " to ".join(f"{effect:.2f}" for effect in effects)
             yield f"| {way} | {outcome} | {shown} | {spread} |"
