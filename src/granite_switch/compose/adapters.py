@@ -4,7 +4,6 @@ PEFT itself is not imported: its files are two, and their meaning is a few rules
 follows. The tests hold the composed model against PEFT.
 """
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import yaml
 
 from granite_switch.compose.sources import PROVENANCE, Found
 from granite_switch.core.checkpoint import CHUNK, Tensor, read_header, read_json, sha256, to_float32
-from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
+from granite_switch.core.layout import PROJECTIONS, AdapterTensor, digest, shapes
 from granite_switch.errors import AdapterError, CheckpointError
 
 _KEY = re.compile(r"base_model\.model\.(?:model\.)?(layers\.(\d+)\.(\w+)\.(\w+))\.lora_([AB])(?:\.default)?\.weight")
@@ -140,16 +139,6 @@ def read_retired(found: Found, base: Mapping[str, Any]) -> Retired:
     if token is not None and not 0 <= token < base["vocab_size"]:
         raise AdapterError(f"{found.name}: substitute_token_id {token} is not in the base's vocabulary")
     return Retired(found.name, token)
-
-
-def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:
-    """sha256 of an adapter's tensors, whatever file, names and order they stand in (docs/format.md)."""
-    result = hashlib.sha256()
-    for key in sorted(tensors, key=AdapterTensor.order):
-        tensor = tensors[key]
-        result.update(f"{key.layer} {key.projection} {key.matrix} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        result.update(tensor.read())
-    return result.hexdigest()
 
 
 def io_problem(path: Path) -> str:

@@ -44,6 +44,11 @@ def read_composed(folder: Path) -> Composed:
         CheckpointError: it is not of format 1, or its files contradict each other.
     """
     config, spec = read_config(folder)
+    if spec.hiding or spec.base_token_id < 0:
+        raise CheckpointError(
+            f"{folder}: is an older generation's checkpoint that transformers loaded and saved",
+            hint=f"upgrade the checkpoint that it was loaded from: {legacy.UPGRADE}",
+        )
     checkpoint = Checkpoint(folder)
     if problems := tensor_problems(checkpoint, spec, config):
         raise CheckpointError(

@@ -5,11 +5,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, digest
+from granite_switch.compose.adapters import Adapter
 from granite_switch.compose.composed import VERIFY, read_composed
 from granite_switch.compose.sources import PROVENANCE, model_folder
 from granite_switch.core.checkpoint import copy_of, write, write_json
-from granite_switch.core.layout import PROJECTIONS, AdapterTensor
+from granite_switch.core.layout import PROJECTIONS, AdapterTensor, digest
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, held, staged
 from granite_switch.errors import CheckpointError

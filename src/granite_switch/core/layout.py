@@ -4,10 +4,13 @@ A group is a set of projections with one input; each group's adapters live in on
 (`model.layers.{i}.self_attn.qkv_lora`), so that their A products can be fused. A new base family is another table.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from granite_switch.core.checkpoint import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,16 @@ def parse_key(key: str) -> AdapterTensor | None:
         return None
     layer, _, _, adapter, projection, matrix = found.groups()
     return AdapterTensor(unescape(adapter), int(layer), projection, matrix)
+
+
+def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:
+    """sha256 of an adapter's tensors, whatever file, names and order they stand in (docs/format.md)."""
+    result = hashlib.sha256()
+    for key in sorted(tensors, key=AdapterTensor.order):
+        tensor = tensors[key]
+        result.update(f"{key.layer} {key.projection} {key.matrix} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        result.update(tensor.read())
+    return result.hexdigest()
 
 
 def escape(adapter: str) -> str:
