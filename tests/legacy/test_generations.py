@@ -9,11 +9,13 @@ import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GraniteForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GraniteForCausalLM
 
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
+from granite_switch.compose.composed import read_composed
 from granite_switch.core import legacy
 from granite_switch.core.routing import exchange
+from granite_switch.errors import CheckpointError
 
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 LORA, ALORA = ("citations",), ("answerability", "guardian-core")
@@ -155,6 +157,15 @@ def test_saved_and_loaded_again(generation: int, old: Callable[..., Path], promp
     for name in ("base", *LORA, *ALORA):
         tokens = _old_prompt(folder, name, prompt)
         assert torch.equal(_logits(again, tokens), _logits(model, tokens)), name
+    with pytest.raises(CheckpointError, match=r"loaded and saved[\s\S]*granite-switch upgrade"):
+        read_composed(tmp_path / "saved")
+
+
+def test_decoder_alone(old: Callable[..., Path], prompt: list[int]) -> None:
+    whole, decoder = AutoModelForCausalLM.from_pretrained(old(1)), AutoModel.from_pretrained(old(1))
+    ids = torch.tensor([_old_prompt(old(1), "answerability", prompt)])
+    with torch.no_grad():
+        assert torch.equal(decoder(ids).last_hidden_state, whole.model(ids).last_hidden_state)
 
 
 def test_tables_are_no_part_of_the_checkpoint(old: Callable[..., Path]) -> None:
