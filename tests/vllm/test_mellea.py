@@ -1,0 +1,123 @@
+"""Mellea, unmodified, calls every adapter of the sample: from a vLLM server, and in transformers.
+
+Mellea stands in an environment of its own, `.venv-mellea`.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from granite_switch import Conversation, compose
+
+ROOT = Path(__file__).parents[2]
+MELLEA = ROOT / ".venv-mellea" / "bin" / "python"
+LIBRARY = ROOT / "sample" / "library"
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(not MELLEA.exists(), reason="Mellea is not installed (.venv-mellea)"),
+    pytest.mark.skipif(not list(LIBRARY.glob("*/*/*/*.safetensors")), reason="the sample's adapters are not there"),
+]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sample") / "model"
+    compose(ROOT / "sample" / "base", [LIBRARY], output, base_name="granite-switch-sample")
+    return output
+
+
+@pytest.fixture(scope="module")
+def server(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a vLLM server that serves the sample."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", sample]
+    line += ["--served-model-name", "sample", "--dtype", "float32", "--enforce-eager", "--max-model-len", 2048]
+    line += ["--host", "127.0.0.1", "--port", port]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(list(map(str, line)), stdout=output, stderr=output, env=environment, cwd=log.parent)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def mellea(*arguments: object) -> dict[str, Any]:
+    """Run the example; its answers."""
+    line = [MELLEA, ROOT / "examples" / "mellea_adapters.py", *arguments]
+    # Mellea compiles a function of llguidance's otherwise, for a minute
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        list(map(str, line)), capture_output=True, text=True, timeout=400, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index('{\n  "rewritten"') :])
+
+
+def check(result: dict[str, Any]) -> None:
+    """The answers of a model that has learnt its five tasks."""
+    assert result["rewritten"] == "Where does Ada live?"
+    assert list(result["answerable"].values()) == ["answerable", "unanswerable"]
+    assert result["answer"] == "Ada lives in Tarn."
+    assert [(r["response_text"], r["faithfulness"]) for r in result["checked"]] == [("Ada lives in Tarn.", "faithful")]
+    assert [(r["citation_doc_id"], r["citation_text"].strip()) for r in result["cited"]] == [
+        ("0", "Ada lives in Tarn.")
+    ]
+
+
+def test_mellea_against_the_server(server: str, sample: Path) -> None:
+    check(mellea(sample, "--url", f"{server}/v1", "--name", "sample"))
+
+
+def test_mellea_in_transformers(sample: Path) -> None:
+    check(mellea(sample))
+
+
+def post(url: str, payload: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(payload).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
+
+
+def test_a_conversation_with_the_server(server: str, sample: Path) -> None:
+    options = {"temperature": 0.0, "max_tokens": 24}
+    talk = Conversation(sample, documents=[{"doc_id": "0", "text": "Ada lives in Tarn. Ada works as a baker."}])
+    turn = talk.ask("Where does Ada live?")
+    rendered = post(f"{server}/v1/chat/completions", turn.chat("sample", **options))
+    sent = post(f"{server}/v1/completions", turn.completion("sample", **options))
+    assert rendered["usage"]["prompt_tokens"] == sent["usage"]["prompt_tokens"] == len(turn.ids)
+    assert rendered["choices"][0]["message"]["content"] == sent["choices"][0]["text"]
+    assert talk.answer(sent["choices"][0]["token_ids"]) == "Ada lives in Tarn."
+
+    check = talk.ask(None, "answerability", aside=True, keep=False)
+    rendered = post(f"{server}/v1/chat/completions", check.chat("sample", **options))
+    assert rendered["usage"]["prompt_tokens"] == len(check.ids)
+    talk.answer(rendered["choices"][0]["message"]["content"])
+
+    follow = talk.ask("What does she work as?")
+    assert follow.reused >= len(talk.ids) - 1
+    kept = post(f"{server}/v1/completions", follow.completion("sample", **options))
+    assert talk.answer(kept["choices"][0]["token_ids"]) == "Ada works as a baker."
