@@ -10,7 +10,7 @@ each round every contender of a case is timed once, in random order; a ratio is 
 to plain Granite's in the same round, with a bootstrap interval of 95 %. "plain again" is a second copy of plain
 Granite: how far it is from 1.00 says how far to trust the rest. Before timing, contenders with the same traffic have to
 give the same logits. Each finished case is saved at once to benchmarks/results/DATE-NAME.json, from which `page.py`
-makes docs/performance.md.
+makes docs/performance.md. With `--only` the cases are added to the file of that day.
 """
 
 import argparse
@@ -475,19 +475,20 @@ def main() -> None:
     folder = options.folder / size
     make_models(options.folder, size, cases, extra, pythons)
     name = options.name or ("cuda" if cuda else "quick" if options.quick else "full")
-    found = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python", "benchmarks/bench.py", *sys.argv[1:]]),
+    when = datetime.datetime.now(datetime.UTC)
+    results = HERE / "results" / f"{when:%Y-%m-%d}-{name}.json"
+    earlier = json.loads(results.read_text()) if options.only and results.exists() else {"cases": []}
+    found = earlier | {
+        "date": f"{when:%Y-%m-%d %H:%M} UTC",
+        "command": " ".join(["python", "benchmarks/bench.py", *_without_only(sys.argv[1:])]),
         "machine": {"processor": _processor(), "system": platform.platform(), "threads": options.threads},
         "device": options.device,
         "size": {"name": size, **SIZES[size]},
         "versions": {},
         "notes": notes,
         "invocation": _invocation(folder),
-        "cases": [],
     }
-    day = found["date"][:10]
-    bench = Bench(folder, pythons, options.threads, options.device, HERE / "results" / f"{day}-{name}.json", found)
+    bench = Bench(folder, pythons, options.threads, options.device, results, found)
     try:
         for case in cases:
             bench.run(case)
@@ -524,6 +525,12 @@ def _invocation(folder: Path) -> list[int]:
     code += "print(t.encode(sys.argv[2], add_special_tokens=False).ids)"
     command = [sys.executable, "-c", code, str(folder / "base" / "tokenizer.json"), INVOCATION]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _without_only(arguments: list[str]) -> list[str]:
+    """A run of some cases adds to the day's file, whose command is that of all of them."""
+    place = arguments.index("--only") if "--only" in arguments else len(arguments)
+    return arguments[:place] + arguments[place + 2 :]
 
 
 def _processor() -> str:

@@ -139,7 +139,7 @@ def _against(ratio: Ratio, bound: float, least: bool) -> list[str]:
     """Target, measured, and by how much it is missed."""
     short = bound - ratio[0] if least else ratio[0] - bound
     near = ratio[1] <= bound <= ratio[2]
-    verdict = "reached" if short <= 0 else f"missed by {short:.3f}" + (", within the interval" if near else "")
+    verdict = ("reached" if short <= 0 else f"missed by {short:.3f}") + (" (the interval holds both)" if near else "")
     return [f"{'≥' if least else '≤'} {bound:.2f}", shown(ratio), verdict]
 
 
@@ -327,7 +327,7 @@ def draw_growth(result: Result) -> None:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("ratio to plain Granite", fontsize=9)
-    axes[1].legend(fontsize=8, frameon=False)
+    axes[-1].legend(fontsize=8, frameon=False)
     _save(figure, "growth")
 
 
