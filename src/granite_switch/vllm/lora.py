@@ -156,6 +156,14 @@ class _Update:
     outputs: tuple[tuple[slice, slice, Tensor], ...]  # columns of y, columns of A x, B^T [r, out]
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """The tokens that have an adapter, those of each together."""
+
+    spans: tuple[tuple[int, slice], ...] = ()  # slot, its rows
+    order: Tensor | None = None  # token of each row; None: rows are the batch's own
+
+
 class GroupedRouter(Router):
     """A product for each adapter that the batch uses, on unpadded weights.
 
@@ -165,7 +173,7 @@ class GroupedRouter(Router):
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
         self.slots = torch.zeros(self.tokens, dtype=torch.int32)
-        self.groups: list[tuple[int, slice | Tensor | None]] = []
+        self.groups = _Groups()
         self.context = vllm_config.compilation_config.static_forward_context
         self.context["granite_switch.router"] = self
 
@@ -199,7 +207,7 @@ class _GroupedLinear:
                 if rank:
                     rows.append(a[index, 0, :rank])
                     columns = slice(offset, offset + width), slice(first, first + rank)
-                    outputs.append((*columns, b[index, 0, :, :rank].contiguous().t()))
+                    outputs.append((*columns, b[index, 0, :, :rank].t().contiguous()))
                 offset, first = offset + width, first + rank
             if rows:
                 self.updates[index + 1] = _Update(torch.cat(rows), tuple(outputs))
@@ -212,36 +220,38 @@ class _GroupedLinear:
             self.add(y, x)
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        for slot, rows in self.router.groups:
-            update = self.updates.get(slot)
-            if update is None:
-                continue
-            hidden = F.linear(x if rows is None else x[rows], update.a)
-            for columns, ranks, b in update.outputs:
-                target = y[:, columns]
-                if isinstance(rows, Tensor):
-                    target.index_add_(0, rows, hidden[:, ranks] @ b)
-                else:
-                    (target if rows is None else target[rows]).addmm_(hidden[:, ranks], b)
+        groups = self.router.groups
+        if groups.order is None:
+            self._add(y, x, groups)
+        elif any(slot in self.updates for slot, _ in groups.spans):
+            delta = y.new_zeros(len(groups.order), y.shape[1])
+            self._add(delta, x[groups.order], groups)
+            y.index_add_(0, groups.order, delta)
+
+    def _add(self, y: Tensor, x: Tensor, groups: _Groups) -> None:
+        for slot, rows in groups.spans:
+            if update := self.updates.get(slot):
+                hidden, target = F.linear(x[rows], update.a), y[rows]
+                for columns, ranks, b in update.outputs:
+                    target[:, columns].addmm_(hidden[:, ranks], b)
 
 
-def _groups(slots: Tensor) -> list[tuple[int, slice | Tensor | None]]:
-    """Slots [T] to (slot, its rows), without slot 0. Rows: None for all, a slice where they are together."""
+def _groups(slots: Tensor) -> _Groups:
+    """Group the tokens of slots [T] by slot, without slot 0."""
     values, counts = torch.unique_consecutive(slots, return_counts=True)
     runs, start = [], 0
     for slot, count in zip(values.tolist(), counts.tolist(), strict=True):
-        runs.append((slot, start, start + count))
+        runs.append((slot, slice(start, start + count)))
         start += count
-    if len(runs) == 1:
-        return [(runs[0][0], None)] if runs[0][0] else []
-    groups: list[tuple[int, slice | Tensor | None]] = []
-    for slot, same in groupby(sorted(run for run in runs if run[0]), key=lambda run: run[0]):
-        spans = [(first, last) for _, first, last in same]
-        if len(spans) == 1:
-            groups.append((slot, slice(*spans[0])))
-        else:
-            groups.append((slot, torch.tensor([row for span in spans for row in range(*span)])))
-    return groups
+    runs = [run for run in runs if run[0]]
+    if len({slot for slot, _ in runs}) == len(runs):
+        return _Groups(tuple(runs))
+    spans, order = [], []
+    for slot, same in groupby(sorted(runs, key=lambda run: run[0]), key=lambda run: run[0]):
+        first = len(order)
+        order += [row for _, rows in same for row in range(rows.start, rows.stop)]
+        spans.append((slot, slice(first, len(order))))
+    return _Groups(tuple(spans), torch.tensor(order))
 
 
 def _route(slots: Tensor) -> None:
