@@ -23,13 +23,14 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the composed sample")
     parser.add_argument("--examples", type=int, default=200, help="held-out examples for each task")
     parser.add_argument("--outtypes", nargs="+", default=["f32", "q8_0"], choices=OUTTYPES)
+    parser.add_argument("--threads", type=int, default=1, help="of the engine; more only pays on an idle machine")
     options = parser.parse_args()
 
     rows: dict[str, list[str]] = {}
     for outtype in options.outtypes:
         with tempfile.TemporaryDirectory() as folder:
             export(options.model, Path(folder) / "sample.gguf", outtype=outtype)
-            llm = Llama(f"{folder}/sample.gguf", n_ctx=2048, n_threads=2, verbose=False)
+            llm = Llama(f"{folder}/sample.gguf", n_ctx=2048, n_threads=options.threads, verbose=False)
             for name in ("base", *adapters(llm)):
                 task = "answer" if name == "base" else name
                 share = accuracy(llm, name, world.examples(task, options.examples))
