@@ -346,7 +346,7 @@ def draw_flow(result: Result) -> None:
     axis.set_ylabel("s to the first token", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="upper right")
     _save(figure, "flow")
 
 
