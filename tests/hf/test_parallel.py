@@ -23,7 +23,7 @@ def together(composed, reference, tmp_path_factory):
     files = [composed, folder / "prompts.pt", folder / "results.pt"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, WORKER, *files], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, WORKER, *files], env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return SimpleNamespace(**torch.load(folder / "results.pt"), saved=folder / "results.saved")
