@@ -1,6 +1,6 @@
 """How long it takes until something happens: `import granite_switch` and `granite-switch --help`, beside bare Python.
 
-    python benchmarks/startup.py [--runs 15]
+python benchmarks/startup.py [--runs 15]
 """
 
 import argparse
@@ -29,7 +29,8 @@ def main() -> None:
     bare = statistics.median(times["python -c pass"][1:])
     for name, values in times.items():
         median = statistics.median(values[1:])
-        print(f"{name:24} {median:.3f} s [{min(values[1:]):.3f}-{max(values[1:]):.3f}], {median - bare:+.3f} s to bare Python")
+        spread = f"[{min(values[1:]):.3f}-{max(values[1:]):.3f}]"
+        print(f"{name:24} {median:.3f} s {spread}, {median - bare:+.3f} s to bare Python")
 
 
 if __name__ == "__main__":

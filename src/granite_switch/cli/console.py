@@ -29,14 +29,14 @@ def warn(text: str) -> None:
 
 def size(count: int) -> str:
     """A number of bytes for people: 1.5 MB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
+    if count < 1000:
+        return f"{count} B"
+    value, unit = count / 1000, "kB"
+    for larger in ("MB", "GB", "TB"):
         if value < 1000:
             break
-        value /= 1000
-    else:
-        unit = "TB"
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value, unit = value / 1000, larger
+    return f"{value:.1f} {unit}"
 
 
 @contextmanager
