@@ -1,4 +1,4 @@
-"""Mellea calls the adapters of a composed model: rewrite, answerability, answer, hallucinations, citations.
+"""Mellea calls the adapters of a composed model: rewrite, answerability, hallucinations, citations.
 
 Against a vLLM server (Mellea's plain install is enough here):
 
@@ -14,8 +14,6 @@ import argparse
 import json
 from typing import Any
 
-import mellea.stdlib.functional as functional
-from mellea.backends import ModelOption
 from mellea.stdlib.components import Document, Message
 from mellea.stdlib.components.intrinsic import rag
 from mellea.stdlib.context import ChatContext
@@ -26,6 +24,7 @@ DOCUMENTS = [
 ]
 HISTORY = [Message("user", "What does Ada work as?"), Message("assistant", "Ada works as a baker.")]
 QUESTION, UNKNOWN = "Where does she live?", "What does Hugo eat?"
+DRAFT = "Ada lives in Tarn. Ada plays the flute."  # an answer to be checked
 
 
 def backend_for(model: str, url: str, name: str) -> Any:
@@ -52,12 +51,9 @@ def run(backend: Any) -> dict[str, Any]:
         question: rag.check_answerability(question, DOCUMENTS, talk, backend)
         for question in (result["rewritten"], UNKNOWN)
     }
-    options = {ModelOption.TEMPERATURE: 0.0, ModelOption.MAX_NEW_TOKENS: 32}
-    answer, _ = functional.chat(result["rewritten"], talk, backend, documents=DOCUMENTS, model_options=options)
-    result["answer"] = answer.content.strip()
     talk = talk.add(Message("user", result["rewritten"]))
-    result["checked"] = rag.flag_hallucinated_content(result["answer"], DOCUMENTS, talk, backend)
-    result["cited"] = rag.find_citations(result["answer"], DOCUMENTS, talk, backend)
+    result["checked"] = rag.flag_hallucinated_content(DRAFT, DOCUMENTS, talk, backend)
+    result["cited"] = rag.find_citations(DRAFT, DOCUMENTS, talk, backend)
     return result
 
 

@@ -78,14 +78,12 @@ def mellea(*arguments: object) -> dict[str, Any]:
 
 
 def check(result: dict[str, Any]) -> None:
-    """The answers of a model that has learnt its five tasks."""
+    """The answers of a model that has learnt its tasks."""
     assert result["rewritten"] == "Where does Ada live?"
     assert list(result["answerable"].values()) == ["answerable", "unanswerable"]
-    assert result["answer"] == "Ada lives in Tarn."
-    assert [(r["response_text"], r["faithfulness"]) for r in result["checked"]] == [("Ada lives in Tarn.", "faithful")]
-    assert [(r["citation_doc_id"], r["citation_text"].strip()) for r in result["cited"]] == [
-        ("0", "Ada lives in Tarn.")
-    ]
+    assert [r["faithfulness"] for r in result["checked"]] == ["faithful", "hallucinated"]
+    cited = [(r["response_text"].strip(), r["citation_doc_id"], r["citation_text"].strip()) for r in result["cited"]]
+    assert cited == [("Ada lives in Tarn.", "0", "Ada lives in Tarn.")]
 
 
 def test_mellea_against_the_server(server: str, sample: Path) -> None:
