@@ -6,6 +6,9 @@ SAMPLE := $(OUT)/granite-switch-sample
 WORKERS ?= 2
 VLLM := 0.32.0
 LLAMA := 0.3.36
+LLAMA_SDIST := .cache/sdist/llama_cpp_python-$(LLAMA).tar.gz
+LLAMA_FLAGS := -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF \
+  -DLLAMA_BUILD_SERVER=OFF -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF
 LLAMA_WHEEL := .cache/wheels/llama_cpp_python-$(LLAMA)-py3-none-linux_$(shell uname -m).whl
 MATRIX := 5.16.1 5.17.0 5.23.0
 export HF_HUB_OFFLINE ?= 1
@@ -38,7 +41,7 @@ demo: setup
 	$(BIN)/python examples/demo.py --output $(SAMPLE)
 
 # With the llama.cpp build at hand its tests run too (see test-gguf).
-test: setup $(patsubst %,.venv/.llama,$(firstword $(wildcard $(LLAMA_WHEEL))))
+test: setup $(if $(wildcard $(LLAMA_WHEEL)),.venv/.llama)
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q
 	$(MAKE) test-vllm
 
@@ -58,19 +61,27 @@ test-vllm: .venv-vllm/.stamp
 	.venv-vllm/bin/pip install --quiet hypothesis peft pytest rich typer
 	touch $@
 
-# Builds llama.cpp (6 to 13 minutes on 2 cores) once, as a wheel in .cache.
-test-gguf: setup .venv/.llama
-	$(BIN)/python -m pytest tests/gguf -q
+# The engine is built from its sdist once (6 to 13 minutes on 2 cores), as a wheel in .cache; its own converter,
+# to compare with, comes from there too.
+test-gguf: .venv/.llama .cache/llama.cpp
+	$(BIN)/python -m pytest tests/gguf -n $(WORKERS) -q
 
-.venv/.llama: $(LLAMA_WHEEL) .venv/.stamp
+.venv/.llama: $(LLAMA_WHEEL) | .venv/.stamp
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(LLAMA_WHEEL)
-	$(BIN)/pip install --quiet diskcache
+	$(BIN)/pip install --quiet 'diskcache>=5.6'
 	touch $@
 
-$(LLAMA_WHEEL): | .venv/.stamp
-	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF \
-	-DLLAMA_BUILD_SERVER=OFF -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
-	$(BIN)/pip wheel --quiet --no-deps --no-binary llama-cpp-python llama-cpp-python==$(LLAMA) --wheel-dir .cache/wheels
+$(LLAMA_WHEEL): | $(LLAMA_SDIST)
+	CMAKE_ARGS="$(LLAMA_FLAGS)" CMAKE_BUILD_PARALLEL_LEVEL=2 \
+	  $(BIN)/pip wheel --quiet --no-deps --wheel-dir .cache/wheels $(LLAMA_SDIST)
+
+$(LLAMA_SDIST): | .venv/.stamp
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(@D) llama-cpp-python==$(LLAMA)
+
+.cache/llama.cpp: | $(LLAMA_SDIST)
+	mkdir -p $@
+	tar xzf $(LLAMA_SDIST) -C $@ --strip-components=3 \
+	  $(addprefix llama_cpp_python-$(LLAMA)/vendor/llama.cpp/,conversion gguf-py convert_hf_to_gguf.py)
 
 # The fast transformers suite on the oldest, a common and the newest release.
 test-matrix: $(addprefix test-tf-,$(MATRIX))
