@@ -36,7 +36,8 @@ SPLIT = (
 )
 BATCH = 16
 BASE_STEPS = 1300
-REFINE_STEPS = 1500
+REFINE_STEPS = 1200
+SPEAK_STEPS = 320
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 
 
@@ -60,10 +61,12 @@ class Recipe:
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERYWHERE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 RECIPES = {
-    "answerability": Recipe(4, ATTENTION, ASSISTANT, steps=150),
-    "query_rewrite": Recipe(16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}),
-    "hallucination_detection": Recipe(32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, dtype=torch.bfloat16),
-    "citations": Recipe(8, EVERYWHERE, dtype=torch.bfloat16),
+    "answerability": Recipe(8, ATTENTION, ASSISTANT, steps=800),
+    "query_rewrite": Recipe(16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}, steps=160),
+    "hallucination_detection": Recipe(
+        32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, steps=360, dtype=torch.bfloat16
+    ),
+    "citations": Recipe(16, EVERYWHERE, steps=360, dtype=torch.bfloat16),
 }
 
 
@@ -170,7 +173,8 @@ def batches(tokenizer, draw: Callable[[], world.Example], weigh, size: int, pool
 class Weigher:
     """Which tokens count: what the assistant says, and for the base a little of everything else.
 
-    What adapters leave in a conversation (JSON) does not count: the base is to read it, not to write it.
+    What adapters leave in a conversation (JSON) does not count: the base is to read it, not to write it. At the end of
+    an example it does: there the base was asked to repeat it.
     """
 
     def __init__(self, tokenizer) -> None:
@@ -180,9 +184,11 @@ class Weigher:
 
     def base(self, ids: list[int]) -> list[float]:
         weights = [0.1] * len(ids)
-        for start in self.starts(ids):
+        starts = self.starts(ids)
+        for start in starts:
             stop = ids.index(self.end, start) + 1
-            weights[start:stop] = [0.0 if ids[start] in self.json else 1.0] * (stop - start)
+            left = ids[start] in self.json and start != starts[-1]
+            weights[start:stop] = [0.0 if left else 1.0] * (stop - start)
         return weights
 
     def adapter(self, ids: list[int]) -> list[float]:
@@ -274,6 +280,25 @@ def refine_base() -> None:
     save_base(model, tokenizer)
 
 
+def speak_base() -> None:
+    """The end of it: half of the examples ask to repeat what adapters will write.
+
+    Adapters change neither embeddings nor the head, which are the same matrix: a token that the base has never
+    written has a row that no hidden state can single out, and an adapter that must write it learns nothing.
+    """
+    torch.manual_seed(3)
+    random.seed(3)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    maker = world.Maker(random.Random(3))
+
+    def draw() -> world.Example:
+        return maker.repeat() if maker.rng.random() < 0.5 else maker.conversation()
+
+    fit(model, batches(tokenizer, draw, Weigher(tokenizer).base, BATCH), SPEAK_STEPS, 2e-3, label="speak")
+    save_base(model, tokenizer)
+
+
 def save_base(model, tokenizer) -> None:
     model.to(torch.bfloat16).save_pretrained(BASE)
     (BASE / "model.safetensors").chmod(0o644)
@@ -314,7 +339,7 @@ def save_adapter(model, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-STAGES = {"base": train_base, "refine": refine_base}
+STAGES = {"base": train_base, "refine": refine_base, "speak": speak_base}
 
 
 def main() -> None:

@@ -154,6 +154,11 @@ class Maker:
         talk = self._talk(tags=self.rng.random() < 0.15, turns=self.rng.randint(2, 6), final=True)
         return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
 
+    def repeat(self) -> Example:
+        """Say something again: how the base learns to write the words of its adapters' answers, and nothing of why."""
+        text = self.example(self.rng.choice(TASKS)).expected
+        return Example("repeat", [{"role": "user", "content": f"Repeat: {text}"}], [], text)
+
     def _answer(self) -> Example:
         talk = self._talk(turns=self.rng.choice((0, 0, 1, 2)))
         person, relation = talk.ask()
@@ -176,7 +181,7 @@ class Maker:
         talk = self._talk(turns=self.rng.choice((0, 0, 1)), documents_only=True)
         talk.ask(known=True)
         sentences, verdicts = [], []
-        for key in talk.some_keys(self.rng.randint(1, 3)):
+        for key in talk.some_keys(self.rng.randint(1, 2)):
             fact, kind = talk.claim(key)
             sentences.append(fact.text())
             label = "faithful" if kind == "stated" else "hallucinated"
@@ -189,7 +194,7 @@ class Maker:
         talk = self._talk(turns=self.rng.choice((0, 0, 1)), tags=True, documents_only=True)
         first = talk.ask(known=True)
         others = [key for key in talk.facts if key != first]
-        keys = [first, *self.rng.sample(others, min(len(others), self.rng.randint(0, 2)))]
+        keys = [first, *self.rng.sample(others, min(len(others), self.rng.randint(0, 1)))]
         talk.say("assistant", tagged([talk.facts[key].text() for key in keys], "r"))
         talk.say("user", INSTRUCTIONS["citations"])
         cited = [{"r": i, "c": [n for n, k in enumerate(talk.sources) if k == key]} for i, key in enumerate(keys)]
@@ -215,7 +220,7 @@ class Talk:
         self.documents: list[dict] = []
         self.facts: dict[tuple[str, str], Fact] = {}
         self.sources: list[tuple[str, str]] = []  # the key stated by each sentence of the documents
-        self.cast = rng.sample(PEOPLE, 2 + round(3 * size * rng.random()))  # the people this talk is about
+        self.cast = rng.sample(PEOPLE, 2 + round(size * rng.random()))  # the people this talk is about
         self.last: tuple[str, str] | None = None  # the question before: what "she" and "what about" refer to
         self.form = 0  # which of the two ways of asking the question before used
         self.brief = False  # the question before was "What about Ada?"
@@ -224,11 +229,11 @@ class Talk:
         self.messages.append({"role": role, "content": content})
 
     def add_documents(self, tags: bool) -> None:
-        """One to three documents of one to four sentences, ten sentences at most, each about one or more people."""
-        count = self.rng.randint(1, 1 + round(2 * self.size))
+        """One or two documents of one or two sentences, about one or more people."""
+        count = self.rng.randint(1, 1 + round(self.size))
         for number in range(count):
             sentences = []
-            for _ in range(self.rng.randint(1, 1 + round(2 * self.size))):
+            for _ in range(self.rng.randint(1, 1 + round(self.size))):
                 key = self.rng.choice(self.all_keys())
                 sentences.append(self.learn(key).text(self.rng.randrange(2)))
                 self.sources.append(key)
