@@ -83,6 +83,10 @@ $(LLAMA_SDIST): | .venv/.stamp
 	tar xzf $(LLAMA_SDIST) -C $@ --strip-components=3 \
 	  $(addprefix llama_cpp_python-$(LLAMA)/vendor/llama.cpp/,conversion gguf-py convert_hf_to_gguf.py)
 
+# Two hundred kills and many random sequences of changes to a model.
+soak: setup
+	SOAK=1 $(BIN)/python -m pytest tests/maintain -q
+
 # The fast transformers suite on the oldest, a common and the newest release.
 test-matrix: $(addprefix test-tf-,$(MATRIX))
 
