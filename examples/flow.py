@@ -47,7 +47,7 @@ class Flow:
 
     def step(self, name: str, text: str, max_new_tokens: int = 48) -> str:
         """Append text (control tokens included), prefill what is new, and generate an answer."""
-        self.ids += self.tokenizer.encode(text, add_special_tokens=False)
+        self.ids = [*self.ids, *self.tokenizer.encode(text, add_special_tokens=False)]
         cached = self.cache.get_seq_length()
         output = self.model.generate(
             torch.tensor([self.ids], device=self.model.device),
