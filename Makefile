@@ -48,9 +48,11 @@ test: setup $(if $(wildcard $(LLAMA_WHEEL)),.venv/.llama)
 test-fast: setup
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q -m "not slow"
 
-# vLLM has an environment of its own: it brings its own versions of transformers and much else.
+# vLLM has an environment of its own: it brings its own versions of transformers and much else. Engines leave state
+# behind in their process, so each file gets one of its own.
 test-vllm: .venv-vllm/.stamp
-	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest tests/vllm -q
+	for file in tests/vllm/test_*.py; do \
+	  VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest $$file -q || exit 1; done
 
 .venv-vllm/.stamp: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

@@ -73,7 +73,7 @@ def test_slots_are_the_oracles_in_any_batch_chunk_and_prefix(watched: Watched) -
     drawn = prompts(sorted(watched.controls))
     shared = st.lists(st.integers(2, 300), min_size=64, max_size=64)
 
-    @settings(max_examples=60)
+    @settings(max_examples=120)
     @given(batch=st.lists(drawn, min_size=1, max_size=6), prefix=shared, chunk=st.sampled_from([5, 33, 100, 512]))
     def check(batch: list[list[int]], prefix: list[int], chunk: int) -> None:
         watched.check(batch, chunk)
