@@ -1,6 +1,7 @@
 """Compose the sample, generate with each of its adapters, and show where each token was routed."""
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "sample"))
 
 import world  # the sample's tasks
+from rich.console import Console
 from transformers.utils import logging
 
 from granite_switch import compose
@@ -20,7 +22,9 @@ from granite_switch.cli.generate import encode, load
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "granite-switch-sample")
-    output: Path = parser.parse_args().output
+    parser.add_argument("--svg", type=Path, help="also draw the trace of query_rewrite, as the README shows it")
+    options = parser.parse_args()
+    output: Path = options.output
     logging.disable_progress_bar()
 
     plan = compose(ROOT / "sample" / "base", [ROOT / "sample" / "library"], output, base_name=NAME, force=True)
@@ -36,6 +40,11 @@ def main() -> None:
         console.rule(f"[bold]{name}")
         tokens = trace.trace(sequence, length, plan.spec, lambda i: tokenizer.decode([i]))
         trace.show(tokens, plan.spec, console)
+        if options.svg and name == "query_rewrite":
+            picture = Console(record=True, width=100, file=io.StringIO())
+            trace.show(tokens, plan.spec, picture)
+            options.svg.parent.mkdir(parents=True, exist_ok=True)
+            picture.save_svg(str(options.svg), title=f"adapter_name={name!r}")
         verdict = "right" if world.is_right(example, answer) else f"expected {example.expected!r}"
         console.print(f"\n  answer: {answer!r} ({verdict})\n", markup=False)
         page = output.parent / f"trace-{name}.html"
