@@ -5,6 +5,7 @@ OUT := out
 SAMPLE := $(OUT)/granite-switch-sample
 WORKERS ?= 2
 VLLM := 0.32.0
+MELLEA := 0.8.0
 LLAMA := 0.3.36
 LLAMA_SDIST := .cache/sdist/llama_cpp_python-$(LLAMA).tar.gz
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF \
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast check format sample bench bench-full bench-setup clean
+.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix soak check format sample bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +26,7 @@ help:
 	@echo "make test-vllm  the vLLM backend, in an environment of its own (part of make test)"
 	@echo "make test-gguf  builds llama.cpp once and tests the export in it"
 	@echo "make test-matrix  the transformers backend on several releases"
+	@echo "make soak       two hundred kills, many random sequences of changes"
 	@echo "make check      format, lint, types, import arrows"
 	@echo "make sample     train the sample model and its adapters anew (under an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
@@ -50,7 +52,7 @@ test-fast: setup
 
 # vLLM has an environment of its own: it brings its own versions of transformers and much else. Engines leave state
 # behind in their process, so each file gets one of its own.
-test-vllm: .venv-vllm/.stamp
+test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp
 	for file in tests/vllm/test_*.py; do \
 	  VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest $$file -q || exit 1; done
 
@@ -61,6 +63,14 @@ test-vllm: .venv-vllm/.stamp
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet --no-deps --editable .
 	.venv-vllm/bin/pip install --quiet hypothesis peft pytest rich typer
+	touch $@
+
+# Mellea, the client of the adapters' own functions: also from outside, with versions of its own.
+.venv-mellea/.stamp: pyproject.toml constraints.txt
+	test -x .venv-mellea/bin/python || $(PYTHON) -m venv .venv-mellea
+	.venv-mellea/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-mellea/bin/pip install --quiet --constraint constraints.txt mellea==$(MELLEA) transformers llguidance peft accelerate
+	.venv-mellea/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 # The engine is built from its sdist once (6 to 13 minutes on 2 cores), as a wheel in .cache; its own converter,

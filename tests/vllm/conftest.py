@@ -2,6 +2,10 @@
 
 import gc
 import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -57,6 +61,37 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
         gc.collect()
 
 
+@contextmanager
+def serving(model: Path, name: str, log: Path, *options: object) -> Iterator[str]:
+    """An OpenAI-compatible server in float32 on loopback; gives its URL."""
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
+    command += ["--enforce-eager", "--block-size", 32, "--max-model-len", 2048, *options]
+    # the first request for log-probabilities compiles a kernel, which takes long on a busy machine
+    patience = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200"}
+    environment = os.environ | patience | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as file:
+        process = subprocess.Popen(list(map(str, command)), env=environment, stdout=file, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(400):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 def core_of(llm: Any) -> Any:
     """The engine's core: scheduler and executor."""
     return llm.llm_engine.engine_core.engine_core
@@ -72,6 +107,18 @@ def engine(composed: Path) -> Iterator[Any]:
     """The composed model in float32, one engine for a module."""
     with running(composed) as llm:
         yield llm
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained sample, composed."""
+    from artefacts import ROOT
+
+    from granite_switch import compose
+
+    output = tmp_path_factory.mktemp("sample") / "model"
+    compose(ROOT / "sample" / "base", [ROOT / "sample" / "library"], output, base_name="granite-switch-sample")
+    return output
 
 
 def transformers_model(folder: Path) -> Any:

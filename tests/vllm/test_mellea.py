@@ -5,64 +5,31 @@ Mellea stands in an environment of its own, `.venv-mellea`.
 
 import json
 import os
-import socket
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from artefacts import ROOT
+from conftest import serving
 
-from granite_switch import Conversation, compose
+from granite_switch import Conversation
 
-ROOT = Path(__file__).parents[2]
 MELLEA = ROOT / ".venv-mellea" / "bin" / "python"
-LIBRARY = ROOT / "sample" / "library"
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.skipif(not MELLEA.exists(), reason="Mellea is not installed (.venv-mellea)"),
-    pytest.mark.skipif(not list(LIBRARY.glob("*/*/*/*.safetensors")), reason="the sample's adapters are not there"),
 ]
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("sample") / "model"
-    compose(ROOT / "sample" / "base", [LIBRARY], output, base_name="granite-switch-sample")
-    return output
-
-
-@pytest.fixture(scope="module")
 def server(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a vLLM server that serves the sample."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", sample]
-    line += ["--served-model-name", "sample", "--dtype", "float32", "--enforce-eager", "--max-model-len", 2048]
-    line += ["--host", "127.0.0.1", "--port", port]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(list(map(str, line)), stdout=output, stderr=output, env=environment, cwd=log.parent)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
+    with serving(sample, "sample", tmp_path_factory.mktemp("server") / "log") as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def mellea(*arguments: object) -> dict[str, Any]:

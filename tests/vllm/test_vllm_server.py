@@ -1,11 +1,6 @@
 """The OpenAI-compatible server, as a client on loopback sees it."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import serving
 
 NAMES = [None, "answerability", "citations", "guardian-core", "hallucination_detection", "query_rewrite"]
 MESSAGES = [{"role": "user", "content": "Where does Anna live? <rewrite>"}]
@@ -24,31 +20,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def server(composed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with the composed model; gives its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(composed)]
-    command += ["--served-model-name", "switch", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--block-size", "32", "--max-model-len", "2048", "--max-logprobs", "20"]
-    # the first request for log-probabilities compiles a kernel, which takes long on a busy machine
-    patience = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200"}
-    environment = os.environ | patience | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(400):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(1)
+    with serving(composed, "switch", log, "--max-logprobs", 20) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def body(name: str | None, **more: Any) -> dict[str, Any]:

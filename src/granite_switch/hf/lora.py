@@ -8,6 +8,8 @@ own forward, so accelerate's hooks bring offloaded ones in. `core.lora` is the d
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from torch.nn import functional as F
 from granite_switch.core.layout import AdapterTensor, Projection
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.hf.routing import Routing
+
+_FEW = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,22 @@ class _Update:
     b: str
     rank: int
     scale: float
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """All adapters' matrices of one module, one below the other: projection by projection, slot by slot."""
+
+    a: Tensor  # [sum of ranks, in]
+    b: dict[int, Tensor]  # for each output: B^T [sum of its ranks, out]
+    spans: dict[int, slice]  # its rows of `a`
+    firsts: dict[int, Tensor]  # [slots], the first row of each slot's A
+    owners: Tensor  # [sum of ranks], the slot of each row
+    scales: Tensor  # [sum of ranks], its factor
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether the first parameter still stands here, and was not moved or replaced since."""
+        return self.a.data_ptr() == parameter.data_ptr() and self.a.dtype == parameter.dtype
 
 
 class SwitchedLora(nn.Module):
@@ -61,6 +81,10 @@ class SwitchedLora(nn.Module):
                 self.register_parameter(b, nn.Parameter(torch.empty(out, rank)))
                 update = _Update(index, a, b, rank, adapter.scale_of(row.name, layer))
                 self.updates.setdefault(slot, []).append(update)
+        self.ranks = {slot: sum(update.rank for update in updates) for slot, updates in self.updates.items()}
+        pairs = [(slot, update) for slot, updates in self.updates.items() for update in updates]
+        self.order = sorted(pairs, key=lambda pair: (pair[1].output, pair[0]))
+        self.packed: _Packed | None = None
 
     def reset_parameters(self) -> None:
         """A new adapter changes nothing: A as PEFT draws it (`LoraLayer.reset_lora_parameters`), B zero."""
@@ -85,12 +109,100 @@ class SwitchedLora(nn.Module):
         flat = x.flatten(0, -2)
         flats = [y.flatten(0, -2) for y in outputs]
         if routing.groups is None:
-            flats = self._masked(flat, flats, routing.slots.flatten())
+            self._fixed(flat, flats, routing.slots.flatten())
         elif torch.is_grad_enabled():
-            flats = self._out_of_place(flat, flats, routing)
+            self._out_of_place(flat, flats, routing)
+        elif self._few(flat, routing) and (packed := self.pack()):
+            self._masked(flat, flats, routing.slots.flatten(), packed)
         else:
             self._in_place(flat, flats, routing)
         return [y.view_as(shape) for y, shape in zip(flats, outputs, strict=True)]
+
+    def _few(self, x: Tensor, routing: Routing) -> bool:
+        """Whether one product over all adapters costs less than one for each: few tokens, and most adapters in use."""
+        if len(routing.groups or ()) < 2 or len(x) > _FEW:
+            return False
+        used = sum(self.ranks.get(group.slot, 0) for group in routing.groups or ())
+        return 2 * used > sum(self.ranks.values())
+
+    def pack(self) -> "_Packed | None":
+        """All adapters' matrices in one piece of memory, of which the parameters are views from then on.
+
+        None where that cannot be: they are offloaded or split over processes, or of several dtypes.
+        """
+        compiling = torch.compiler.is_compiling()
+        if self.packed is not None and (compiling or self.packed.holds(getattr(self, self.order[0][1].a))):
+            return self.packed
+        if compiling or self.exchange is not None or hasattr(self, "_hf_hook"):
+            return None
+        parameters = [getattr(self, name) for _, update in self.order for name in (update.a, update.b)]
+        if len({(p.dtype, p.device) for p in parameters}) > 1 or parameters[0].is_meta:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            self.packed = self._joined()
+            for (_, update), start in zip(self.order, self._starts(), strict=True):
+                rows = slice(start, start + update.rank)
+                getattr(self, update.a).data = self.packed.a[rows]
+                b, first = self.packed.b[update.output], self.packed.spans[update.output].start
+                getattr(self, update.b).data = b[rows.start - first : rows.stop - first].t()
+        return self.packed
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
+        self.packed = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.packed = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}  # a copy's parameters are no views of this
+
+    def _joined(self) -> "_Packed":
+        """The same as copies, which inside a compiled graph is made anew in every step."""
+        a = torch.cat([getattr(self, update.a) for _, update in self.order])
+        b, spans, firsts = {}, {}, {}
+        starts = self._starts()
+        for output in dict.fromkeys(update.output for _, update in self.order):
+            mine = [(start, slot, u) for start, (slot, u) in zip(starts, self.order, strict=True) if u.output == output]
+            b[output] = torch.cat([getattr(self, update.b).t() for *_, update in mine])
+            spans[output] = slice(mine[0][0], mine[-1][0] + mine[-1][2].rank)
+            table = {slot: start for start, slot, _ in mine}
+            # filled where they are used: a constant from the host would have to be copied there in every step
+            firsts[output] = torch.cat(
+                [torch.full((1,), table.get(slot, 0), device=a.device) for slot in range(max(self.updates) + 1)]
+            )
+        owners = torch.cat([torch.full((u.rank,), slot, device=a.device) for slot, u in self.order])
+        scales = torch.cat([torch.full((u.rank,), u.scale, dtype=a.dtype, device=a.device) for _, u in self.order])
+        return _Packed(a, b, spans, firsts, owners, scales)
+
+    def _starts(self) -> list[int]:
+        """The first row of each update in the packed A."""
+        return [0, *accumulate(update.rank for _, update in self.order)][:-1]
+
+    def _masked(self, x: Tensor, outputs: list[Tensor], slots: Tensor, packed: "_Packed") -> None:
+        """Every A applied to every token; what is not a token's own is masked before B."""
+        hidden = self._hidden(x, packed.a)
+        hidden = torch.where(slots[:, None] == packed.owners, hidden * packed.scales, 0)
+        for output, b in packed.b.items():
+            y, mine = outputs[output], hidden[:, packed.spans[output]]
+            outputs[output] = torch.addmm(y, mine, b) if b.dtype == y.dtype else y + (mine @ b).to(y.dtype)
+
+    def _fixed(self, x: Tensor, outputs: list[Tensor], slots: Tensor) -> None:
+        """With shapes that do not depend on the routing, for compiled graphs."""
+        packed = (None if torch.is_grad_enabled() else self.pack()) or self._joined()
+        widest = max(update.rank for _, update in self.order)
+        if len(x) * widest * 4 > len(packed.a) or self.exchange is not None:  # 4: a gathered matrix is also written
+            self._masked(x, outputs, slots, packed)
+            return
+        columns = torch.arange(widest, device=x.device)
+        for output, b in packed.b.items():
+            span = packed.spans[output]
+            rows = (packed.firsts[output][slots][:, None] + columns).clamp(max=span.stop - 1)  # [T, r]
+            hidden = torch.einsum("tri,ti->tr", packed.a[rows], x.to(packed.a.dtype)) * packed.scales[rows]
+            hidden = torch.where(packed.owners[rows] == slots[:, None], hidden, 0)
+            delta = torch.einsum("tr,tro->to", hidden, b[rows - span.start])
+            outputs[output] = outputs[output] + delta.to(outputs[output].dtype)
 
     def _in_place(self, x: Tensor, outputs: list[Tensor], routing: Routing) -> None:
         """Add group by group, each a range of rows: of the batch itself or, where adapters are mixed, of it sorted."""
@@ -116,10 +228,11 @@ class SwitchedLora(nn.Module):
         """B [out, r], stored rank by rank: its product with a few tokens then reads memory in its order."""
         b: Tensor = getattr(self, name)
         if b.stride(0) != 1 and self.exchange is None and not hasattr(self, "_hf_hook"):
-            b.data = b.data.t().contiguous().t()
+            with torch.inference_mode(False):
+                b.data = b.data.t().contiguous().t()
         return b
 
-    def _out_of_place(self, x: Tensor, outputs: list[Tensor], routing: Routing) -> list[Tensor]:
+    def _out_of_place(self, x: Tensor, outputs: list[Tensor], routing: Routing) -> None:
         """The same for autograd."""
         for group in routing.groups or ():
             rows = torch.arange(group.start, group.stop, device=x.device)
@@ -130,28 +243,8 @@ class SwitchedLora(nn.Module):
                 y = outputs[update.output]
                 delta = F.linear(hidden, getattr(self, update.b)) * update.scale
                 outputs[update.output] = y.index_add(0, rows, delta.to(y.dtype))
-        return outputs
 
     def _hidden(self, x: Tensor, a: Tensor) -> Tensor:
         """x A^T, in A's dtype."""
         hidden = F.linear(x.to(a.dtype), a)
         return hidden if self.exchange is None else self.exchange(hidden)
-
-    def _masked(self, x: Tensor, outputs: list[Tensor], slots: Tensor) -> list[Tensor]:
-        """The same with shapes that do not depend on the routing, for compiled graphs.
-
-        Every adapter's A is applied to every token, and what is not a token's own is masked before B.
-        """
-        for index, y in enumerate(outputs):
-            updates = [(slot, u) for slot, us in self.updates.items() for u in us if u.output == index]
-            if not updates:
-                continue
-            a = torch.cat([getattr(self, u.a) for _, u in updates])
-            b = torch.cat([getattr(self, u.b) for _, u in updates], dim=1)
-            # filled in the graph: a constant from the host would have to be copied to the device in every step
-            owners = torch.cat([torch.full((u.rank,), slot, device=slots.device) for slot, u in updates])
-            scales = torch.cat([torch.full((u.rank,), u.scale, dtype=a.dtype, device=a.device) for _, u in updates])
-            own = slots[:, None] == owners
-            hidden = self._hidden(x, a) * scales
-            outputs[index] = y + F.linear(torch.where(own, hidden, 0), b).to(y.dtype)
-        return outputs

@@ -157,6 +157,15 @@ class GraniteSwitchPreTrainedModel(GranitePreTrainedModel):
         state_dict = state_dict_of(model.config, state_dict, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
+    def pack_adapters(self) -> None:
+        """Store every module's adapters in one piece, so that compiled graphs need not join them in every step.
+
+        `generate` does it by itself where the model is on an accelerator; before your own `torch.compile`, call it.
+        """
+        for module in self.modules():
+            if isinstance(module, SwitchedLora) and module.updates:
+                module.pack()
+
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write the model as a format-1 checkpoint; as `PreTrainedModel.save_pretrained`."""
         save_switch_model(self, save_directory, super().save_pretrained, **kwargs)
@@ -280,6 +289,12 @@ class GraniteSwitchForCausalLM(GraniteSwitchPreTrainedModel, GraniteForCausalLM)
         if self.model.hiding is not None:
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'."""
+        if self.device.type not in ("cpu", "meta"):
+            self.pack_adapters()
+        return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """What `generate_batch` starts with.

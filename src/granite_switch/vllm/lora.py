@@ -8,7 +8,7 @@ that the batch uses, on unpadded weights. `core.lora` is the definition.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from granite_switch.core.layout import GRANITE, AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 
+_FEW = 64  # tokens
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what LoRAConfig takes; the layers pad to one of them
 
 
@@ -160,12 +161,13 @@ class _Update:
 class _Groups:
     """The tokens that have an adapter, those of each together."""
 
+    slots: Tensor | None = None  # of all tokens, [T]
     spans: tuple[tuple[int, slice], ...] = ()  # slot, its rows
     order: Tensor | None = None  # token of each row; None: rows are the batch's own
 
 
 class GroupedRouter(Router):
-    """A product for each adapter that the batch uses, on unpadded weights.
+    """A product for each adapter that the batch uses, or one over all of them, on unpadded weights.
 
     Compiled graphs call it as two operators. Both name `slots`, the first as changed, which keeps them in order.
     """
@@ -199,18 +201,37 @@ class _GroupedLinear:
         self, router: GroupedRouter, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str
     ) -> None:
         self.router, self.name = router, name
-        self.updates: dict[int, _Update] = {}
-        for index, of_slot in enumerate(ranks):
-            rows, outputs, offset, first = [], [], 0, 0
-            for rank, a, b in zip(of_slot, linear.lora_a_stacked, linear.lora_b_stacked, strict=True):
-                width = b.shape[2]
-                if rank:
-                    rows.append(a[index, 0, :rank])
-                    columns = slice(offset, offset + width), slice(first, first + rank)
-                    outputs.append((*columns, b[index, 0, :, :rank].t().contiguous()))
-                offset, first = offset + width, first + rank
-            if rows:
-                self.updates[index + 1] = _Update(torch.cat(rows), tuple(outputs))
+        stacks = list(zip(linear.lora_a_stacked, linear.lora_b_stacked, strict=True))
+        # adapter by adapter, in each projection by projection: an adapter's A is one piece
+        rows = [(index, part, rank) for index, of in enumerate(ranks) for part, rank in enumerate(of) if rank]
+        self.a = torch.cat([stacks[part][0][index, 0, :rank] for index, part, rank in rows])
+        # projection by projection, in each adapter by adapter: a projection's B is one piece
+        owners = torch.tensor([index + 1 for index, _, rank in rows for _ in range(rank)], dtype=torch.int32)
+        parts = torch.tensor([part for _, part, rank in rows for _ in range(rank)])
+        self.by_part = parts.argsort(stable=True)
+        self.owners = owners[self.by_part]
+        self.outputs: list[tuple[slice, slice, Tensor]] = []  # columns of y, of A x in the order by_part, B^T [R, out]
+        collected: dict[int, list[tuple[slice, slice, Tensor]]] = {}
+        column, first = 0, 0
+        for part, (_, b) in enumerate(stacks):
+            mine = [(index, rank) for index, of, rank in rows if of == part]
+            columns = slice(column, column := column + b.shape[2])
+            if not mine:
+                continue
+            whole = torch.cat([b[index, 0, :, :rank].t() for index, rank in mine])
+            self.outputs.append((columns, slice(first, first := first + len(whole)), whole))
+            start = 0
+            for index, rank in mine:
+                before = sum(ranks[index][:part])
+                columns_of_a = slice(before, before + rank)
+                collected.setdefault(index + 1, []).append((columns, columns_of_a, whole[start : start + rank]))
+                start += rank
+        self.ranks = {index + 1: sum(of) for index, of in enumerate(ranks) if any(of)}
+        starts = accumulate(self.ranks.values(), initial=0)
+        self.updates = {
+            slot: _Update(self.a[start : start + rank], tuple(collected[slot]))
+            for (slot, rank), start in zip(self.ranks.items(), starts, strict=False)
+        }
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *_: object, **__: object) -> None:
         """y [T, out] += B (A x [T, in]), in place."""
@@ -221,12 +242,29 @@ class _GroupedLinear:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         groups = self.router.groups
-        if groups.order is None:
+        if self._few(x, groups):
+            self._add_masked(y, x, groups.slots)
+        elif groups.order is None:
             self._add(y, x, groups)
         elif any(slot in self.updates for slot, _ in groups.spans):
             delta = y.new_zeros(len(groups.order), y.shape[1])
             self._add(delta, x[groups.order], groups)
             y.index_add_(0, groups.order, delta)
+
+    def _few(self, x: Tensor, groups: _Groups) -> bool:
+        """Whether one product over all adapters costs less than one for each: few tokens, and most adapters in use."""
+        if len(groups.spans) < 2 or len(x) > _FEW:
+            return False
+        return 2 * sum(self.ranks.get(slot, 0) for slot, _ in groups.spans) > len(self.a)
+
+    def _add_masked(self, y: Tensor, x: Tensor, slots: Tensor) -> None:
+        """Every A applied to every token; what is not a token's own is masked before B."""
+        hidden = F.linear(x, self.a)
+        if len(self.outputs) > 1:
+            hidden = hidden.index_select(1, self.by_part)
+        hidden = torch.where(slots[:, None] == self.owners, hidden, 0)
+        for columns, mine, b in self.outputs:
+            y[:, columns].addmm_(hidden[:, mine], b)
 
     def _add(self, y: Tensor, x: Tensor, groups: _Groups) -> None:
         for slot, rows in groups.spans:
@@ -245,13 +283,13 @@ def _groups(slots: Tensor) -> _Groups:
         start += count
     runs = [run for run in runs if run[0]]
     if len({slot for slot, _ in runs}) == len(runs):
-        return _Groups(tuple(runs))
+        return _Groups(slots, tuple(runs))
     spans, order = [], []
     for slot, same in groupby(sorted(runs, key=lambda run: run[0]), key=lambda run: run[0]):
         first = len(order)
         order += [row for _, rows in same for row in range(rows.start, rows.stop)]
         spans.append((slot, slice(first, len(order))))
-    return _Groups(tuple(spans), torch.tensor(order))
+    return _Groups(slots, tuple(spans), torch.tensor(order))
 
 
 def _route(slots: Tensor) -> None:
