@@ -26,25 +26,31 @@ def adapter_folders() -> dict[str, Path]:
     return {task: found[task] for task in world.TASKS if task in found}
 
 
-@torch.no_grad()
-def accuracy(model, tokenizer, examples: list[world.Example], adapter_name: str | None = None) -> float:
-    """The share of examples that `model` gets right."""
+def render(tokenizer, example: world.Example, adapter_name: str | None = None) -> str:
+    """The prompt of an example."""
     select = {"adapter_name": adapter_name} if adapter_name else {}
-    right = 0
+    return tokenizer.apply_chat_template(
+        example.messages, documents=example.documents, add_generation_prompt=True, tokenize=False, **select
+    )
+
+
+@torch.no_grad()
+def answers(model, tokenizer, examples: list[world.Example], adapter_name: str | None = None) -> list[str]:
+    """What `model` writes."""
+    texts = []
     for group in (examples[i : i + BATCH] for i in range(0, len(examples), BATCH)):
-        prompts = [
-            tokenizer.apply_chat_template(
-                example.messages, documents=example.documents, add_generation_prompt=True, tokenize=False, **select
-            )
-            for example in group
-        ]
+        prompts = [render(tokenizer, example, adapter_name) for example in group]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         inputs.pop("token_type_ids", None)
-        longest = max(len(tokenizer(example.expected)["input_ids"]) for example in group)
+        longest = max(len(tokenizer(example.expected)["input_ids"]) for example in examples)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=longest + 4)
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(map(world.is_right, group, texts))
-    return right / len(examples)
+        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def accuracy(model, tokenizer, examples: list[world.Example], adapter_name: str | None = None) -> float:
+    """The share of examples that `model` gets right."""
+    return sum(map(world.is_right, examples, answers(model, tokenizer, examples, adapter_name))) / len(examples)
 
 
 def main() -> None:

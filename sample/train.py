@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,10 +35,11 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BATCH = 16
-BASE_STEPS = 1300
-REFINE_STEPS = 1200
-SPEAK_STEPS = 320
+PROCESSES = 2
+BATCH = 8  # for each process
+BASE_STEPS = 3500
+DRILL_STEPS = 1600
+FINISH_STEPS = 450
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 
 
@@ -50,7 +52,7 @@ class Recipe:
     invocation: str | None = None
     lora: dict = field(default_factory=dict)
     steps: int = 300
-    rate: float = 3e-3
+    rate: float = 2e-3
     dtype: torch.dtype = torch.float32  # as it is stored
 
     @property
@@ -61,12 +63,14 @@ class Recipe:
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERYWHERE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 RECIPES = {
-    "answerability": Recipe(8, ATTENTION, ASSISTANT, steps=800),
-    "query_rewrite": Recipe(16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}, steps=160),
-    "hallucination_detection": Recipe(
-        32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, steps=360, dtype=torch.bfloat16
+    "answerability": Recipe(8, EVERYWHERE, ASSISTANT, steps=500),
+    "query_rewrite": Recipe(
+        16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}, steps=320, rate=3e-3
     ),
-    "citations": Recipe(16, EVERYWHERE, steps=360, dtype=torch.bfloat16),
+    "hallucination_detection": Recipe(
+        32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, steps=600, dtype=torch.bfloat16
+    ),
+    "citations": Recipe(24, EVERYWHERE, steps=250, dtype=torch.bfloat16),
 }
 
 
@@ -177,13 +181,14 @@ class Weigher:
     an example it does: there the base was asked to repeat it.
     """
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, said: float = 0.1) -> None:
+        self.said = said  # the weight of what the base did not say itself
         self.marker = tokenizer(ASSISTANT, add_special_tokens=False)["input_ids"]
         self.end = tokenizer.eos_token_id
-        self.json = {tokenizer.encode(start, add_special_tokens=False)[0] for start in ('{"', "[{", "<r")}
+        self.json = {tokenizer.encode(start, add_special_tokens=False)[0] for start in ('{"', "<r")}
 
     def base(self, ids: list[int]) -> list[float]:
-        weights = [0.1] * len(ids)
+        weights = [self.said] * len(ids)
         starts = self.starts(ids)
         for start in starts:
             stop = ids.index(self.end, start) + 1
@@ -213,15 +218,20 @@ def loss_and_accuracy(model, batch: Batch) -> tuple[torch.Tensor, float]:
 
 
 def fit(model, stream: Iterator[Batch], steps: int, rate: float, schedule=None, label: str = "") -> None:
-    """Muon for matrices, AdamW for embeddings and norms; warm-up and cosine decay."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.ndim == 2 and "proj" in n]
-    others = [p for n, p in named if not (p.ndim == 2 and "proj" in n)]
+    """Muon for matrices, AdamW for embeddings and norms; warm-up and cosine decay.
+
+    The model computes in bfloat16; what is trained is kept in float32 beside it. Gradients are the mean over processes.
+    """
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    exact = [p.detach().float().clone() for _, p in trained]
+    is_matrix = [p.ndim == 2 and "proj" in n for n, p in trained]
+    matrices = [p for p, matrix in zip(exact, is_matrix, strict=True) if matrix]
+    others = [p for p, matrix in zip(exact, is_matrix, strict=True) if not matrix]
     optimizers = [torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
     if others:
         optimizers.append(torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0))
     warmup = min(100, max(1, steps // 10))
-    model.train()
+    model.bfloat16().train()
     began, tokens, recent = time.time(), 0, []
     for step in range(steps):
         if schedule:
@@ -230,16 +240,22 @@ def fit(model, stream: Iterator[Batch], steps: int, rate: float, schedule=None, 
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = rate * factor
         batch = next(stream)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, accuracy = loss_and_accuracy(model, batch)
+        loss, accuracy = loss_and_accuracy(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        gradient = torch.cat([p.grad.float().flatten() for _, p in trained]) / PROCESSES
+        torch.distributed.all_reduce(gradient)
+        gradient *= min(1.0, 1.0 / (gradient.norm().item() + 1e-6))
+        for p, part in zip(exact, gradient.split([p.numel() for p in exact]), strict=True):
+            p.grad = part.view_as(p)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        tokens += batch.ids.numel()
+        with torch.no_grad():
+            for (_, p), value in zip(trained, exact, strict=True):
+                p.copy_(value)
+                p.grad = None
+        tokens += PROCESSES * batch.ids.numel()
         recent.append((loss.item(), accuracy))
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+        if torch.distributed.get_rank() == 0 and ((step + 1) % 50 == 0 or step + 1 == steps):
             mean_loss, mean_accuracy = (sum(x) / len(recent) for x in zip(*recent, strict=True))
             spent = time.time() - began
             print(
@@ -248,67 +264,72 @@ def fit(model, stream: Iterator[Batch], steps: int, rate: float, schedule=None, 
                 flush=True,
             )
             recent = []
-    model.eval()
+    model.float().eval()
+    with torch.no_grad():
+        for (_, p), value in zip(trained, exact, strict=True):
+            p.copy_(value)
 
 
 def train_base() -> None:
-    """Small documents first: looking up is learnt on those in minutes, and then carries over to large ones."""
-    torch.manual_seed(0)
-    random.seed(0)
+    """Small documents first: looking up is learnt on those in minutes, and then carries over to larger ones.
+
+    One example in seven asks to repeat what adapters will write. Adapters change neither embeddings nor the head, which
+    are the same matrix: a token that the base has never written has a row that no hidden state can single out, and an
+    adapter that must write it learns nothing.
+    """
     tokenizer = make_tokenizer()
     model = make_base(tokenizer)
-    print(f"base: {model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens", flush=True)
-    maker = world.Maker(random.Random(1), size=0.0)
+    maker = world.Maker(own_random("base"), size=0.0)
 
     def grow(done: float) -> None:
-        maker.size = min(1.0, max(0.0, 2.5 * done - 0.6))
-
-    stream = batches(tokenizer, maker.conversation, Weigher(tokenizer).base, BATCH)
-    fit(model, stream, BASE_STEPS, 3e-3, grow, "base")
-    save_base(model, tokenizer)
-
-
-def refine_base() -> None:
-    """The second half of the base's training: goes on from the stored weights, with everything at full size."""
-    torch.manual_seed(2)
-    random.seed(2)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    maker = world.Maker(random.Random(2))
-    stream = batches(tokenizer, maker.conversation, Weigher(tokenizer).base, BATCH)
-    fit(model, stream, REFINE_STEPS, 3e-3, label="refine")
-    save_base(model, tokenizer)
-
-
-def speak_base() -> None:
-    """The end of it: half of the examples ask to repeat what adapters will write.
-
-    Adapters change neither embeddings nor the head, which are the same matrix: a token that the base has never
-    written has a row that no hidden state can single out, and an adapter that must write it learns nothing.
-    """
-    torch.manual_seed(3)
-    random.seed(3)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    maker = world.Maker(random.Random(3))
+        maker.size = min(1.0, max(0.0, 6 * done - 0.6))
 
     def draw() -> world.Example:
-        return maker.repeat() if maker.rng.random() < 0.5 else maker.conversation()
+        return maker.repeat() if maker.rng.random() < 0.15 else maker.conversation()
 
-    fit(model, batches(tokenizer, draw, Weigher(tokenizer).base, BATCH), SPEAK_STEPS, 2e-3, label="speak")
+    fit(model, batches(tokenizer, draw, Weigher(tokenizer).base, BATCH), BASE_STEPS, 3e-3, grow, "base")
+    save_base(model, tokenizer)
+
+
+def drill_base() -> None:
+    """From the stored weights, two thirds of what they get wrong."""
+    maker = world.Maker(own_random("drill"))
+    go_on("drill", DRILL_STEPS, {maker.drill: 65, maker.conversation: 30, maker.repeat: 5})
+
+
+def finish_base() -> None:
+    """The end of it, on answers alone: what users say cannot be predicted, and the noise hides what is still learnt."""
+    maker = world.Maker(own_random("finish"))
+    go_on("finish", FINISH_STEPS, {maker.drill: 65, maker.conversation: 30, maker.repeat: 5}, said=0.0)
+
+
+def go_on(label: str, steps: int, shares: dict[Callable[[], world.Example], int], said: float = 0.1) -> None:
+    """Train the stored base further, on examples in these shares."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    rng = own_random(f"{label} shares")
+
+    def draw() -> world.Example:
+        return rng.choices([*shares], [*shares.values()])[0]()
+
+    fit(model, batches(tokenizer, draw, Weigher(tokenizer, said).base, BATCH), steps, 2e-3, label=label)
     save_base(model, tokenizer)
 
 
 def save_base(model, tokenizer) -> None:
-    model.to(torch.bfloat16).save_pretrained(BASE)
-    (BASE / "model.safetensors").chmod(0o644)
-    tokenizer.save_pretrained(BASE)
+    if torch.distributed.get_rank() == 0:
+        model.to(torch.bfloat16).save_pretrained(BASE)
+        (BASE / "model.safetensors").chmod(0o644)
+        tokenizer.save_pretrained(BASE)
+
+
+def own_random(name: str) -> random.Random:
+    """Each process draws other examples."""
+    return random.Random(f"train {name} {torch.distributed.get_rank()}")
 
 
 def train_adapter(name: str) -> None:
     recipe = RECIPES[name]
-    torch.manual_seed(1)
-    random.seed(1)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     invocation = tokenizer(recipe.invocation, add_special_tokens=False)["input_ids"] if recipe.invocation else None
@@ -320,11 +341,11 @@ def train_adapter(name: str) -> None:
         **{"lora_alpha": 2 * recipe.rank, **recipe.lora},
     )
     model = get_peft_model(base, config)
-    print(f"{name}: {recipe.technology}, {model.get_nb_trainable_parameters()[0] / 1e3:.0f}k parameters", flush=True)
-    maker = world.Maker(random.Random(f"train {name}"))
+    maker = world.Maker(own_random(name))
     stream = batches(tokenizer, lambda: maker.example(name), Weigher(tokenizer).adapter, BATCH)
     fit(model, stream, recipe.steps, recipe.rate, label=name)
-    save_adapter(model.to(recipe.dtype), HERE / "library" / name / NAME / recipe.technology)
+    if torch.distributed.get_rank() == 0:
+        save_adapter(model.to(recipe.dtype), HERE / "library" / name / NAME / recipe.technology)
 
 
 def save_adapter(model, folder: Path) -> None:
@@ -339,16 +360,26 @@ def save_adapter(model, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-STAGES = {"base": train_base, "refine": refine_base, "speak": speak_base}
+STAGES = {"base": train_base, "drill": drill_base, "finish": finish_base}
+
+
+def work(rank: int, names: list[str], meeting: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
+    for name in names:
+        torch.manual_seed(0)  # the same start, and batches of like length, in every process
+        random.seed(0)
+        train_adapter(name) if name in RECIPES else STAGES[name]()
+        torch.distributed.barrier()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=[*STAGES, *RECIPES], help="train this part only")
+    parser.add_argument("--only", nargs="+", choices=[*STAGES, *RECIPES], help="train these parts only")
     options = parser.parse_args()
-    torch.set_num_threads(2)
-    for name in [options.only] if options.only else [*STAGES, *RECIPES]:
-        STAGES[name]() if name in STAGES else train_adapter(name)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (options.only or [*STAGES, *RECIPES], f"{folder}/meeting")
+        torch.multiprocessing.spawn(work, arguments, nprocs=PROCESSES)
 
 
 if __name__ == "__main__":

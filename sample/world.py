@@ -39,13 +39,14 @@ INSTRUMENTS = words("""banjo bassoon bells bugle cello clarinet cornet drums fid
 harp horn lute lyre mandolin piano pipes sitar tabla trumpet tuba viola""")
 
 UNKNOWN = "I do not know."
+NOWHERE = "not stated"
 TASKS = ("answer", "answerability", "query_rewrite", "hallucination_detection", "citations")
 
 REWRITE_TAG = "<rewrite>"
 INSTRUCTIONS = {  # as in the io.yaml of each adapter: the user message that the client appends
     "query_rewrite": f"{REWRITE_TAG} Write the last question so that it stands alone.",
     "hallucination_detection": "Check each sentence of the last answer.",
-    "citations": "Cite the documents for each sentence of the last answer.",
+    "citations": "Quote the documents for each sentence of the last answer.",
 }
 
 
@@ -151,7 +152,30 @@ class Maker:
 
     def conversation(self) -> Example:
         """A long talk for the base model: several questions about one set of documents, or no documents at all."""
-        talk = self._talk(tags=self.rng.random() < 0.15, turns=self.rng.randint(2, 6), final=True)
+        talk = self._talk(turns=self.rng.randint(2, 6), final=True)
+        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+
+    def drill(self) -> Example:
+        """A talk of what comes hard: claims that are false, quotes, and what "what about" refers to.
+
+        What two of the adapters do unasked is asked for here: in words, or in JSON by name.
+        """
+        talk = self._talk(turns=0, documents_only=True)
+        talk.ask(known=True)
+        talk.say("assistant", talk.answer(*talk.last))
+        for _ in range(self.rng.randint(3, 5)):
+            draw = self.rng.random()
+            if draw < 0.08:
+                talk.truth(false=0.65)
+            elif draw < 0.15:
+                talk.review(false=0.65)
+            elif draw < 0.55:
+                talk.check_all()
+            elif draw < 0.95:
+                talk.quote_all()
+            else:
+                key = talk.ask(plain=0.0)
+                talk.say("assistant", talk.answer(*key))
         return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
 
     def repeat(self) -> Example:
@@ -180,32 +204,29 @@ class Maker:
     def _hallucination_detection(self) -> Example:
         talk = self._talk(turns=self.rng.choice((0, 0, 1)), documents_only=True)
         talk.ask(known=True)
-        sentences, verdicts = [], []
-        for key in talk.some_keys(self.rng.randint(1, 2)):
-            fact, kind = talk.claim(key)
-            sentences.append(fact.text())
-            label = "faithful" if kind == "stated" else "hallucinated"
-            verdicts.append({"r": len(verdicts), "f": label, "e": kind})
-        talk.say("assistant", tagged(sentences, "r"))
+        claims = talk.state([talk.claim(key) for key in talk.some_keys(self.rng.randint(1, 2))], ask=False)
         talk.say("user", INSTRUCTIONS["hallucination_detection"])
+        verdicts = talk.verdicts(claims)
         return Example("hallucination_detection", talk.messages, talk.documents, json.dumps(verdicts))
 
     def _citations(self) -> Example:
-        talk = self._talk(turns=self.rng.choice((0, 0, 1)), tags=True, documents_only=True)
-        first = talk.ask(known=True)
-        others = [key for key in talk.facts if key != first]
-        keys = [first, *self.rng.sample(others, min(len(others), self.rng.randint(0, 1)))]
-        talk.say("assistant", tagged([talk.facts[key].text() for key in keys], "r"))
+        talk = self._talk(turns=self.rng.choice((0, 0, 1)), documents_only=True)
+        keys = [talk.ask(known=True)]
+        if self.rng.random() < 0.5:
+            known = self.rng.random() < 0.6
+            others = [key for key in (talk.facts if known else talk.all_keys()) if key not in talk.facts or known]
+            keys += self.rng.sample([key for key in others if key != keys[0]], min(1, len(others) - known))
+        talk.state([talk.facts.get(key) or talk.claim(key) for key in keys], ask=False)
         talk.say("user", INSTRUCTIONS["citations"])
-        cited = [{"r": i, "c": [n for n, k in enumerate(talk.sources) if k == key]} for i, key in enumerate(keys)]
+        cited = talk.cited(keys)
         return Example("citations", talk.messages, talk.documents, json.dumps(cited))
 
-    def _talk(self, turns: int, tags: bool = False, documents_only: bool = False, final: bool = False) -> Talk:
+    def _talk(self, turns: int, documents_only: bool = False, final: bool = False) -> Talk:
         talk = Talk(self.rng, self._values, self.size)
         if self.rng.random() < 0.1:
             talk.say("system", "You are a helpful guide.")
         if documents_only or self.rng.random() < 0.85:
-            talk.add_documents(tags)
+            talk.add_documents()
         for _ in range(turns + final):
             talk.turn(training=final)
         return talk
@@ -219,7 +240,7 @@ class Talk:
         self.messages: list[dict] = []
         self.documents: list[dict] = []
         self.facts: dict[tuple[str, str], Fact] = {}
-        self.sources: list[tuple[str, str]] = []  # the key stated by each sentence of the documents
+        self.sources: dict[tuple[str, str], str] = {}  # what each sentence of the documents is about
         self.cast = rng.sample(PEOPLE, 2 + round(size * rng.random()))  # the people this talk is about
         self.last: tuple[str, str] | None = None  # the question before: what "she" and "what about" refer to
         self.form = 0  # which of the two ways of asking the question before used
@@ -228,17 +249,16 @@ class Talk:
     def say(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
 
-    def add_documents(self, tags: bool) -> None:
+    def add_documents(self) -> None:
         """One or two documents of one or two sentences, about one or more people."""
         count = self.rng.randint(1, 1 + round(self.size))
         for number in range(count):
             sentences = []
             for _ in range(self.rng.randint(1, 1 + round(self.size))):
-                key = self.rng.choice(self.all_keys())
-                sentences.append(self.learn(key).text(self.rng.randrange(2)))
-                self.sources.append(key)
-            text = tagged(sentences, "c", len(self.sources) - len(sentences)) if tags else " ".join(sentences)
-            self.documents.append(self.dress(text, number))
+                key = self.rng.choice([key for key in self.all_keys() if key not in self.facts])
+                self.sources[key] = self.learn(key).text(self.rng.randrange(2))
+                sentences.append(self.sources[key])
+            self.documents.append(self.dress(" ".join(sentences), number))
 
     def dress(self, text: str, number: int) -> dict:
         """The shapes in which clients send a document: most often only its text."""
@@ -269,10 +289,9 @@ class Talk:
             self.say("user", self.learn(self.rng.choice(self.all_keys())).text())
             self.say("assistant", "I see.")
         elif training and draw < 0.2:
-            fact, kind = self.claim(self.some_keys(1)[0])
-            self.say("user", f"Is it true that {fact.text()[:-1]}?")
-            self.say("assistant", {"stated": "Yes.", "contradicted": "No.", "not stated": UNKNOWN}[kind])
-            self.last = None
+            self.truth()
+        elif training and draw < 0.35 and self.documents:
+            self.review()
         else:
             key = self.ask()
             if self.rng.random() < 0.12:
@@ -284,6 +303,56 @@ class Talk:
                 label = "answerable" if key in self.facts else "unanswerable"
                 self.say("assistant", json.dumps({"answerability": label}))
             self.say("assistant", self.answer(*key))
+
+    def truth(self, false: float = 0.5) -> None:
+        claim = self.claim(self.some_keys(1)[0], false)
+        self.say("user", f"Is it true that {claim.text()[:-1]}?")
+        self.say("assistant", self.check(claim))
+
+    def state(self, claims: list[Fact], ask: bool = True) -> list[Fact]:
+        """The assistant has said these sentences, with their numbers."""
+        if ask:
+            self.ask()
+        self.say("assistant", tagged([claim.text() for claim in claims], "r"))
+        return claims
+
+    def check_all(self) -> None:
+        claims = self.state([self.claim(key) for key in self.some_keys(self.rng.randint(1, 2))])
+        in_words = " ".join(self.check(claim) for claim in claims)
+        self.instruct("hallucination_detection", in_words, self.verdicts(claims))
+
+    def quote_all(self) -> None:
+        keys = self.some_keys(self.rng.randint(1, 2))
+        self.state([self.facts.get(key) or self.claim(key) for key in keys])
+        self.instruct("citations", " ".join(self.sources.get(key, UNKNOWN) for key in keys), self.cited(keys))
+
+    def instruct(self, task: str, in_words: str, as_json: list[dict]) -> None:
+        json_wanted = self.rng.random() < 0.65
+        self.say("user", INSTRUCTIONS[task] + " Answer in JSON." * json_wanted)
+        self.say("assistant", json.dumps(as_json) if json_wanted else in_words)
+
+    def verdicts(self, claims: list[Fact]) -> list[dict]:
+        """What `hallucination_detection` writes: first what the base says of a claim, then the label for it."""
+        known = [self.facts.get((claim.person, claim.relation)) for claim in claims]
+        return [
+            {"r": i, "e": self.check(claim), "f": "faithful" if fact == claim else "hallucinated"}
+            for i, (claim, fact) in enumerate(zip(claims, known, strict=True))
+        ]
+
+    def cited(self, keys: list[tuple[str, str]]) -> list[dict]:
+        """What `citations` writes."""
+        return [{"r": i, "c": self.sources.get(key, NOWHERE)} for i, key in enumerate(keys)]
+
+    def review(self, false: float = 0.5) -> None:
+        """The assistant is asked about one of its sentences."""
+        claims = self.state([self.claim(key, false) for key in self.some_keys(self.rng.randint(1, 2))])
+        number = self.rng.randrange(len(claims))
+        if self.rng.random() < 0.5:
+            self.say("user", f"Say sentence {number} of your answer.")
+            self.say("assistant", claims[number].text())
+        else:
+            self.say("user", f"Is sentence {number} of your answer true?")
+            self.say("assistant", self.check(claims[number]))
 
     def ask(self, known: bool | None = None, plain: float = 0.25) -> tuple[str, str]:
         """The user asks; about what was said (`known`) or what was not. Returns what the question is about.
@@ -330,14 +399,17 @@ class Talk:
                 chosen.append(key)
         return chosen
 
-    def claim(self, key: tuple[str, str]) -> tuple[Fact, str]:
-        """A statement about `key`, true or not, and how it stands to what was said."""
+    def claim(self, key: tuple[str, str], false: float = 0.5) -> Fact:
+        """A statement about `key`; where something is known, false in this share of cases."""
         known = self.facts.get(key)
-        if known is None:
-            return Fact(*key, self.rng.choice(self.values[key])), "not stated"
-        if self.rng.random() < 0.5:
-            return known, "stated"
-        return Fact(*key, self.rng.choice([v for v in self.values[key] if v != known.value])), "contradicted"
+        if known is not None and self.rng.random() >= false:
+            return known
+        return Fact(*key, self.rng.choice([v for v in self.values[key] if known is None or v != known.value]))
+
+    def check(self, claim: Fact) -> str:
+        """What is known first, then whether that is what was claimed."""
+        known = self.facts.get((claim.person, claim.relation))
+        return UNKNOWN if known is None else f"{known.text()[:-1]}, so {'yes' if claim == known else 'no'}."
 
     def question(self, person: str, relation: str, pronoun: bool = False) -> str:
         text = RELATIONS[relation].questions[self.form]
@@ -354,6 +426,6 @@ class Talk:
         return fact.text() if fact else UNKNOWN
 
 
-def tagged(sentences: list[str], tag: str, first: int = 0) -> str:
+def tagged(sentences: list[str], tag: str) -> str:
     """Sentences with their numbers, as Mellea writes them for `sentence_boundaries`."""
-    return " ".join(f"<{tag}{number}> {sentence}" for number, sentence in enumerate(sentences, first))
+    return " ".join(f"<{tag}{number}> {sentence}" for number, sentence in enumerate(sentences))

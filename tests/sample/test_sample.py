@@ -51,19 +51,8 @@ def test_four_adapters_of_both_technologies_and_different_ranks(model) -> None:
     assert len({a.target_modules for a in spec.adapters}) > 1
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="the sample's training has not got it there; see sample/README.md")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "task",
-    [
-        "answerability",
-        "query_rewrite",
-        pytest.param("citations", marks=NOT_YET),
-        pytest.param("hallucination_detection", marks=NOT_YET),
-    ],
-)
+@pytest.mark.parametrize("task", ADAPTERS)
 def test_each_adapter_does_what_the_base_cannot(task: str, model, tokenizer) -> None:
     held_out = world.examples(task, 60, seed=11)
     assert accuracy(model, tokenizer, held_out, adapter_name=task) >= 0.9
