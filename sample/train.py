@@ -63,12 +63,12 @@ class Recipe:
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERYWHERE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 RECIPES = {
-    "answerability": Recipe(8, EVERYWHERE, ASSISTANT, steps=500),
+    "answerability": Recipe(8, EVERYWHERE, ASSISTANT, steps=850),
     "query_rewrite": Recipe(
         16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}, steps=320, rate=3e-3
     ),
     "hallucination_detection": Recipe(
-        32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, steps=600, dtype=torch.bfloat16
+        32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, steps=950, dtype=torch.bfloat16
     ),
     "citations": Recipe(24, EVERYWHERE, steps=250, dtype=torch.bfloat16),
 }
