@@ -93,8 +93,9 @@ def full(plain_base: Path, library: Path, tmp_path_factory: pytest.TempPathFacto
     sys.path.insert(0, str(SAMPLE))
     import world
 
-    examples = {name.partition("(")[0]: world.examples(name.partition("(")[0], 1, seed=3)[0] for name in ADAPTERS}
-    return Reference(folder, {name: Conversation(e.messages, e.documents) for name, e in examples.items()})
+    names = [name.partition("(")[0] for name in ADAPTERS]
+    examples = {name: world.examples(name, 12, seed=3) for name in names}
+    return Reference(folder, {name: [Conversation(e.messages, e.documents) for e in examples[name]] for name in names})
 
 
 @pytest.fixture(scope="module")

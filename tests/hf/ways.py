@@ -33,25 +33,26 @@ class Reference:
 
     Args:
         folder: a composed checkpoint.
-        conversations: of each adapter; one for all where there is no other.
+        conversations: of each adapter, over which its effect is summed; one for all where there is no other.
     """
 
-    def __init__(self, folder: Path, conversations: Mapping[str, Conversation] | Conversation) -> None:
+    def __init__(self, folder: Path, conversations: Mapping[str, Sequence[Conversation]] | Conversation) -> None:
         self.folder = folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.model = GraniteSwitchForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.spec = self.model.config.switch_spec
         self.prompts: dict[str | None, Tensor] = {}
-        self.off: dict[str, str | None] = {}  # adapter -> the prompt that is the same but for the control token
+        self.asked: dict[str, list[tuple[str, str | None]]] = {}  # adapter -> prompts, and the same without its token
         if isinstance(conversations, Conversation):
             self.prompts[None] = self.render(conversations)
-            self.off = dict.fromkeys(self.spec.names)
-            conversations = dict.fromkeys(self.spec.names, conversations)
+            for name in self.spec.names:
+                self.prompts[name] = self.render(conversations, name)
+                self.asked[name] = [(name, None)]
         else:
-            self.off = {name: f"{name}, off" for name in self.spec.names}
-            self.prompts = {self.off[name]: self.render(conversations[name]) for name in self.spec.names}
-        for name, conversation in conversations.items():
-            self.prompts[name] = self.render(conversation, name)
+            for name in self.spec.names:
+                self.asked[name] = [(f"{name} {i}", f"{name} {i}, off") for i in range(len(conversations[name]))]
+                for (on, off), conversation in zip(self.asked[name], conversations[name], strict=True):
+                    self.prompts[off], self.prompts[on] = self.render(conversation), self.render(conversation, name)
         self.logits = {name: self.of(self.model, ids) for name, ids in self.prompts.items()}
 
     def render(self, conversation: Conversation, adapter: str | None = None) -> Tensor:
@@ -91,12 +92,15 @@ class Reference:
             finite = expected.isfinite()
             largest = (logits[name] - expected)[finite].abs().nan_to_num(nan=float("inf")).max()
             differences.append(largest / expected[finite].abs().max())
-        effects = {name: _change(logits, name, off) / _change(self.logits, name, off) for name, off in self.off.items()}
+        effects = {
+            name: sum(_change(logits, *pair) for pair in pairs) / sum(_change(self.logits, *pair) for pair in pairs)
+            for name, pairs in self.asked.items()
+        }
         return Seen(float(max(differences)), effects)
 
 
 def _change(logits: dict[str | None, Tensor], adapter: str, off: str | None) -> float:
-    """By how much an adapter changes the last token's logits, in the Euclidean norm."""
-    base, own = logits[off][0, -1], logits[adapter][0, -1]
+    """By how much an adapter changes the logits of a prompt's tokens, in the Euclidean norm."""
+    base, own = logits[off][0], logits[adapter][0]
     kept = own.isfinite()
     return float((own - base)[kept].norm())
