@@ -1,4 +1,6 @@
-"""Mellea calls the adapters of a composed model: rewrite, answerability, hallucinations, citations.
+"""Mellea calls the adapters of a composed model: rewrite, answerability, hallucinations.
+
+The sample's `citations` quotes text, which `find_citations` does not take: it asks for places in documents.
 
 Against a vLLM server (Mellea's plain install is enough here):
 
@@ -41,7 +43,7 @@ def backend_for(model: str, url: str, name: str) -> Any:
 
 
 def run(backend: Any) -> dict[str, Any]:
-    """Every adapter once, through Mellea's own functions."""
+    """Three adapters, through Mellea's own functions."""
     talk = ChatContext()
     for message in HISTORY:
         talk = talk.add(message)
@@ -53,7 +55,6 @@ def run(backend: Any) -> dict[str, Any]:
     }
     talk = talk.add(Message("user", result["rewritten"]))
     result["checked"] = rag.flag_hallucinated_content(DRAFT, DOCUMENTS, talk, backend)
-    result["cited"] = rag.find_citations(DRAFT, DOCUMENTS, talk, backend)
     return result
 
 

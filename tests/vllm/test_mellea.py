@@ -1,4 +1,4 @@
-"""Mellea, unmodified, calls every adapter of the sample: from a vLLM server, and in transformers.
+"""Mellea, unmodified, calls adapters of the sample: from a vLLM server, and in transformers.
 
 Mellea stands in an environment of its own, `.venv-mellea`.
 """
@@ -49,8 +49,6 @@ def check(result: dict[str, Any]) -> None:
     assert result["rewritten"] == "Where does Ada live?"
     assert list(result["answerable"].values()) == ["answerable", "unanswerable"]
     assert [r["faithfulness"] for r in result["checked"]] == ["faithful", "hallucinated"]
-    cited = [(r["response_text"].strip(), r["citation_text"]) for r in result["cited"]]
-    assert cited == [("Ada lives in Tarn.", "Ada lives in Tarn."), ("Ada plays the flute.", "not stated")]
 
 
 def test_mellea_against_the_server(server: str, sample: Path) -> None:
