@@ -28,7 +28,7 @@ help:
 	@echo "make test-matrix  the transformers backend on several releases"
 	@echo "make soak       two hundred kills, many random sequences of changes"
 	@echo "make check      format, lint, types, import arrows"
-	@echo "make sample     train the sample model and its adapters anew (under an hour)"
+	@echo "make sample     train the sample model and its adapters anew (about an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
 
 setup: .venv/.stamp

@@ -39,7 +39,7 @@ PROCESSES = 2
 BATCH = 8  # for each process
 BASE_STEPS = 3500
 DRILL_STEPS = 1600
-FINISH_STEPS = 450
+FINISH_STEPS = 1000
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 
 
