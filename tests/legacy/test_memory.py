@@ -35,5 +35,4 @@ def test_peak(
     seen = json.loads(subprocess.run(worker, capture_output=True, text=True, check=True).stdout)
     record_property("memory", seen)
     assert seen["samples"] > 20
-    assert seen["end"] > seen["weights"] / 2 or seen["peak"] < seen["weights"]  # where it is no copy, it is mapped
     assert seen["peak"] <= seen["weights"] + seen["weights"] / LAYERS + SLACK
