@@ -137,11 +137,16 @@ def examples(task: str, count: int, seed: int = 0, held_out: bool = True) -> lis
 
 @dataclass
 class Maker:
-    """Draws examples from one side of the split. `size` from 0 to 1 is how large the documents may be."""
+    """Draws examples from one side of the split.
+
+    `size` from 0 to 1 is how large the documents may be. `dense` is the share of talks about two or three things only:
+    there the documents say the same of several people, so that neither the person nor the thing alone finds a fact.
+    """
 
     rng: random.Random
     held_out: bool = False
     size: float = 1.0
+    dense: float = 0.0
     _values: dict[tuple[str, str], list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,6 +181,19 @@ class Maker:
             else:
                 key = talk.ask(plain=0.0)
                 talk.say("assistant", talk.answer(*key))
+        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+
+    def match(self) -> Example:
+        """Plain questions about everyone and everything at hand: said of this person, or only of another?"""
+        talk = self._talk(turns=0, documents_only=True)
+        while len(talk.facts) < 2:
+            talk = self._talk(turns=0, documents_only=True)
+        near = {r for _, r in talk.facts}
+        keys = [(p, r) for p in talk.cast for r in near]
+        for key in self.rng.sample(keys, min(7, len(keys))):
+            talk.form = self.rng.randrange(2)
+            talk.say("user", talk.question(*key))
+            talk.say("assistant", talk.answer(*key))
         return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
 
     def repeat(self) -> Example:
@@ -226,6 +244,8 @@ class Maker:
         if self.rng.random() < 0.1:
             talk.say("system", "You are a helpful guide.")
         if documents_only or self.rng.random() < 0.85:
+            if self.dense and self.rng.random() < self.dense:
+                talk.relations = self.rng.sample(talk.relations, 5 - len(talk.cast))
             talk.add_documents()
         for _ in range(turns + final):
             talk.turn(training=final)
@@ -242,6 +262,7 @@ class Talk:
         self.facts: dict[tuple[str, str], Fact] = {}
         self.sources: dict[tuple[str, str], str] = {}  # what each sentence of the documents is about
         self.cast = rng.sample(PEOPLE, 2 + round(size * rng.random()))  # the people this talk is about
+        self.relations = [*RELATIONS]  # the things it is about
         self.last: tuple[str, str] | None = None  # the question before: what "she" and "what about" refer to
         self.form = 0  # which of the two ways of asking the question before used
         self.brief = False  # the question before was "What about Ada?"
@@ -385,7 +406,7 @@ class Talk:
         return self.rng.choice(keys)
 
     def all_keys(self) -> list[tuple[str, str]]:
-        return [(person, relation) for person in self.cast for relation in RELATIONS]
+        return [(person, relation) for person in self.cast for relation in self.relations]
 
     def some_keys(self, count: int) -> list[tuple[str, str]]:
         """Different keys, two thirds of them known."""

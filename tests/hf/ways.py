@@ -93,14 +93,16 @@ class Reference:
             largest = (logits[name] - expected)[finite].abs().nan_to_num(nan=float("inf")).max()
             differences.append(largest / expected[finite].abs().max())
         effects = {
-            name: sum(_change(logits, *pair) for pair in pairs) / sum(_change(self.logits, *pair) for pair in pairs)
+            name: sum(self.change(logits, *pair) for pair in pairs)
+            / sum(self.change(self.logits, *pair) for pair in pairs)
             for name, pairs in self.asked.items()
         }
         return Seen(float(max(differences)), effects)
 
-
-def _change(logits: dict[str | None, Tensor], adapter: str, off: str | None) -> float:
-    """By how much an adapter changes the logits of a prompt's tokens, in the Euclidean norm."""
-    base, own = logits[off][0], logits[adapter][0]
-    kept = own.isfinite()
-    return float((own - base)[kept].norm())
+    def change(self, logits: dict[str | None, Tensor], adapter: str, off: str | None) -> float:
+        """By how much an adapter changes the logits of what follows its control token, in the Euclidean norm."""
+        ids, plain = self.prompts[adapter][0].tolist(), self.prompts[off][0].tolist()
+        shared = next(i for i, pair in enumerate(zip(reversed(ids), reversed(plain), strict=False)) if len({*pair}) > 1)
+        base, own = logits[off][0, -shared:], logits[adapter][0, -shared:]
+        kept = own.isfinite()
+        return float((own - base)[kept].norm())
