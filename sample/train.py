@@ -39,7 +39,7 @@ PROCESSES = 2
 BATCH = 8  # for each process
 BASE_STEPS = 3500
 DRILL_STEPS = 1600
-FINISH_STEPS = 2600
+FINISH_STEPS = 900
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 
 
@@ -63,14 +63,14 @@ class Recipe:
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERYWHERE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 RECIPES = {
-    "answerability": Recipe(8, EVERYWHERE, ASSISTANT, steps=850),
+    "answerability": Recipe(8, EVERYWHERE, ASSISTANT, steps=700),
     "query_rewrite": Recipe(
-        16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}, steps=320, rate=3e-3
+        16, ATTENTION, world.REWRITE_TAG, {"use_rslora": True, "lora_alpha": 8}, steps=400, rate=3e-3
     ),
     "hallucination_detection": Recipe(
-        32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, steps=950, dtype=torch.bfloat16
+        32, EVERYWHERE, lora={"rank_pattern": {"down_proj": 16}}, steps=800, dtype=torch.bfloat16
     ),
-    "citations": Recipe(24, EVERYWHERE, steps=250, dtype=torch.bfloat16),
+    "citations": Recipe(24, EVERYWHERE, steps=450, dtype=torch.bfloat16),
 }
 
 
@@ -299,8 +299,8 @@ def drill_base() -> None:
 
 def finish_base() -> None:
     """The end of it, on answers alone: what users say cannot be predicted, and the noise hides what is still learnt."""
-    maker = world.Maker(own_random("finish"), dense=0.5)
-    go_on("finish", FINISH_STEPS, {maker.match: 40, maker.drill: 30, maker.conversation: 25, maker.repeat: 5}, said=0.0)
+    maker = world.Maker(own_random("finish"), dense=0.3)
+    go_on("finish", FINISH_STEPS, {maker.match: 20, maker.drill: 35, maker.conversation: 40, maker.repeat: 5}, said=0.0)
 
 
 def go_on(label: str, steps: int, shares: dict[Callable[[], world.Example], int], said: float = 0.1) -> None:
@@ -341,7 +341,7 @@ def train_adapter(name: str) -> None:
         **{"lora_alpha": 2 * recipe.rank, **recipe.lora},
     )
     model = get_peft_model(base, config)
-    maker = world.Maker(own_random(name), dense=0.3)
+    maker = world.Maker(own_random(name), dense=0.2)
     stream = batches(tokenizer, lambda: maker.example(name), Weigher(tokenizer).adapter, BATCH)
     fit(model, stream, recipe.steps, recipe.rate, label=name)
     if torch.distributed.get_rank() == 0:

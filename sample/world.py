@@ -271,15 +271,16 @@ class Talk:
         self.messages.append({"role": role, "content": content})
 
     def add_documents(self) -> None:
-        """One or two documents of one or two sentences, about one or more people."""
+        """One or two sentences, together in one document or each in its own."""
         count = self.rng.randint(1, 1 + round(self.size))
-        for number in range(count):
-            sentences = []
-            for _ in range(self.rng.randint(1, 1 + round(self.size))):
-                key = self.rng.choice([key for key in self.all_keys() if key not in self.facts])
-                self.sources[key] = self.learn(key).text(self.rng.randrange(2))
-                sentences.append(self.sources[key])
-            self.documents.append(self.dress(" ".join(sentences), number))
+        sentences = []
+        for _ in range(count):
+            key = self.rng.choice([key for key in self.all_keys() if key not in self.facts])
+            self.sources[key] = self.learn(key).text(self.rng.randrange(2))
+            sentences.append(self.sources[key])
+        if self.rng.random() < 0.5:
+            sentences = [" ".join(sentences)]
+        self.documents = [self.dress(text, number) for number, text in enumerate(sentences)]
 
     def dress(self, text: str, number: int) -> dict:
         """The shapes in which clients send a document: most often only its text."""

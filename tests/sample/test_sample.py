@@ -51,14 +51,8 @@ def test_four_adapters_of_both_technologies_and_different_ranks(model) -> None:
     assert len({a.target_modules for a in spec.adapters}) > 1
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="right 17 times in 20; see sample/README.md")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "task",
-    ["answerability", "query_rewrite", "hallucination_detection", pytest.param("citations", marks=NOT_YET)],
-)
+@pytest.mark.parametrize("task", ADAPTERS)
 def test_each_adapter_does_what_the_base_cannot(task: str, model, tokenizer) -> None:
     held_out = world.examples(task, 200)
     assert accuracy(model, tokenizer, held_out, adapter_name=task) >= 0.9

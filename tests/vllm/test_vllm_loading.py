@@ -37,6 +37,11 @@ def prompts_for(folder: Path) -> list[list[int]]:
     return [text, *([*text, adapter.token_id, 41, 42] for adapter in spec.adapters)]
 
 
+def model_of(llm: Any) -> torch.nn.Module:
+    """The model that an engine in this process runs."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+
+
 def write_older(model: Path, folder: Path, generation: int) -> Path:
     """The model of a format-1 folder as generations 2 and 3 wrote it."""
     config = json.loads((model / "config.json").read_text())
@@ -116,6 +121,13 @@ def test_missing_and_unknown_adapter_tensors_are_all_named(composed: Path, tmp_p
         start(broken)
 
 
+def test_a_load_without_weights_has_adapters_to_run(composed: Path) -> None:
+    with running(composed, load_format="dummy") as llm:
+        linear = model_of(llm).model.layers[0].mlp.down_proj
+        assert set(linear.punica_wrapper.updates) == set(linear.punica_wrapper.ranks) != set()
+        assert len(greedy(llm, prompts_for(composed))[0].token_ids) == 10
+
+
 @pytest.mark.slow
 def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tmp_path: Path) -> None:
     quantised = quantise(base, tmp_path / "base")
@@ -126,8 +138,7 @@ def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tm
     with running(quantised, dtype="bfloat16") as llm:
         plain = greedy(llm, prompts[:1])[0].token_ids
     with running(tmp_path / "model", dtype="bfloat16") as llm:
-        model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-        linear = model.model.layers[0].mlp.down_proj
+        linear = model_of(llm).model.layers[0].mlp.down_proj
         assert linear.base_layer.weight.dtype == torch.int8
         assert linear.punica_wrapper.updates[1].a.dtype == torch.bfloat16
         found = greedy(llm, prompts, logprobs=5)

@@ -86,6 +86,7 @@ class GraniteSwitchForCausalLM(GraniteForCausalLM):
         else:
             self.lm_head = PPMissingLayer()
         self.adapter_tensors: dict[str, Tensor] = {}
+        self.loaded = self.wrapped = False
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """[T, hidden] to [T, V]; control tokens at -inf unless `switch.generatable`."""
@@ -105,6 +106,7 @@ class GraniteSwitchForCausalLM(GraniteForCausalLM):
         Raises:
             CheckpointError: adapter tensors are missing, unknown or of another shape than the config says.
         """
+        self.loaded = True
         loaded = super().load_weights(self._set_adapters_aside(weights))
         self._check_adapters()
         return loaded | set(self.adapter_tensors)
@@ -126,14 +128,18 @@ class GraniteSwitchForCausalLM(GraniteForCausalLM):
             else:
                 yield name, tensor
 
-    def _check_adapters(self) -> None:
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapters' tensors in this process's layers."""
         shapes = layout.shapes(self.config.to_dict())
-        expected = {
+        return {
             tensor.key: shape
             for adapter in self.spec.adapters
             for tensor, shape in adapter.tensors(self.config.num_hidden_layers, shapes).items()
             if self.model.start_layer <= tensor.layer < self.model.end_layer
         }
+
+    def _check_adapters(self) -> None:
+        expected = self._expected()
         found = {name: tuple(tensor.shape) for name, tensor in self.adapter_tensors.items()}
         problems = [f"missing: {name}" for name in expected if name not in found]
         problems += [f"not in config.json: {name}" for name in found if name not in expected]
@@ -147,8 +153,22 @@ class GraniteSwitchForCausalLM(GraniteForCausalLM):
 
     def process_weights_after_loading(self) -> None:
         """vLLM's hook for when the linears are finished, quantised ones repacked: now they can be wrapped."""
-        if not self.adapter_tensors:  # load_format dummy, or no adapter in these layers
+        if self.wrapped:
             return
-        for layer in range(self.model.start_layer, self.model.end_layer):
-            wrap_linears(self.model, layer, self.spec, self.adapter_tensors, self.model.router)
+        self.wrapped = True
+        if not self.loaded:  # load_format dummy: no checkpoint was read
+            self.adapter_tensors = {name: torch.randn(shape) * 1e-3 for name, shape in self._expected().items()}
+        if self.adapter_tensors:
+            for layer in range(self.model.start_layer, self.model.end_layer):
+                wrap_linears(self.model, layer, self.spec, self.adapter_tensors, self.model.router)
         self.adapter_tensors.clear()
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        self.process_weights_after_loading()  # for releases of vLLM that do not call it
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
