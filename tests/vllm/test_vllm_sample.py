@@ -16,31 +16,43 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def engine(sample: Path):
+def tokenizer(sample: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(sample)
+
+
+@pytest.fixture(scope="module")
+def expected(sample: Path, tokenizer) -> dict[str, list[str]]:
+    """What the transformers backend writes; worked out before the engine binds this process to its cores."""
+    import world
+    from evaluate import answers
+
+    model = transformers_model(sample)
+    return {
+        task: answers(model, tokenizer, world.examples(task, EXAMPLES), None if task == "answer" else task)
+        for task in TASKS
+    }
+
+
+@pytest.fixture(scope="module")
+def engine(sample: Path, expected):
     with running(sample, max_num_seqs=64) as llm:
         yield llm
 
 
-@pytest.fixture(scope="module")
-def model(sample: Path):
-    return transformers_model(sample)
-
-
 @pytest.mark.parametrize("task", TASKS)
-def test_same_text_and_accuracy(task: str, engine, model, sample: Path) -> None:
+def test_same_text_and_accuracy(task: str, engine, expected, tokenizer) -> None:
     import world
-    from evaluate import answers, render
-    from transformers import AutoTokenizer
+    from evaluate import render
     from vllm import SamplingParams
 
-    tokenizer = AutoTokenizer.from_pretrained(sample)
     name = None if task == "answer" else task
     examples = world.examples(task, EXAMPLES)
-    expected = answers(model, tokenizer, examples, name)
     longest = max(len(tokenizer(example.expected)["input_ids"]) for example in examples)
     prompts = [tokenizer(render(tokenizer, e, name), add_special_tokens=False)["input_ids"] for e in examples]
     sampling = SamplingParams(temperature=0, max_tokens=longest + 4)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     written = [output.outputs[0].text for output in outputs]
-    assert written == expected
-    assert sum(map(world.is_right, examples, written)) >= 0.8 * EXAMPLES
+    assert written == expected[task]
+    assert sum(map(world.is_right, examples, written)) >= 0.9 * EXAMPLES
