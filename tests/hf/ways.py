@@ -102,7 +102,8 @@ class Reference:
     def change(self, logits: dict[str | None, Tensor], adapter: str, off: str | None) -> float:
         """By how much an adapter changes the logits of what follows its control token, in the Euclidean norm."""
         ids, plain = self.prompts[adapter][0].tolist(), self.prompts[off][0].tolist()
-        shared = next(i for i, pair in enumerate(zip(reversed(ids), reversed(plain), strict=False)) if len({*pair}) > 1)
-        base, own = logits[off][0, -shared:], logits[adapter][0, -shared:]
-        kept = own.isfinite()
-        return float((own - base)[kept].norm())
+        ends = enumerate(zip(reversed(ids), reversed(plain), strict=False))
+        shared = next((i for i, (own, other) in ends if own != other), min(len(ids), len(plain)))
+        base, adapted = logits[off][0, -shared:], logits[adapter][0, -shared:]
+        kept = adapted.isfinite()
+        return float((adapted - base)[kept].norm())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from artefacts import edit_json, make_adapter
-from conftest import ALL, ASSISTANT, running, start, transformers_model
+from conftest import ALL, ASSISTANT, runner_of, running, start, transformers_model
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
@@ -35,11 +35,6 @@ def prompts_for(folder: Path) -> list[list[int]]:
     spec = SwitchSpec.from_dict(json.loads((folder / "config.json").read_text())["switch"])
     text = [7, 60, 61, 90, 12, 33]
     return [text, *([*text, adapter.token_id, 41, 42] for adapter in spec.adapters)]
-
-
-def model_of(llm: Any) -> torch.nn.Module:
-    """The model that an engine in this process runs."""
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
 
 
 def write_older(model: Path, folder: Path, generation: int) -> Path:
@@ -123,7 +118,7 @@ def test_missing_and_unknown_adapter_tensors_are_all_named(composed: Path, tmp_p
 
 def test_a_load_without_weights_has_adapters_to_run(composed: Path) -> None:
     with running(composed, load_format="dummy") as llm:
-        linear = model_of(llm).model.layers[0].mlp.down_proj
+        linear = runner_of(llm).model.model.layers[0].mlp.down_proj
         assert set(linear.punica_wrapper.updates) == set(linear.punica_wrapper.ranks) != set()
         assert len(greedy(llm, prompts_for(composed))[0].token_ids) == 10
 
@@ -138,7 +133,7 @@ def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tm
     with running(quantised, dtype="bfloat16") as llm:
         plain = greedy(llm, prompts[:1])[0].token_ids
     with running(tmp_path / "model", dtype="bfloat16") as llm:
-        linear = model_of(llm).model.layers[0].mlp.down_proj
+        linear = runner_of(llm).model.model.layers[0].mlp.down_proj
         assert linear.base_layer.weight.dtype == torch.int8
         assert linear.punica_wrapper.updates[1].a.dtype == torch.bfloat16
         found = greedy(llm, prompts, logprobs=5)
