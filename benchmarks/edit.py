@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -67,8 +68,8 @@ def make_base(folder: Path) -> int:
     return total
 
 
-def make_adapter(folder: Path, rank: int = 16) -> Path:
-    """A LoRA on q and v."""
+def make_adapter(folder: Path, rank: int = 16, invocation: list[int] | None = None) -> Path:
+    """A LoRA on q and v, or with an invocation an aLoRA."""
     folder.mkdir(parents=True)
     drawn = np.random.default_rng(rank).normal(size=(rank, HIDDEN)).astype(np.float16)
     tensors = {}
@@ -78,6 +79,7 @@ def make_adapter(folder: Path, rank: int = 16) -> Path:
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = drawn, drawn.T.copy()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    config |= {"alora_invocation_tokens": invocation} if invocation else {}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -92,11 +94,14 @@ def main() -> None:
         total = make_base(place / "base")
         first = [make_adapter(place / f"first/{name}") for name in ("a", "b", "c")]
         other, new = make_adapter(place / "second/a", 8), make_adapter(place / "new/d")
+        tokenizer = Tokenizer.from_file(str(place / "base/tokenizer.json"))
+        tagged = make_adapter(place / "new/tagged", invocation=tokenizer.encode("<rewrite>").ids)
         model = place / "model"
         granite_switch.compose(place / "base", first, model)
         print(f"base {total / 1e9:.1f} GB in {len(list((place / 'base').glob('*.safetensors')))} shards, 3 adapters")
         steps: dict[str, Callable[[], object]] = {
             "add": lambda: granite_switch.add(model, [new]),
+            "add, with an invocation of its own": lambda: granite_switch.add(model, [tagged]),
             "update": lambda: granite_switch.update(model, [other]),
             "rename": lambda: granite_switch.rename(model, "b", "e"),
             "remove": lambda: granite_switch.remove(model, ["c"]),
@@ -110,7 +115,7 @@ def main() -> None:
             step()
             seconds = time.perf_counter() - began
             written = sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.stat().st_ino not in nodes)
-            print(f"{name:8} {seconds:6.2f} s, {written / 1e6:8.1f} MB written")
+            print(f"{name:34} {seconds:6.2f} s, {written / 1e6:8.1f} MB written")
     finally:
         shutil.rmtree(place)
 

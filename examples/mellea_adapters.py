@@ -1,6 +1,4 @@
-"""Mellea calls the adapters of a composed model: rewrite, answerability, hallucinations.
-
-The sample's `citations` quotes text, which `find_citations` does not take: it asks for places in documents.
+"""Mellea calls the adapters of a composed model: rewrite, answerability, hallucinations, citations.
 
 Against a vLLM server (Mellea's plain install is enough here):
 
@@ -16,8 +14,10 @@ import argparse
 import json
 from typing import Any
 
+from mellea.backends import ModelOption
+from mellea.stdlib import functional
 from mellea.stdlib.components import Document, Message
-from mellea.stdlib.components.intrinsic import rag
+from mellea.stdlib.components.intrinsic import Intrinsic, rag
 from mellea.stdlib.context import ChatContext
 
 DOCUMENTS = [
@@ -43,7 +43,7 @@ def backend_for(model: str, url: str, name: str) -> Any:
 
 
 def run(backend: Any) -> dict[str, Any]:
-    """Three adapters, through Mellea's own functions."""
+    """Four adapters: three through Mellea's own functions, one by its name."""
     talk = ChatContext()
     for message in HISTORY:
         talk = talk.add(message)
@@ -55,7 +55,16 @@ def run(backend: Any) -> dict[str, Any]:
     }
     talk = talk.add(Message("user", result["rewritten"]))
     result["checked"] = rag.flag_hallucinated_content(DRAFT, DOCUMENTS, talk, backend)
+    result["cited"] = cite(DRAFT, talk, backend)
     return result
+
+
+def cite(answer: str, talk: ChatContext, backend: Any) -> list[dict[str, Any]]:
+    """An adapter with an answer of its own form: the sample's quotes text, `rag.find_citations` wants places in it."""
+    asked = talk.add(Message("assistant", answer, documents=DOCUMENTS))
+    options = {ModelOption.TEMPERATURE: 0.0}
+    answered, _ = functional.act(Intrinsic("citations"), asked, backend, model_options=options, strategy=None)
+    return json.loads(answered.value)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from granite_switch import compose
+from granite_switch import compose, verify
 from granite_switch.compose import prepare
 from granite_switch.compose.sources import scan
 from granite_switch.core.spec import SwitchSpec
@@ -24,7 +24,8 @@ def spec_of(folder: Path) -> SwitchSpec:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: t for file in sorted(folder.glob("model*.safetensors")) for k, t in load_file(file).items()}
+    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter-")]
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
 def test_the_base_is_not_touched(base: Path, composed: Path) -> None:
@@ -51,9 +52,12 @@ def test_an_adapter_stays_an_adapter(adapters: Path, composed: Path) -> None:
 def test_control_rows_copy_their_substitutes(composed: Path) -> None:
     rows = tensors_of(composed)["model.embed_tokens.weight"]
     spec = spec_of(composed)
-    assert len(rows) == max(spec.control_slots) + 1
+    assert len(rows) == max(spec.control_slots) + 1 + spec.reserved
+    assert len(rows) % 64 == 0
     for token, substitute in spec.substitutes.items():
         assert torch.equal(rows[token], rows[substitute])
+    for token in range(len(rows) - spec.reserved, len(rows)):
+        assert torch.equal(rows[token], rows[spec.base_substitute_token_id])
 
 
 def test_tokens_stand_behind_tokenizer_and_embedding(tmp_path: Path, base: Path, composed: Path) -> None:
@@ -82,13 +86,33 @@ def test_shards_without_embeddings_are_hard_links(tmp_path: Path) -> None:
     make_adapter(tmp_path / "a", base)
     compose(base, [tmp_path / "a"], tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
-    grown = {index["model.embed_tokens.weight"], index["lm_head.weight"]}
+    assert {index["model.embed_tokens.weight"], index["lm_head.weight"]} == {"embeddings.safetensors"}
+    homes = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    grown = {homes["model.embed_tokens.weight"], homes["lm_head.weight"]}
     shards = sorted(base.glob("*.safetensors"))
     assert len(shards) > 3
     for shard in shards:
-        assert os.path.samefile(shard, tmp_path / "out" / shard.name) == (shard.name not in grown)
-    heads = tensors_of(tmp_path / "out")["lm_head.weight"]
-    assert len(heads) == len(tensors_of(base)["lm_head.weight"]) + 2
+        target = tmp_path / "out" / shard.name
+        assert (target.exists() and os.path.samefile(shard, target)) == (shard.name not in grown)
+    heads, before = tensors_of(tmp_path / "out")["lm_head.weight"], tensors_of(base)["lm_head.weight"]
+    assert len(heads) == len(before) + 2 + spec_of(tmp_path / "out").reserved
+    assert tensors_of(base).keys() == tensors_of(tmp_path / "out").keys()
+
+
+def test_a_base_with_a_file_called_as_ours(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", max_shard_size="60KB", tied=False)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    homes = index["weight_map"]
+    norm = homes["model.norm.weight"]
+    (base / norm).rename(base / "embeddings.safetensors")
+    index["weight_map"] = {name: "embeddings.safetensors" if home == norm else home for name, home in homes.items()}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    make_adapter(tmp_path / "a", base)
+    compose(base, [tmp_path / "a"], tmp_path / "out")
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name][: len(tensor)], tensor) for name, tensor in before.items())
+    verify(tmp_path / "out", deep=True)
 
 
 def test_config_and_index(composed: Path) -> None:

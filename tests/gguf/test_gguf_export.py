@@ -96,7 +96,8 @@ def test_every_tensor_reads_back(which: str, request: pytest.FixtureRequest, tmp
     assert found.keys() == wanted.keys()
     head = "lm_head.weight" if which == "wide" else "model.embed_tokens.weight"
     spec = SwitchSpec.from_dict(read_json(folder / "config.json")["switch"])
-    controls = sorted(spec.control_slots)
+    controls = sorted(spec.silent)
+    assert {*spec.control_slots, len(wanted[head]) - 1} < {*controls}
     assert not found[head][controls].any()
     assert wanted[head][controls].any(axis=1).all()
     found[head] = found[head].copy()
@@ -114,10 +115,10 @@ def test_control_tokens_keep_their_rows_where_they_may_be_generated(model: Path,
     switch = read_json(model / "config.json")["switch"]
     edit_json(tmp_path / "model" / "config.json", switch={**switch, "generatable": True})
     export(tmp_path / "model", tmp_path / "out.gguf")
-    np.testing.assert_array_equal(
-        read(tmp_path / "out.gguf")["token_embd.weight"], checkpoint(model)["model.embed_tokens.weight"]
-    )
-    assert "tokenizer.ggml.suppress_tokens" not in keys(tmp_path / "out.gguf")
+    found, wanted = read(tmp_path / "out.gguf")["token_embd.weight"], checkpoint(model)["model.embed_tokens.weight"]
+    last = len(wanted) - switch["reserved"]
+    np.testing.assert_array_equal(found[:last], wanted[:last])
+    assert keys(tmp_path / "out.gguf")["tokenizer.ggml.suppress_tokens"] == list(range(last, len(wanted)))
 
 
 @pytest.mark.parametrize(("outtype", "error"), [("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 2**-7)])
@@ -183,7 +184,9 @@ def test_keys(wide: Path, tmp_path: Path) -> None:
         "tokenizer.ggml.padding_token_id": 1,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": (wide / "chat_template.jinja").read_bytes().decode(),
-        "tokenizer.ggml.suppress_tokens": sorted(spec.control_slots),
+        "tokenizer.ggml.suppress_tokens": [
+            *range(min(spec.control_slots), read_json(wide / "config.json")["vocab_size"])
+        ],
     }
     for key, value in expected.items():
         assert found[key] == (pytest.approx(value) if isinstance(value, float) else value), key
@@ -197,10 +200,11 @@ def test_tokens(model: Path, exported: Path) -> None:
     tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == config["vocab_size"]
     added = tokenizer.get_added_tokens_decoder()
-    for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
-        assert text == tokenizer.id_to_token(i)
-        assert kind == (TokenType.CONTROL if i in added else TokenType.NORMAL)
     spec = SwitchSpec.from_dict(config["switch"])
+    for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
+        reserve = i > max(spec.control_slots)
+        assert text == (f"[PAD{i}]" if reserve else tokenizer.id_to_token(i))
+        assert kind == (TokenType.UNUSED if reserve else TokenType.CONTROL if i in added else TokenType.NORMAL)
     assert [tokens[a.token_id] for a in spec.adapters] == ["<|check|>", "<|cite|>", "<|rewrite|>"]
     merges = read_json(model / "tokenizer.json")["model"]["merges"]
     assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]

@@ -20,7 +20,7 @@ from granite_switch.compose.verify import find_problems, verify
 from granite_switch.errors import CheckpointError, SwitchError
 from granite_switch.hf.verify import compare
 
-SHARD = "model-00001-of-00001.safetensors"
+SHARD, EMBEDDINGS = "model-00001-of-00001.safetensors", "embeddings.safetensors"
 FILE = "adapter-citations.safetensors"
 
 
@@ -97,7 +97,10 @@ SPOILT_DEEP: dict[str, tuple[Callable[[Path], object], str]] = {
                         "model.norm.weight: 0 NaN, 1 inf"),
     "other weights": (lambda m: edit_weights(m, FILE, lambda t: t[first(t)].__imul__(1.5)), "citations: its weights"),
     "a control token's row": (
-        lambda m: edit_weights(m, SHARD, lambda t: t["model.embed_tokens.weight"][-1].fill(0)), "not its substitute's"
+        lambda m: edit_weights(m, EMBEDDINGS, lambda t: t["model.embed_tokens.weight"][413].fill(0)), "413 is not a copy"
+    ),
+    "a row in reserve": (
+        lambda m: edit_weights(m, EMBEDDINGS, lambda t: t["model.embed_tokens.weight"][-1].fill(0)), "is not a copy of"
     ),
 }  # fmt: skip
 

@@ -103,13 +103,14 @@ def tensor_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[st
 
 def _row_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
     controls = sorted(spec.control_slots)
-    rows = controls[-1] + 1
+    rows = spec.rows
     problems = []
-    if controls != list(range(controls[0], rows)):
+    if controls != list(range(controls[0], controls[-1] + 1)):
         problems.append(f"config.json: the control tokens' ids {controls} have gaps")
     if config.get("vocab_size") != rows:
         problems.append(
-            f"config.json: vocab_size {config.get('vocab_size')} where the last control token is {rows - 1}"
+            f"config.json: vocab_size {config.get('vocab_size')} where the last control token is {controls[-1]} and "
+            f"{spec.reserved} rows are in reserve"
         )
     problems += [
         f"{name} has {checkpoint[name].shape[0]} rows, not {rows}"

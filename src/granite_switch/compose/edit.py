@@ -180,7 +180,7 @@ def _write(folder: Path, partial: Path, change: Callable[[Composed], Slots], cre
     spec = old.spec
     plan = assemble(old.base, slots, spec.base_model, spec.generatable, create_io_yaml=create_io_yaml, kept=spec)
     _check_kept(old, plan)
-    write_model(plan, partial, same_tokens=plan.spec.substitutes == spec.substitutes)
+    write_model(plan, partial, same_rows=plan.spec.copied_rows == spec.copied_rows)
     kept = _carry_over(old, plan, partial)
     return replace(plan, warnings=(*plan.warnings, *kept))
 

@@ -6,7 +6,7 @@ out and what `--dry-run` prints.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import AdapterError, BaseModelError, CheckpointError, SwitchError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 64  # the vocabulary is a multiple of this, as tensor cores and tensor parallelism like it; the rest is reserve
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Plan:
 
     @property
     def vocab_size(self) -> int:
-        return max(self.spec.control_slots) + 1
+        return self.spec.rows
 
     @property
     def config(self) -> dict[str, Any]:
@@ -152,6 +153,7 @@ def assemble(
         base_model=base_model,
         generatable=generatable,
     )
+    spec = replace(spec, reserved=-spec.rows % _ROWS)
     data = extended(base.tokenizer, _new_tokens(spec, base.tokenizer))
     templates: dict[str, str] = {}
     if template is not None:

@@ -115,9 +115,9 @@ def _deep_problems(checkpoint: Checkpoint, spec: SwitchSpec) -> list[str]:
             problems.append(f"{adapter.name}: its weights are not those that were composed (their digest differs)")
     for name in {EMBEDDING, HEAD} & checkpoint.tensors.keys():
         matrix = checkpoint[name]
-        for token, substitute in spec.substitutes.items():
-            if max(token, substitute) < matrix.shape[0] and matrix.row(token) != matrix.row(substitute):
-                problems.append(f"{name}: row {token} is not its substitute's, {substitute}")
+        for row, source in enumerate(spec.copied_rows, min(spec.control_slots)):
+            if max(row, source) < matrix.shape[0] and matrix.row(row) != matrix.row(source):
+                problems.append(f"{name}: row {row} is not a copy of row {source}, its substitute's")
     return problems
 
 
@@ -130,9 +130,9 @@ def _token_problems(tokenizer: BaseTokenizer, spec: SwitchSpec) -> list[str]:
             problems.append(f"tokenizer.json: {text} is {found}; config.json says {token_id}")
         elif text not in special:
             problems.append(f"tokenizer.json: {text} is not a special token")
-    rows = max(spec.control_slots) + 1
-    if tokenizer.size > rows:
-        problems.append(f"tokenizer.json: has {tokenizer.size} tokens, more than the {rows} rows of the model")
+    last = max(spec.control_slots)
+    if tokenizer.size > last + 1:
+        problems.append(f"tokenizer.json: has {tokenizer.size} tokens, where the last control token is {last}")
     return problems
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from granite_switch.compose.card import model_card
-from granite_switch.compose.plan import EMBEDDING, HEAD, Plan
+from granite_switch.compose.plan import Plan
 from granite_switch.compose.tokenizer import extended_config
 from granite_switch.core.checkpoint import (
     INDEX,
@@ -23,7 +23,7 @@ from granite_switch.core.checkpoint import (
     write_index,
     write_json,
 )
-from granite_switch.core.layout import AdapterTensor, adapter_file
+from granite_switch.core.layout import EMBEDDINGS, AdapterTensor, adapter_file
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.staging import link_or_copy
 from granite_switch.errors import CheckpointError
@@ -35,33 +35,44 @@ _REPLACED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_tem
 _REPLACED |= {"README.md", INDEX, "added_tokens.json", "adapter_index.json"}
 _KEPT = {".json", ".txt", ".model"}
 
+# `model.safetensors` would be taken for the whole model; a base's own shard may be called as ours
+_RENAMED = {SINGLE: "model-00001-of-00001.safetensors", EMBEDDINGS: f"model-{EMBEDDINGS}"}
+
 # an io.yaml that changes neither request nor answer: clients want these keys
 _IO_YAML = b"model: null\nresponse_format: null\ntransformations: null\n"
 
 
-def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, same_tokens: bool = False) -> None:
+def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, same_rows: bool = False) -> None:
     """Write the composed model into an empty folder.
 
     Args:
         plan: what to write.
         folder: exists and is empty.
         on_bytes: called with the number of bytes after each piece that is copied.
-        same_tokens: the base's files are of a composed model with the same control tokens, and have their rows already.
+        same_rows: the base's files are of a composed model whose embedding has the rows that this one is to have.
     """
     files: dict[str, Mapping[str, Tensor]] = {}
+    grown: list[Entry] = []
+    metadata: dict[str, str] = {}
     for name, tensors in plan.checkpoint.files.items():
-        target = "model-00001-of-00001.safetensors" if name == SINGLE else name
         source = plan.checkpoint.folder / name
-        changed = tensors.keys() & plan.grown.keys() or tensors != read_header(source)[0]
-        if changed and not same_tokens:
-            entries = [_entry(plan, tensor) for tensor in tensors.values()]
-            write(folder / target, entries, on_bytes, metadata=read_header(source)[1])
+        header, about = read_header(source)
+        rest = {key: tensor for key, tensor in tensors.items() if key not in plan.grown}
+        if same_rows and name == EMBEDDINGS and not rest:
+            files[name] = _link(source, folder / name, header, on_bytes)
+            continue
+        if len(rest) < len(tensors):
+            grown += [_entry(plan, tensor) for key, tensor in tensors.items() if key in plan.grown]
+            metadata |= about
+        target = _RENAMED.get(name, name)
+        if rest == header:
+            files[target] = _link(source, folder / target, header, on_bytes)
+        elif rest:
+            write(folder / target, [copy_of(tensor) for tensor in rest.values()], on_bytes, metadata=about)
             files[target] = read_header(folder / target)[0]
-        else:
-            link_or_copy(source, folder / target)
-            files[target] = tensors if not same_tokens else read_header(folder / target)[0]
-            if on_bytes:
-                on_bytes(source.stat().st_size)
+    if grown:
+        write(folder / EMBEDDINGS, sorted(grown, key=lambda entry: entry.name), on_bytes, metadata=metadata)
+        files[EMBEDDINGS] = read_header(folder / EMBEDDINGS)[0]
     for adapter in plan.spec.active:
         target, weights = adapter_file(adapter.name), plan.adapters[adapter.name]
         if weights.file:
@@ -73,6 +84,14 @@ def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, s
     _write_small_files(plan, folder)
 
 
+def _link(source: Path, target: Path, header: Mapping[str, Tensor], on_bytes: Progress | None) -> Mapping[str, Tensor]:
+    """Link a file that stays as it is; its tensors."""
+    link_or_copy(source, target)
+    if on_bytes:
+        on_bytes(source.stat().st_size)
+    return header
+
+
 def adapter_entries(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor]) -> list[Entry]:
     """An adapter's tensors under their names in the checkpoint, in the order of layers and projections."""
     ordered = sorted(tensors, key=AdapterTensor.order)
@@ -80,17 +99,13 @@ def adapter_entries(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor]) 
 
 
 def _entry(plan: Plan, tensor: Tensor) -> Entry:
-    """The tensor as it is or, for embeddings, with rows for the new tokens: copies of their substitutes' rows."""
-    if tensor.name not in (EMBEDDING, HEAD):
-        return copy_of(tensor)
+    """An embedding with rows for the new tokens and in reserve: copies of their substitutes' rows."""
     rows, width = tensor.shape
-    substitutes = plan.spec.substitutes
-    largest = max(substitutes.values())
-    if largest >= rows:
-        raise CheckpointError(f"{tensor.path}: {tensor.name} has {rows} rows, and token {largest} is to be copied")
-    first = min(substitutes)
-    filler = bytes((first - rows) * (tensor.nbytes // rows))
-    new = b"".join(tensor.row(substitutes[i]) for i in range(first, plan.vocab_size))
+    copied = plan.spec.copied_rows
+    if max(copied) >= rows:
+        raise CheckpointError(f"{tensor.path}: {tensor.name} has {rows} rows, and token {max(copied)} is to be copied")
+    filler = bytes((plan.vocab_size - len(copied) - rows) * (tensor.nbytes // rows))
+    new = b"".join(tensor.row(i) for i in copied)
     return Entry(tensor.name, tensor.dtype, (plan.vocab_size, width), (tensor, filler + new))
 
 

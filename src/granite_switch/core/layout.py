@@ -71,6 +71,9 @@ class AdapterTensor:
         return (self.layer, self.projection, self.matrix)
 
 
+EMBEDDINGS = "embeddings.safetensors"  # the file of `embed_tokens` and `lm_head`, which gain rows
+
+
 def adapter_file(adapter: str) -> str:
     """The file of one adapter's tensors."""
     return f"adapter-{adapter}.safetensors"

@@ -88,6 +88,7 @@ class SwitchSpec:
     base_substitute_token_id: int
     base_model: str = ""
     generatable: bool = False
+    reserved: int = 0  # rows of the embedding behind the last control token's, for adapters to come
     format_version: int = FORMAT_VERSION
     hiding: Hiding | None = None  # set: no control token gives way to a substitute
 
@@ -111,6 +112,26 @@ class SwitchSpec:
         if self.base_token_id < 0:
             return substitutes
         return {self.base_token_id: self.base_substitute_token_id, **substitutes}
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding: one behind the last control token's, and those in reserve."""
+        return max(self.control_slots) + 1 + self.reserved
+
+    @property
+    def copied_rows(self) -> tuple[int, ...]:
+        """The token whose row each row of the embedding copies, from the first control token's to the last.
+
+        Those in reserve copy what opens a turn, as most adapters' tokens do: then adding one changes no row.
+        """
+        substitutes, first = self.substitutes, min(self.control_slots)
+        return tuple(substitutes.get(i, self.base_substitute_token_id) for i in range(first, self.rows))
+
+    @property
+    def silent(self) -> tuple[int, ...]:
+        """Ids that cannot be generated: those in reserve and, unless `generatable`, control tokens."""
+        reserve = range(self.rows - self.reserved, self.rows) if self.reserved else ()
+        return (*(() if self.generatable else sorted(self.control_slots)), *reserve)
 
     def slot(self, name: str) -> int:
         """The slot of an adapter that is there; 0 for "base"."""

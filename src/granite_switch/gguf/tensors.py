@@ -72,7 +72,7 @@ def targets(
         tensors: the checkpoint's, by name.
         outtype: a key of `TYPES`, for all that is not a norm.
     """
-    quiet = () if spec.generatable else tuple(spec.control_slots)
+    quiet = spec.silent
     tied = bool(config.get("tie_word_embeddings"))
     shape = tensors[EMBEDDING].shape
     kind = _type(outtype, shape[-1])

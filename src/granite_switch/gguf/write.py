@@ -105,8 +105,8 @@ def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
         getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(words.add_bos)
     writer.add_add_eos_token(words.add_eos)
-    if not plan.spec.generatable:
-        writer.add_array("tokenizer.ggml.suppress_tokens", sorted(plan.spec.control_slots))
+    if plan.spec.silent:
+        writer.add_array("tokenizer.ggml.suppress_tokens", list(plan.spec.silent))
     if set(words.templates) == {"default"}:
         writer.add_chat_template(words.templates["default"])
     elif words.templates:

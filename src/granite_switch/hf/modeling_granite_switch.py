@@ -281,7 +281,7 @@ class GraniteSwitchForCausalLM(GraniteSwitchPreTrainedModel, GraniteForCausalLM)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         spec = config.switch_spec
         self.substitutes = spec.substitutes
-        self.forbidden = () if spec.generatable else tuple(_ranges(spec.control_slots))
+        self.forbidden = tuple(_ranges(spec.silent))
         self.post_init()
 
     def create_masks_for_generate(self, attention_mask: Any, **kwargs: Any) -> Any:

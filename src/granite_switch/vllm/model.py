@@ -81,8 +81,7 @@ class GraniteSwitchForCausalLM(GraniteForCausalLM):
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
             self.logits_processor = LogitsProcessor(config.vocab_size, scale=1 / config.logits_scaling)
-            forbidden = [] if self.spec.generatable else sorted(self.spec.control_slots)
-            self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.int64), persistent=False)
+            self.register_buffer("forbidden", torch.tensor(self.spec.silent, dtype=torch.int64), persistent=False)
         else:
             self.lm_head = PPMissingLayer()
         self.adapter_tensors: dict[str, Tensor] = {}
