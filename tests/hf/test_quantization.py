@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from artefacts import ALL, ASSISTANT, ROOT, make_adapter, make_base
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 from ways import Conversation, Reference
@@ -162,9 +163,31 @@ class TestWays:
             row("Quantisation", way, f"not run: {skipped.msg}")
             raise
         row("Quantisation", way, seen=seen)
-        tolerance = 0.5 if way == "quanto int2" else 0.1  # two bits ruin the base itself, and with it what is added
+        # two bits ruin the base itself, and with it what is added; that it is what PEFT adds is tested below
+        tolerance = 0.5 if way == "quanto int2" else 0.1
         for adapter, effect in seen.effects.items():
             assert effect == pytest.approx(1, abs=tolerance), adapter
+
+    def test_equals_peft_on_the_base_quantised_alike(self, load, full, plain_base, library, row, way):
+        """The same adapter, prompt and quantised base in PEFT: the same logits."""
+        model = load(way)
+        differences = []
+        for name in full.spec.names:
+            (config,) = library.glob(f"{name}/**/adapter_config.json")
+            prompt = full.prompts[full.asked[name][0][0]]
+            try:
+                peft = PeftModel.from_pretrained(
+                    _load(plain_base, WAYS[way]()), config.parent, autocast_adapter_dtype=False
+                ).eval()
+            except Exception as error:
+                pytest.skip(f"PEFT: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            exchanged = torch.tensor([[full.spec.substitutes.get(i, i) for i in prompt[0].tolist()]])
+            expected = Reference.of(peft, exchanged)
+            found = Reference.of(model, prompt)[..., : expected.shape[-1]]
+            kept = found.isfinite()
+            differences.append(float((found - expected)[kept].abs().max() / expected.abs().max()))
+        row("Quantisation", f"{way}: beside PEFT", difference=max(differences))
+        assert max(differences) < 0.03  # bfloat16
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:

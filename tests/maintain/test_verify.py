@@ -97,7 +97,7 @@ SPOILT_DEEP: dict[str, tuple[Callable[[Path], object], str]] = {
                         "model.norm.weight: 0 NaN, 1 inf"),
     "other weights": (lambda m: edit_weights(m, FILE, lambda t: t[first(t)].__imul__(1.5)), "citations: its weights"),
     "a control token's row": (
-        lambda m: edit_weights(m, EMBEDDINGS, lambda t: t["model.embed_tokens.weight"][413].fill(0)), "413 is not a copy"
+        lambda m: edit_weights(m, EMBEDDINGS, lambda t: t["model.embed_tokens.weight"][413].fill(0)), "413 is not a"
     ),
     "a row in reserve": (
         lambda m: edit_weights(m, EMBEDDINGS, lambda t: t["model.embed_tokens.weight"][-1].fill(0)), "is not a copy of"

@@ -34,13 +34,23 @@ class _Update:
 
 
 @dataclass(frozen=True)
+class _Output:
+    """One projection's share of the packed matrices."""
+
+    b: Tensor  # B^T of all adapters [its ranks, out], slot by slot
+    columns: Tensor | None  # [its ranks], their rows of the packed A; None: all of them
+    edges: tuple[int, ...]  # first row of each slot in `b`; one more for the end
+    firsts: tuple[Tensor, Tensor]  # [slots], the first row of each slot in A and in `b`
+    ranks: Tensor  # [slots], its rank
+
+
+@dataclass(frozen=True)
 class _Packed:
-    """All adapters' matrices of one module, one below the other: projection by projection, slot by slot."""
+    """All adapters' matrices of one module, one below the other: slot by slot, in each projection by projection."""
 
     a: Tensor  # [sum of ranks, in]
-    b: dict[int, Tensor]  # for each output: B^T [sum of its ranks, out]
-    spans: dict[int, slice]  # its rows of `a`
-    firsts: dict[int, Tensor]  # [slots], the first row of each slot's A
+    edges: tuple[int, ...]  # first row of each slot; one more for the end
+    outputs: dict[int, _Output]
     owners: Tensor  # [sum of ranks], the slot of each row
     scales: Tensor  # [sum of ranks], its factor
 
@@ -83,7 +93,7 @@ class SwitchedLora(nn.Module):
                 self.updates.setdefault(slot, []).append(update)
         self.ranks = {slot: sum(update.rank for update in updates) for slot, updates in self.updates.items()}
         pairs = [(slot, update) for slot, updates in self.updates.items() for update in updates]
-        self.order = sorted(pairs, key=lambda pair: (pair[1].output, pair[0]))
+        self.order = sorted(pairs, key=lambda pair: (pair[0], pair[1].output))
         self.packed: _Packed | None = None
 
     def reset_parameters(self) -> None:
@@ -112,18 +122,24 @@ class SwitchedLora(nn.Module):
             self._fixed(flat, flats, routing.slots.flatten())
         elif torch.is_grad_enabled():
             self._out_of_place(flat, flats, routing)
-        elif self._few(flat, routing) and (packed := self.pack()):
-            self._masked(flat, flats, routing.slots.flatten(), packed)
+        elif (few := self._few(flat, routing)) and (packed := self.pack()):
+            self._masked(flat, flats, routing.slots.flatten(), packed, *few)
         else:
             self._in_place(flat, flats, routing)
         return [y.view_as(shape) for y, shape in zip(flats, outputs, strict=True)]
 
-    def _few(self, x: Tensor, routing: Routing) -> bool:
-        """Whether one product over all adapters costs less than one for each: few tokens, and most adapters in use."""
-        if len(routing.groups or ()) < 2 or len(x) > _FEW:
-            return False
-        used = sum(self.ranks.get(group.slot, 0) for group in routing.groups or ())
-        return 2 * used > sum(self.ranks.values())
+    def _few(self, x: Tensor, routing: Routing) -> tuple[int, int] | None:
+        """The first and the last slot in use, if one product over all from one to the other costs less than one each.
+
+        That is so for few tokens and where most adapters in between are in use.
+        """
+        slots = [group.slot for group in routing.groups or ()]
+        if len(slots) < 2 or len(x) > _FEW:
+            return None
+        first, last = min(slots), max(slots)
+        used = sum(self.ranks.get(slot, 0) for slot in slots)
+        between = sum(self.ranks.get(slot, 0) for slot in range(first, last + 1))
+        return (first, last) if 2 * used > between else None
 
     def pack(self) -> "_Packed | None":
         """All adapters' matrices in one piece of memory, of which the parameters are views from then on.
@@ -140,11 +156,12 @@ class SwitchedLora(nn.Module):
             return None
         with torch.inference_mode(False), torch.no_grad():
             self.packed = self._joined()
+            places = dict.fromkeys(self.packed.outputs, 0)
             for (_, update), start in zip(self.order, self._starts(), strict=True):
-                rows = slice(start, start + update.rank)
-                getattr(self, update.a).data = self.packed.a[rows]
-                b, first = self.packed.b[update.output], self.packed.spans[update.output].start
-                getattr(self, update.b).data = b[rows.start - first : rows.stop - first].t()
+                getattr(self, update.a).data = self.packed.a[start : start + update.rank]
+                place = places[update.output]
+                places[update.output] = stop = place + update.rank
+                getattr(self, update.b).data = self.packed.outputs[update.output].b[place:stop].t()
         return self.packed
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
@@ -161,32 +178,45 @@ class SwitchedLora(nn.Module):
     def _joined(self) -> "_Packed":
         """The same as copies, which inside a compiled graph is made anew in every step."""
         a = torch.cat([getattr(self, update.a) for _, update in self.order])
-        b, spans, firsts = {}, {}, {}
-        starts = self._starts()
-        for output in dict.fromkeys(update.output for _, update in self.order):
-            mine = [(start, slot, u) for start, (slot, u) in zip(starts, self.order, strict=True) if u.output == output]
-            b[output] = torch.cat([getattr(self, update.b).t() for *_, update in mine])
-            spans[output] = slice(mine[0][0], mine[-1][0] + mine[-1][2].rank)
-            table = {slot: start for start, slot, _ in mine}
-            # filled where they are used: a constant from the host would have to be copied there in every step
-            firsts[output] = torch.cat(
-                [torch.full((1,), table.get(slot, 0), device=a.device) for slot in range(max(self.updates) + 1)]
+        placed = list(zip(self._starts(), self.order, strict=True))
+        slots, device = range(max(self.updates) + 2), a.device
+        outputs = {}
+        for output in sorted({update.output for _, update in self.order}):
+            mine = [(start, slot, update) for start, (slot, update) in placed if update.output == output]
+            ranks = {slot: update.rank for _, slot, update in mine}
+            edges = tuple(accumulate((ranks.get(slot, 0) for slot in slots), initial=0))[:-1]
+            starts = {slot: start for start, slot, _ in mine}
+            columns = [torch.arange(start, start + update.rank, device=device) for start, _, update in mine]
+            outputs[output] = _Output(
+                torch.cat([getattr(self, update.b).t() for *_, update in mine]),
+                torch.cat(columns) if edges[-1] < len(a) else None,
+                edges,
+                (_table([starts.get(slot, 0) for slot in slots], device), _table(edges, device)),
+                _table([ranks.get(slot, 0) for slot in slots], device),
             )
-        owners = torch.cat([torch.full((u.rank,), slot, device=a.device) for slot, u in self.order])
-        scales = torch.cat([torch.full((u.rank,), u.scale, dtype=a.dtype, device=a.device) for _, u in self.order])
-        return _Packed(a, b, spans, firsts, owners, scales)
+        edges = tuple(accumulate((self.ranks.get(slot, 0) for slot in slots), initial=0))[:-1]
+        owners = torch.cat([torch.full((u.rank,), slot, device=device) for slot, u in self.order])
+        scales = torch.cat([torch.full((u.rank,), u.scale, dtype=a.dtype, device=device) for _, u in self.order])
+        return _Packed(a, edges, outputs, owners, scales)
 
     def _starts(self) -> list[int]:
         """The first row of each update in the packed A."""
         return [0, *accumulate(update.rank for _, update in self.order)][:-1]
 
-    def _masked(self, x: Tensor, outputs: list[Tensor], slots: Tensor, packed: "_Packed") -> None:
-        """Every A applied to every token; what is not a token's own is masked before B."""
-        hidden = self._hidden(x, packed.a)
-        hidden = torch.where(slots[:, None] == packed.owners, hidden * packed.scales, 0)
-        for output, b in packed.b.items():
-            y, mine = outputs[output], hidden[:, packed.spans[output]]
-            outputs[output] = torch.addmm(y, mine, b) if b.dtype == y.dtype else y + (mine @ b).to(y.dtype)
+    def _masked(
+        self, x: Tensor, outputs: list[Tensor], slots: Tensor, packed: "_Packed", first: int = 0, last: int = -2
+    ) -> None:
+        """The A of every slot from the first to the last applied to every token; what is not its own is masked."""
+        rows = slice(packed.edges[first], packed.edges[last + 1])
+        hidden = self._hidden(x, packed.a[rows])
+        hidden = torch.where(slots[:, None] == packed.owners[rows], hidden * packed.scales[rows], 0)
+        for index, output in packed.outputs.items():
+            mine = slice(output.edges[first], output.edges[last + 1])
+            if mine.start == mine.stop:
+                continue
+            y, b = outputs[index], output.b[mine]
+            own = hidden if output.columns is None else hidden.index_select(1, output.columns[mine] - rows.start)
+            outputs[index] = torch.addmm(y, own, b) if b.dtype == y.dtype else y + (own @ b).to(y.dtype)
 
     def _fixed(self, x: Tensor, outputs: list[Tensor], slots: Tensor) -> None:
         """With shapes that do not depend on the routing, for compiled graphs."""
@@ -196,13 +226,13 @@ class SwitchedLora(nn.Module):
             self._masked(x, outputs, slots, packed)
             return
         columns = torch.arange(widest, device=x.device)
-        for output, b in packed.b.items():
-            span = packed.spans[output]
-            rows = (packed.firsts[output][slots][:, None] + columns).clamp(max=span.stop - 1)  # [T, r]
-            hidden = torch.einsum("tri,ti->tr", packed.a[rows], x.to(packed.a.dtype)) * packed.scales[rows]
-            hidden = torch.where(packed.owners[rows] == slots[:, None], hidden, 0)
-            delta = torch.einsum("tr,tro->to", hidden, b[rows - span.start])
-            outputs[output] = outputs[output] + delta.to(outputs[output].dtype)
+        for index, output in packed.outputs.items():
+            of_a, of_b = ((first[slots][:, None] + columns) for first in output.firsts)  # [T, r]
+            of_a, of_b = of_a.clamp(max=len(packed.a) - 1), of_b.clamp(max=len(output.b) - 1)
+            hidden = torch.einsum("tri,ti->tr", packed.a[of_a], x.to(packed.a.dtype)) * packed.scales[of_a]
+            hidden = torch.where(columns < output.ranks[slots][:, None], hidden, 0)
+            delta = torch.einsum("tr,tro->to", hidden, output.b[of_b])
+            outputs[index] = outputs[index] + delta.to(outputs[index].dtype)
 
     def _in_place(self, x: Tensor, outputs: list[Tensor], routing: Routing) -> None:
         """Add group by group, each a range of rows: of the batch itself or, where adapters are mixed, of it sorted."""
@@ -248,3 +278,8 @@ class SwitchedLora(nn.Module):
         """x A^T, in A's dtype."""
         hidden = F.linear(x.to(a.dtype), a)
         return hidden if self.exchange is None else self.exchange(hidden)
+
+
+def _table(values: Sequence[int], device: torch.device) -> Tensor:
+    """A small table, filled where it is used: a constant from the host would have to be copied in every step."""
+    return torch.cat([torch.full((1,), value, device=device) for value in values])

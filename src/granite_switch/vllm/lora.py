@@ -158,6 +158,16 @@ class _Update:
 
 
 @dataclass(frozen=True)
+class _Output:
+    """One projection's share of a (packed) linear's matrices."""
+
+    columns: slice  # of y
+    b: Tensor  # B^T of all adapters [its ranks, out], slot by slot
+    rows: Tensor | None  # [its ranks], their rows of A; None: all of them
+    edges: tuple[int, ...]  # first row of each slot in `b`; one more for the end
+
+
+@dataclass(frozen=True)
 class _Groups:
     """The tokens that have an adapter, those of each together."""
 
@@ -205,27 +215,24 @@ class _GroupedLinear:
         # adapter by adapter, in each projection by projection: an adapter's A is one piece
         rows = [(index, part, rank) for index, of in enumerate(ranks) for part, rank in enumerate(of) if rank]
         self.a = torch.cat([stacks[part][0][index, 0, :rank] for index, part, rank in rows])
-        # projection by projection, in each adapter by adapter: a projection's B is one piece
-        owners = torch.tensor([index + 1 for index, _, rank in rows for _ in range(rank)], dtype=torch.int32)
+        self.owners = torch.tensor([index + 1 for index, _, rank in rows for _ in range(rank)], dtype=torch.int32)
+        self.edges = _edges([sum(of) for of in ranks])
         parts = torch.tensor([part for _, part, rank in rows for _ in range(rank)])
-        self.by_part = parts.argsort(stable=True)
-        self.owners = owners[self.by_part]
-        self.outputs: list[tuple[slice, slice, Tensor]] = []  # columns of y, of A x in the order by_part, B^T [R, out]
+        self.outputs: list[_Output] = []
         collected: dict[int, list[tuple[slice, slice, Tensor]]] = {}
-        column, first = 0, 0
+        column = 0
         for part, (_, b) in enumerate(stacks):
-            mine = [(index, rank) for index, of, rank in rows if of == part]
             columns = slice(column, column := column + b.shape[2])
-            if not mine:
+            edges = _edges([of[part] for of in ranks])
+            if not edges[-1]:
                 continue
-            whole = torch.cat([b[index, 0, :, :rank].t() for index, rank in mine])
-            self.outputs.append((columns, slice(first, first := first + len(whole)), whole))
-            start = 0
-            for index, rank in mine:
-                before = sum(ranks[index][:part])
-                columns_of_a = slice(before, before + rank)
-                collected.setdefault(index + 1, []).append((columns, columns_of_a, whole[start : start + rank]))
-                start += rank
+            mine = (parts == part).nonzero().flatten()
+            whole = torch.cat([b[index, 0, :, : of[part]].t() for index, of in enumerate(ranks)])
+            self.outputs.append(_Output(columns, whole, mine if len(mine) < len(parts) else None, edges))
+            for index, of in enumerate(ranks):
+                if rank := of[part]:
+                    before, own = sum(of[:part]), whole[edges[index + 1] : edges[index + 2]]
+                    collected.setdefault(index + 1, []).append((columns, slice(before, before + rank), own))
         self.ranks = {index + 1: sum(of) for index, of in enumerate(ranks) if any(of)}
         starts = accumulate(self.ranks.values(), initial=0)
         self.updates = {
@@ -242,8 +249,8 @@ class _GroupedLinear:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         groups = self.router.groups
-        if self._few(x, groups):
-            self._add_masked(y, x, groups.slots)
+        if few := self._few(x, groups):
+            self._add_masked(y, x, groups.slots, *few)
         elif groups.order is None:
             self._add(y, x, groups)
         elif any(slot in self.updates for slot, _ in groups.spans):
@@ -251,20 +258,27 @@ class _GroupedLinear:
             self._add(delta, x[groups.order], groups)
             y.index_add_(0, groups.order, delta)
 
-    def _few(self, x: Tensor, groups: _Groups) -> bool:
-        """Whether one product over all adapters costs less than one for each: few tokens, and most adapters in use."""
-        if len(groups.spans) < 2 or len(x) > _FEW:
-            return False
-        return 2 * sum(self.ranks.get(slot, 0) for slot, _ in groups.spans) > len(self.a)
+    def _few(self, x: Tensor, groups: _Groups) -> tuple[int, int] | None:
+        """The first and the last slot in use, if one product over all from one to the other costs less than one each.
 
-    def _add_masked(self, y: Tensor, x: Tensor, slots: Tensor) -> None:
-        """Every A applied to every token; what is not a token's own is masked before B."""
-        hidden = F.linear(x, self.a)
-        if len(self.outputs) > 1:
-            hidden = hidden.index_select(1, self.by_part)
-        hidden = torch.where(slots[:, None] == self.owners, hidden, 0)
-        for columns, mine, b in self.outputs:
-            y[:, columns].addmm_(hidden[:, mine], b)
+        That is so for few tokens and where most adapters in between are in use.
+        """
+        slots = [slot for slot, _ in groups.spans]
+        if len(slots) < 2 or len(x) > _FEW:
+            return None
+        first, last = min(slots), max(slots)
+        between = self.edges[last + 1] - self.edges[first]
+        return (first, last) if 2 * sum(self.ranks.get(slot, 0) for slot in slots) > between else None
+
+    def _add_masked(self, y: Tensor, x: Tensor, slots: Tensor, first: int, last: int) -> None:
+        """The A of every slot from the first to the last applied to every token; what is not its own is masked."""
+        rows = slice(self.edges[first], self.edges[last + 1])
+        hidden = torch.where(slots[:, None] == self.owners[rows], F.linear(x, self.a[rows]), 0)
+        for output in self.outputs:
+            mine = slice(output.edges[first], output.edges[last + 1])
+            if mine.start < mine.stop:
+                own = hidden if output.rows is None else hidden.index_select(1, output.rows[mine] - rows.start)
+                y[:, output.columns].addmm_(own, output.b[mine])
 
     def _add(self, y: Tensor, x: Tensor, groups: _Groups) -> None:
         for slot, rows in groups.spans:
@@ -272,6 +286,11 @@ class _GroupedLinear:
                 hidden, target = F.linear(x[rows], update.a), y[rows]
                 for columns, ranks, b in update.outputs:
                     target[:, columns].addmm_(hidden[:, ranks], b)
+
+
+def _edges(ranks: Sequence[int]) -> tuple[int, ...]:
+    """The first row of each slot where matrices of these ranks, from slot 1 on, stand one below the other; the end."""
+    return (0, *accumulate(ranks, initial=0))
 
 
 def _groups(slots: Tensor) -> _Groups:
