@@ -51,10 +51,11 @@ test-fast: setup
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q -m "not slow"
 
 # vLLM has an environment of its own: it brings its own versions of transformers and much else. Engines leave state
-# behind in their process, so each file gets one of its own.
+# behind in their process, so each file gets one of its own, and is told apart in the output when it is done.
 test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp
-	for file in tests/vllm/test_*.py; do \
-	  VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest $$file -q || exit 1; done
+	mkdir -p $(OUT)
+	printf '%s\n' tests/vllm/test_*.py | VLLM_CPU_KVCACHE_SPACE=1 xargs -P $(WORKERS) -I FILE sh -c \
+	  'log=$(OUT)/$$(basename FILE).log; .venv-vllm/bin/python -m pytest FILE -q >$$log 2>&1; code=$$?; cat $$log; exit $$code'
 
 .venv-vllm/.stamp: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

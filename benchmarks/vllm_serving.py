@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 ADAPTERS = 5
 CASES = {  # name -> (prompts, tokens of each, new tokens)
     "prefill 1x512": (1, 512, 1),
-    "prefill 8x512": (8, 512, 1),
+    "prefill 8x128": (8, 128, 1),
     "decode 1": (1, 16, 48),
     "decode 8": (8, 16, 48),
     "decode 32": (32, 16, 48),

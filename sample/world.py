@@ -185,6 +185,8 @@ class Maker:
 
     def match(self) -> Example:
         """Plain questions about everyone and everything at hand: said of this person, or only of another?"""
+        if not round(self.size):
+            return self.conversation()  # documents of one sentence have nothing to confuse
         talk = self._talk(turns=0, documents_only=True)
         while len(talk.facts) < 2:
             talk = self._talk(turns=0, documents_only=True)

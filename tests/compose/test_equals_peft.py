@@ -122,7 +122,10 @@ def test_control_tokens_are_never_generated_unless_asked_for(model, base, adapte
     assert torch.isfinite(out[..., : min(controls)]).all()
     compose(base, [adapters / "citations"], tmp_path / "out", generatable=True)
     free = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.isfinite(logits(free, torch.randint(3, 300, (1, 9)))).all()
+    spec = free.config.switch_spec
+    out = logits(free, torch.randint(3, 300, (1, 9)))
+    assert torch.isfinite(out[..., : spec.rows - spec.reserved]).all()
+    assert torch.isneginf(out[..., spec.rows - spec.reserved :]).all()
 
 
 def test_batch_of_32_with_switches_and_padding_equals_each_alone(model) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from granite_switch.compose.adapters import Adapter, Retired
-from granite_switch.compose.plan import EMBEDDING, HEAD, Base
+from granite_switch.compose.plan import Base
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import io_config
 from granite_switch.core import legacy
 from granite_switch.core.chat import unwrap
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
-from granite_switch.core.layout import AdapterTensor, adapter_file, parse_key, shapes
+from granite_switch.core.layout import EMBEDDING, HEAD, AdapterTensor, adapter_file, parse_key, shapes
 from granite_switch.core.spec import MODEL_TYPE, AdapterSpec, SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError

@@ -18,12 +18,11 @@ from granite_switch.compose.sources import Found
 from granite_switch.compose.tokenizer import extended
 from granite_switch.core.chat import Placement, wrap
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
-from granite_switch.core.layout import GRANITE, MODEL_TYPES
+from granite_switch.core.layout import EMBEDDING, GRANITE, HEAD, MODEL_TYPES
 from granite_switch.core.spec import ARCHITECTURE, BASE_TOKEN, MODEL_TYPE, AdapterSpec, SwitchSpec, control_token
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import AdapterError, BaseModelError, CheckpointError, SwitchError
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 64  # the vocabulary is a multiple of this, as tensor cores and tensor parallelism like it; the rest is reserve
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from granite_switch.compose.adapters import Adapter, check_name
-from granite_switch.compose.plan import EMBEDDING, HEAD, Base, Plan, assemble
+from granite_switch.compose.plan import Base, Plan, assemble
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import write_model
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json, write_json
-from granite_switch.core.layout import PROJECTIONS, AdapterTensor, digest, parse_key
+from granite_switch.core.layout import EMBEDDING, HEAD, PROJECTIONS, AdapterTensor, digest, parse_key
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, staged
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer

@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import io_problem, nonfinite
 from granite_switch.compose.composed import read_config, tensor_problems, unwrapped
-from granite_switch.compose.plan import EMBEDDING, HEAD
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.write import adapter_index, io_config
 from granite_switch.core.chat import wrap
 from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor, read_json
-from granite_switch.core.layout import GRANITE, AdapterTensor, digest, parse_key
+from granite_switch.core.layout import EMBEDDING, GRANITE, HEAD, AdapterTensor, digest, parse_key
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError, SwitchError

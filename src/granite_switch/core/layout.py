@@ -71,7 +71,9 @@ class AdapterTensor:
         return (self.layer, self.projection, self.matrix)
 
 
-EMBEDDINGS = "embeddings.safetensors"  # the file of `embed_tokens` and `lm_head`, which gain rows
+# what gains a row for each control token, and the file that holds it
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS = "embeddings.safetensors"
 
 
 def adapter_file(adapter: str) -> str:

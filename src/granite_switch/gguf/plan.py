@@ -13,12 +13,12 @@ from typing import Any
 
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
-from granite_switch.core.layout import widths
+from granite_switch.core.layout import EMBEDDING, HEAD, widths
 from granite_switch.core.spec import MODEL_TYPE, SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import CheckpointError
 from granite_switch.gguf.pretokenizer import NAMES, detect
-from granite_switch.gguf.tensors import EMBEDDING, HEAD, TYPES, Target, expected, max_rank, targets
+from granite_switch.gguf.tensors import TYPES, Target, expected, max_rank, targets
 from granite_switch.gguf.vocabulary import Vocabulary, vocabulary
 
 MOST_ADAPTERS = MOST_RANKS = 4096

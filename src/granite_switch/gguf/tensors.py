@@ -16,13 +16,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
 from granite_switch.core.checkpoint import Tensor, to_float32
-from granite_switch.core.layout import GRANITE, AdapterTensor, Projection, shapes, widths
+from granite_switch.core.layout import EMBEDDING, GRANITE, HEAD, AdapterTensor, Projection, shapes, widths
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import CheckpointError
 
 Array = npt.NDArray[np.float32]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PIECE = 32 << 20  # bytes of float32
 TYPES = {
     "f32": GGMLQuantizationType.F32,

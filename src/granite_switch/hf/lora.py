@@ -133,11 +133,11 @@ class SwitchedLora(nn.Module):
 
         That is so for few tokens and where most adapters in between are in use.
         """
-        slots = [group.slot for group in routing.groups or ()]
+        slots = [group.slot for group in routing.groups or () if group.slot in self.ranks]
         if len(slots) < 2 or len(x) > _FEW:
             return None
         first, last = min(slots), max(slots)
-        used = sum(self.ranks.get(slot, 0) for slot in slots)
+        used = sum(self.ranks[slot] for slot in slots)
         between = sum(self.ranks.get(slot, 0) for slot in range(first, last + 1))
         return (first, last) if 2 * used > between else None
 

@@ -14,6 +14,7 @@ from granite_switch.core.checkpoint import (
     INDEX,
     SINGLE,
     Checkpoint,
+    Entry,
     Tensor,
     copy_of,
     read_header,
@@ -21,7 +22,7 @@ from granite_switch.core.checkpoint import (
     write,
     write_index,
 )
-from granite_switch.core.layout import AdapterTensor, adapter_file, digest, parse_key
+from granite_switch.core.layout import EMBEDDING, EMBEDDINGS, HEAD, AdapterTensor, adapter_file, digest, parse_key
 from granite_switch.core.spec import SwitchSpec
 
 _FLOATS = {"F32", "F16", "BF16"}
@@ -75,15 +76,25 @@ def _split(folder: Path, spec: SwitchSpec, source: Path) -> None:
         else:
             write(partial, [copy_of(tensors[key]) for key in sorted(tensors, key=AdapterTensor.order)])
         rewritten.append((partial, folder / target))
+    embeddings: list[Entry] = []
+    metadata: dict[str, str] = {}
     for name, tensors in checkpoint.files.items():
         target = "model-00001-of-00001.safetensors" if name == SINGLE else name
-        entries = [copy_of(tensor) for key, tensor in tensors.items() if not parse_key(key)]
-        write(folder / f".{target}", entries, metadata=read_header(folder / name)[1])
-        rewritten.append((folder / f".{target}", folder / target))
+        about = read_header(folder / name)[1]
+        grown = [copy_of(tensors[key]) for key in (EMBEDDING, HEAD) if key in tensors]
+        rest = [copy_of(t) for key, t in tensors.items() if key not in (EMBEDDING, HEAD) and not parse_key(key)]
+        embeddings += grown
+        metadata |= about if grown else {}
+        if rest:
+            write(folder / f".{target}", rest, metadata=about)
+            rewritten.append((folder / f".{target}", folder / target))
+    write(folder / f".{EMBEDDINGS}", sorted(embeddings, key=lambda entry: entry.name), metadata=metadata)
+    rewritten.append((folder / f".{EMBEDDINGS}", folder / EMBEDDINGS))
     for partial, final in rewritten:
         partial.replace(final)
         files[final.name] = read_header(final)[0]
-    (folder / SINGLE).unlink(missing_ok=True)
+    for name in checkpoint.files.keys() - files.keys():
+        (folder / name).unlink()
     write_index(folder, files)
     _record(folder, {name: files[adapter_file(name)] for name in adapters})
 
