@@ -27,6 +27,7 @@ DOCUMENTS = [
 HISTORY = [Message("user", "What does Ada work as?"), Message("assistant", "Ada works as a baker.")]
 QUESTION, UNKNOWN = "Where does she live?", "What does Hugo eat?"
 DRAFT = "Ada lives in Tarn. Ada plays the flute."  # an answer to be checked
+ANSWER = "Ada lives in Tarn."  # and one to be given its sources
 
 
 def backend_for(model: str, url: str, name: str) -> Any:
@@ -55,13 +56,13 @@ def run(backend: Any) -> dict[str, Any]:
     }
     talk = talk.add(Message("user", result["rewritten"]))
     result["checked"] = rag.flag_hallucinated_content(DRAFT, DOCUMENTS, talk, backend)
-    result["cited"] = cite(DRAFT, talk, backend)
+    result["cited"] = cite(talk, backend)
     return result
 
 
-def cite(answer: str, talk: ChatContext, backend: Any) -> list[dict[str, Any]]:
+def cite(talk: ChatContext, backend: Any) -> list[dict[str, Any]]:
     """An adapter with an answer of its own form: the sample's quotes text, `rag.find_citations` wants places in it."""
-    asked = talk.add(Message("assistant", answer, documents=DOCUMENTS))
+    asked = talk.add(Message("assistant", ANSWER, documents=DOCUMENTS))
     options = {ModelOption.TEMPERATURE: 0.0}
     answered, _ = functional.act(Intrinsic("citations"), asked, backend, model_options=options, strategy=None)
     return json.loads(answered.value)

@@ -200,11 +200,10 @@ def test_tokens(model: Path, exported: Path) -> None:
     tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == config["vocab_size"]
     added = tokenizer.get_added_tokens_decoder()
-    spec = SwitchSpec.from_dict(config["switch"])
     for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
-        reserve = i > max(spec.control_slots)
-        assert text == (f"[PAD{i}]" if reserve else tokenizer.id_to_token(i))
-        assert kind == (TokenType.UNUSED if reserve else TokenType.CONTROL if i in added else TokenType.NORMAL)
+        assert text == tokenizer.id_to_token(i)
+        assert kind == (TokenType.CONTROL if i in added else TokenType.NORMAL)
+    spec = SwitchSpec.from_dict(config["switch"])
     assert [tokens[a.token_id] for a in spec.adapters] == ["<|check|>", "<|cite|>", "<|rewrite|>"]
     merges = read_json(model / "tokenizer.json")["model"]["merges"]
     assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]

@@ -112,7 +112,7 @@ def test_a_read_only_folder(read_only: str, model: Path, pool: Path, everyones: 
 
 
 FULL = """
-mount -t tmpfs -o size=700k none "$1" && cp -r "$2" "$1/model" && ls -A "$1" &&
+mount -t tmpfs -o size=$(($(du -sk "$2" | cut -f1) + 60))k none "$1" && cp -r "$2" "$1/model" && ls -A "$1" &&
 "$3" -m granite_switch.cli add "$1/model" "$4"; echo "exit $?"
 ls -A "$1" && "$3" -m granite_switch.cli verify --deep "$1/model"
 """
@@ -124,7 +124,7 @@ ls -A "$1" && "$3" -m granite_switch.cli verify --deep "$1/model"
 )
 def test_a_full_disk(model: Path, pool: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    line = ["unshare", "-rm", "sh", "-c", FULL, "sh", tmp_path / "disk", model, sys.executable, pool / "one/b"]
+    line = ["unshare", "-rm", "sh", "-c", FULL, "sh", tmp_path / "disk", model, sys.executable, pool / "one/c.d"]
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=60, check=False)
     assert "cannot be written (No space left on device)" in done.stderr
     assert "Traceback" not in done.stderr

@@ -134,7 +134,9 @@ def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tm
         plain = greedy(llm, prompts[:1])[0].token_ids
     with running(tmp_path / "model", dtype="bfloat16") as llm:
         linear = runner_of(llm).model.model.layers[0].mlp.down_proj
-        assert linear.base_layer.weight.dtype == torch.int8
+        assert type(linear.base_layer.scheme).__name__ == "CompressedTensorsW8A8Int8"
+        weight = linear.base_layer.weight
+        assert weight is None or weight.dtype == torch.int8  # None: some processors' kernels repack it
         assert linear.punica_wrapper.updates[1].a.dtype == torch.bfloat16
         found = greedy(llm, prompts, logprobs=5)
     assert found[0].token_ids == plain
@@ -142,10 +144,16 @@ def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tm
     granite_switch.compose(base, [tmp_path / "adapters"], tmp_path / "exact")
     exact = transformers_model(tmp_path / "exact")
     for prompt, output in zip(prompts, found, strict=True):
+        exchanged = [exact.config.switch_spec.substitutes.get(token, token) for token in prompt]
         with torch.no_grad():
-            expected = exact(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        for token, record in output.logprobs[0].items():
-            assert record.logprob == pytest.approx(expected[token].item(), abs=0.25)  # 8-bit activations
+            expected, unchanged = (
+                exact(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in (prompt, exchanged)
+            )
+        tokens = list(output.logprobs[0])
+        found_there = torch.tensor([record.logprob for record in output.logprobs[0].values()])
+        error = (found_there - expected[tokens]).abs().mean()
+        effect = (expected - unchanged)[tokens].abs().mean()
+        assert error < max(0.15, effect / 3)  # activations have 8 bits
 
 
 def quantise(base: Path, folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Slots read out inside the engine against `core.routing`: any prompts, chunks, batches and cached prefixes."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,11 @@ class Watched:
 @pytest.fixture(scope="module", params=TYPES)
 def watched(request: pytest.FixtureRequest, composed: Path) -> Iterator[Watched]:
     dtype, cache = request.param.split("-")
-    with running(composed, dtype=dtype, kv_cache_dtype=cache, max_model_len=16384) as llm:
+    with ExitStack() as stack:
+        try:
+            llm = stack.enter_context(running(composed, dtype=dtype, kv_cache_dtype=cache, max_model_len=16384))
+        except NotImplementedError as refused:  # fp8 on a processor without AVX-512
+            pytest.skip(f"vLLM: {refused}")
         yield Watched(llm)
 
 
@@ -73,7 +78,7 @@ def test_slots_are_the_oracles_in_any_batch_chunk_and_prefix(watched: Watched) -
     drawn = prompts(sorted(watched.controls))
     shared = st.lists(st.integers(2, 300), min_size=64, max_size=64)
 
-    @settings(max_examples=60)
+    @settings(max_examples=120)
     @given(batch=st.lists(drawn, min_size=1, max_size=6), prefix=shared, chunk=st.sampled_from([7, 33, 100, 512]))
     def check(batch: list[list[int]], prefix: list[int], chunk: int) -> None:
         watched.check(batch, chunk)

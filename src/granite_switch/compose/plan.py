@@ -153,7 +153,7 @@ def assemble(
         generatable=generatable,
     )
     spec = replace(spec, reserved=-spec.rows % _ROWS)
-    data = extended(base.tokenizer, _new_tokens(spec, base.tokenizer))
+    data = extended(base.tokenizer, _new_tokens(spec, base.tokenizer), spec.rows)
     templates: dict[str, str] = {}
     if template is not None:
         library = Tokenizer.from_str(json.dumps(data))

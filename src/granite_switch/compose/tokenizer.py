@@ -15,35 +15,39 @@ from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import BaseModelError
 
 
-def extended(base: BaseTokenizer, tokens: Mapping[str, int]) -> dict[str, Any]:
+def extended(base: BaseTokenizer, tokens: Mapping[str, int], size: int) -> dict[str, Any]:
     """tokenizer.json with these special tokens added.
 
     Token ids follow from order in the library, so ids between the tokenizer's end and the first new token (rows that
-    pad the base's embedding) are filled with placeholders.
+    pad the base's embedding) are filled with placeholders; so are those behind the last, which are in reserve, since
+    some clients (Mellea's) want as many tokens as the model has rows.
 
     Args:
         base: the base's tokenizer.
         tokens: text -> id, ids ascending and without a gap.
+        size: of the vocabulary.
 
     Raises:
         BaseModelError: the library gives a token another id.
     """
-    start, first = base.size, min(tokens.values())
-    fill = {f"<|unused_{index}|>": index for index in range(start, first)}
+    before, behind = range(base.size, min(tokens.values())), range(max(tokens.values()) + 1, size)
+    new = {**_placeholders(before), **tokens, **_placeholders(behind)}
     added = [*base.data.get("added_tokens", ())]
-    for text, index in {**fill, **tokens}.items():
+    for text, index in new.items():
         record = {"id": index, "content": text, "single_word": False, "lstrip": False, "rstrip": False}
         added.append({**record, "normalized": False, "special": True})
     data = {**base.data, "added_tokens": added}
     tokenizer = Tokenizer.from_str(json.dumps(data))
     wrong = [
-        f"{text}: {tokenizer.token_to_id(text)}, not {i}"
-        for text, i in tokens.items()
-        if tokenizer.token_to_id(text) != i
+        f"{text}: {tokenizer.token_to_id(text)}, not {i}" for text, i in new.items() if tokenizer.token_to_id(text) != i
     ]
     if wrong:
         raise BaseModelError("the tokenizer has gaps in its ids, so control tokens get others", problems=wrong)
     return data
+
+
+def _placeholders(ids: range) -> dict[str, int]:
+    return {f"<|unused_{index}|>": index for index in ids}
 
 
 def extended_config(base: BaseTokenizer, data: Mapping[str, Any]) -> dict[str, Any]:

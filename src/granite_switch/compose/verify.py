@@ -129,9 +129,8 @@ def _token_problems(tokenizer: BaseTokenizer, spec: SwitchSpec) -> list[str]:
             problems.append(f"tokenizer.json: {text} is {found}; config.json says {token_id}")
         elif text not in special:
             problems.append(f"tokenizer.json: {text} is not a special token")
-    last = max(spec.control_slots)
-    if tokenizer.size > last + 1:
-        problems.append(f"tokenizer.json: has {tokenizer.size} tokens, where the last control token is {last}")
+    if tokenizer.size > spec.rows:
+        problems.append(f"tokenizer.json: has {tokenizer.size} tokens, more than the {spec.rows} rows of the model")
     return problems
 
 

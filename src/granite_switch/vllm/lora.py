@@ -53,9 +53,13 @@ def wrap_linears(
             max_loras=len(ranks),
             lora_dtype=config.model_config.dtype,
         )
-        linear = from_layer(
-            model.get_submodule(name), len(ranks), settings, [row.name for row in rows], config.model_config.hf_config
-        )
+        base = model.get_submodule(name)
+        repacked = getattr(base, "weight", base) is None  # as oneDNN's int8 kernels leave it
+        if repacked:
+            base.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # LoRA layers read their device from it
+        linear = from_layer(base, len(ranks), settings, [row.name for row in rows], config.model_config.hf_config)
+        if repacked:
+            base.weight = None
         for index, adapter in enumerate(spec.adapters):
             a, b = [], []
             for row, rank in zip(rows, ranks[index], strict=True):
