@@ -2,11 +2,12 @@
 
     .venv-vllm/bin/python benchmarks/vllm_serving.py throughput [--size half] [--rounds 7] [--compiled]
     .venv-vllm/bin/python benchmarks/vllm_serving.py prefix     [--size half]
+    .venv/bin/python      benchmarks/vllm_serving.py plot       (where matplotlib is)
 
 `throughput`: prefill and decode, as a ratio to the base's tokens a second in the same round (median [lowest-highest]).
 `prefix`: a conversation of about 2,000 tokens that five adapters check in turn: prompt tokens taken from the cache,
 counted by vLLM, and time to first token. vLLM's own LoRA gets the same five as plain LoRA: it does not load aLoRA.
-Results go to benchmarks/results/DATE-vllm-COMMAND.json, with a plot beside `prefix`'s where matplotlib is there.
+Results go to benchmarks/results/DATE-vllm-COMMAND.json; `plot` draws the newest of `prefix`'s.
 """
 
 import argparse
@@ -40,13 +41,16 @@ CASES = {  # name -> (prompts, tokens of each, new tokens)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["throughput", "prefix"])
+    parser.add_argument("command", choices=["throughput", "prefix", "plot"])
     parser.add_argument("--folder", type=Path, default=Path("out/bench-vllm"))
     parser.add_argument("--size", choices=SIZES, default="half")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="torch.compile; vLLM's own LoRA on CPU runs without it")
     options = parser.parse_args()
+    if options.command == "plot":
+        plot(json.loads(max(RESULTS.glob("*-vllm-prefix.json")).read_text())["result"])
+        return
     folder = models(options.folder / options.size, options.size)
     result = {"throughput": throughput, "prefix": prefix}[options.command](folder, options)
     import torch
@@ -54,6 +58,7 @@ def main() -> None:
 
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
     report = {"date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "command": sys.argv, **versions}
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-vllm-{options.command}.json"
     path.write_text(json.dumps(report | {"size": options.size, "dtype": options.dtype, "result": result}, indent=1))
     print(path)
@@ -205,23 +210,21 @@ def prefix(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             print(
                 f"{name:10} {step:8} {row['tokens']:5} tokens {row['share']:6.1%} cached {row['first_token_s']:.3f} s"
             )
-    plot(result)
     return result
 
 
 def plot(result: dict[str, Any]) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for shift, (name, rows) in zip((-0.2, 0.2), result.items(), strict=True):
         axes.bar([i + shift for i in range(len(rows))], [row["first_token_s"] for row in rows], 0.4, label=name)
     axes.set_xticks(range(ADAPTERS + 1), ["answer", *(f"check {i}" for i in range(1, ADAPTERS + 1))])
     axes.set_ylabel("time to first token, s")
+    axes.set_yscale("log")
     axes.legend()
-    figure.savefig(RESULTS / "vllm-prefix.png", dpi=150)
+    figure.savefig(RESULTS.parent.parent / "docs" / "images" / "vllm-prefix.svg")
 
 
 if __name__ == "__main__":

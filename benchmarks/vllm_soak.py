@@ -44,12 +44,14 @@ def main() -> int:
         server.wait(60)
     print(json.dumps(figures, indent=1))
     if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(figures, indent=1))
     return 1 if figures["different"] or figures["lost"] else 0
 
 
 async def soak(url: str, server: subprocess.Popen, options: argparse.Namespace) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=options.concurrent)
+    # the server closes a connection that was idle for 5 s, and a request that just then goes out on it is lost
+    limits = httpx.Limits(max_connections=options.concurrent, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         await until_up(client, server)
         requests = [body(name, i) for i in range(8) for name in [None, *names(options.model)]]
@@ -101,7 +103,8 @@ async def ask(client: httpx.AsyncClient, request: dict[str, Any]) -> str | None:
     try:
         answer = await client.post("/v1/chat/completions", json=request)
         return answer.json()["choices"][0]["message"]["content"] if answer.status_code == 200 else None
-    except httpx.HTTPError:
+    except httpx.HTTPError as error:
+        print(f"lost: {type(error).__name__} {error}", file=sys.stderr, flush=True)
         return None
 
 
