@@ -3,6 +3,7 @@
 Finds what there is and fetches only the files needed; reading and checking an adapter is `adapters.py`.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -225,24 +226,31 @@ def _manifest_retired(path: Path, number: int, record: dict[str, Any]) -> Found:
 def _fetch(
     repository: str, revision: str | None, patterns: list[str], error: type[Exception], ignore: Sequence[str] = ()
 ) -> Path:
-    """Fetch some files of a hub repository into the hub's cache."""
+    """Fetch some files of a hub repository into the hub's cache; what is there already needs no connection."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    try:
+    def fetch(here_only: bool = False) -> Path:
+        ignored = [f"{glob}/*" for glob in ignore] or None
         return Path(
             snapshot_download(
                 repository,
                 revision=revision,
                 allow_patterns=patterns,
-                ignore_patterns=[f"{glob}/*" for glob in ignore] or None,
+                ignore_patterns=ignored,
+                local_files_only=here_only,
             )
         )
+
+    try:
+        return fetch()
     except HFValidationError:
         reason = "is neither a folder here nor a hub id"
     except LocalEntryNotFoundError:
         reason = "is not a folder here, and the hub cannot be reached"
-    except (HfHubHTTPError, OSError, ValueError) as problem:
+    except Exception as problem:  # a broken connection is of another class in each release of the hub's client
+        with contextlib.suppress(Exception):  # 1.x asks for a commit's list of files even when all of them are here
+            return fetch(here_only=True)
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         reason = f"is not a folder here, and the hub says: {lines[0]}"
     raise error(f"{repository}: {reason}") from None
