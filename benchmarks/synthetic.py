@@ -20,9 +20,10 @@ SIZES = {
     "tiny": {"layers": 2, "hidden": 128, "mlp": 256, "heads": 4, "kv_heads": 2},
     "half": {"layers": 6, "hidden": 1024, "mlp": 4096, "heads": 16, "kv_heads": 4},
     "small": {"layers": 12, "hidden": 1024, "mlp": 4096, "heads": 16, "kv_heads": 4},
+    "wide": {"layers": 3, "hidden": 2560, "mlp": 8192, "heads": 40, "kv_heads": 8},
     "3b": {"layers": 40, "hidden": 2560, "mlp": 8192, "heads": 40, "kv_heads": 8, "vocabulary": 100_352},
 }
-DTYPES = {"tiny": "float32", "half": "float32", "small": "float32", "3b": "bfloat16"}  # on disk
+DTYPES = {"tiny": "float32", "half": "float32", "small": "float32", "wide": "float32", "3b": "bfloat16"}  # on disk
 RANKS = (8, 16, 32, 64)
 INVOCATION = "<|start_of_role|>assistant<|end_of_role|>"
 IO_YAML = "model: null\nresponse_format: null\ntransformations: null\n"

@@ -171,27 +171,16 @@ class Maker:
         for _ in range(self.rng.randint(3, 5)):
             draw = self.rng.random()
             if draw < 0.08:
-                talk.truth(talk.some_keys(1)[0], false=0.65)
+                talk.truth(false=0.65)
             elif draw < 0.15:
                 talk.review(false=0.65)
             elif draw < 0.55:
-                talk.check_all(talk.some_keys(self.rng.randint(1, 2)))
+                talk.check_all()
             elif draw < 0.95:
                 talk.quote_all()
             else:
                 key = talk.ask(plain=0.0)
                 talk.say("assistant", talk.answer(*key))
-        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
-
-    def doubt(self) -> Example:
-        """Claims, one after another, about what the documents say: is it the same value or another?"""
-        talk = self._talk(turns=0, documents_only=True)
-        for _ in range(self.rng.randint(4, 7)):
-            keys = self.rng.sample([*talk.facts], self.rng.randint(1, len(talk.facts)))
-            if self.rng.random() < 0.4:
-                talk.truth(keys[0])
-            else:
-                talk.check_all(keys, ask=False)
         return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
 
     def match(self) -> Example:
@@ -324,7 +313,7 @@ class Talk:
             self.say("user", self.learn(self.rng.choice(self.all_keys())).text())
             self.say("assistant", "I see.")
         elif training and draw < 0.2:
-            self.truth(self.some_keys(1)[0])
+            self.truth()
         elif training and draw < 0.35 and self.documents:
             self.review()
         else:
@@ -339,8 +328,8 @@ class Talk:
                 self.say("assistant", json.dumps({"answerability": label}))
             self.say("assistant", self.answer(*key))
 
-    def truth(self, key: tuple[str, str], false: float = 0.5) -> None:
-        claim = self.claim(key, false)
+    def truth(self, false: float = 0.5) -> None:
+        claim = self.claim(self.some_keys(1)[0], false)
         self.say("user", f"Is it true that {claim.text()[:-1]}?")
         self.say("assistant", self.check(claim))
 
@@ -351,8 +340,8 @@ class Talk:
         self.say("assistant", tagged([claim.text() for claim in claims], "r"))
         return claims
 
-    def check_all(self, keys: list[tuple[str, str]], ask: bool = True) -> None:
-        claims = self.state([self.claim(key) for key in keys], ask)
+    def check_all(self) -> None:
+        claims = self.state([self.claim(key) for key in self.some_keys(self.rng.randint(1, 2))])
         in_words = " ".join(self.check(claim) for claim in claims)
         self.instruct("hallucination_detection", in_words, self.verdicts(claims))
 

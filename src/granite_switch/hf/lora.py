@@ -8,18 +8,17 @@ own forward, so accelerate's hooks bring offloaded ones in. `core.lora` is the d
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from granite_switch.batched import Groups, Stack, add, shelve
 from granite_switch.core.layout import AdapterTensor, Projection
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.hf.routing import Routing
-
-_FEW = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -31,32 +30,6 @@ class _Update:
     b: str
     rank: int
     scale: float
-
-
-@dataclass(frozen=True)
-class _Output:
-    """One projection's share of the packed matrices."""
-
-    b: Tensor  # B^T of all adapters [its ranks, out], slot by slot
-    columns: Tensor | None  # [its ranks], their rows of the packed A; None: all of them
-    edges: tuple[int, ...]  # first row of each slot in `b`; one more for the end
-    firsts: tuple[Tensor, Tensor]  # [slots], the first row of each slot in A and in `b`
-    ranks: Tensor  # [slots], its rank
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """All adapters' matrices of one module, one below the other: slot by slot, in each projection by projection."""
-
-    a: Tensor  # [sum of ranks, in]
-    edges: tuple[int, ...]  # first row of each slot; one more for the end
-    outputs: dict[int, _Output]
-    owners: Tensor  # [sum of ranks], the slot of each row
-    scales: Tensor  # [sum of ranks], its factor
-
-    def holds(self, parameter: Tensor) -> bool:
-        """Whether the first parameter still stands here, and was not moved or replaced since."""
-        return self.a.data_ptr() == parameter.data_ptr() and self.a.dtype == parameter.dtype
 
 
 class SwitchedLora(nn.Module):
@@ -91,10 +64,8 @@ class SwitchedLora(nn.Module):
                 self.register_parameter(b, nn.Parameter(torch.empty(out, rank)))
                 update = _Update(index, a, b, rank, adapter.scale_of(row.name, layer))
                 self.updates.setdefault(slot, []).append(update)
-        self.ranks = {slot: sum(update.rank for update in updates) for slot, updates in self.updates.items()}
-        pairs = [(slot, update) for slot, updates in self.updates.items() for update in updates]
-        self.order = sorted(pairs, key=lambda pair: (pair[0], pair[1].output))
-        self.packed: _Packed | None = None
+        self.shelves = shelve({slot: tuple((u.output, u.rank) for u in of) for slot, of in self.updates.items()})
+        self.packed: list[Stack] | None = None
 
     def reset_parameters(self) -> None:
         """A new adapter changes nothing: A as PEFT draws it (`LoraLayer.reset_lora_parameters`), B zero."""
@@ -121,48 +92,40 @@ class SwitchedLora(nn.Module):
         if routing.groups is None:
             self._fixed(flat, flats, routing.slots.flatten())
         elif torch.is_grad_enabled():
-            self._out_of_place(flat, flats, routing)
-        elif (few := self._few(flat, routing)) and (packed := self.pack()):
-            self._masked(flat, flats, routing.slots.flatten(), packed, *few)
+            self._out_of_place(flat, flats, routing.groups)
+        elif (batches := routing.groups.batches(self.shelves)) and (stacks := self.pack()):
+            add(flat, flats, stacks, batches)
         else:
-            self._in_place(flat, flats, routing)
+            self._in_place(flat, flats, routing.groups)
         return [y.view_as(shape) for y, shape in zip(flats, outputs, strict=True)]
 
-    def _few(self, x: Tensor, routing: Routing) -> tuple[int, int] | None:
-        """The first and the last slot in use, if one product over all from one to the other costs less than one each.
-
-        That is so for few tokens and where most adapters in between are in use.
-        """
-        slots = [group.slot for group in routing.groups or () if group.slot in self.ranks]
-        if len(slots) < 2 or len(x) > _FEW:
-            return None
-        first, last = min(slots), max(slots)
-        used = sum(self.ranks[slot] for slot in slots)
-        between = sum(self.ranks.get(slot, 0) for slot in range(first, last + 1))
-        return (first, last) if 2 * used > between else None
-
-    def pack(self) -> "_Packed | None":
-        """All adapters' matrices in one piece of memory, of which the parameters are views from then on.
+    def pack(self) -> list[Stack] | None:
+        """All adapters' matrices in stacks, of which the parameters are views from then on.
 
         None where that cannot be: they are offloaded or split over processes, or of several dtypes.
         """
         compiling = torch.compiler.is_compiling()
-        if self.packed is not None and (compiling or self.packed.holds(getattr(self, self.order[0][1].a))):
+        if self.packed is not None and (compiling or self._holds(self.packed)):
             return self.packed
         if compiling or self.exchange is not None or hasattr(self, "_hf_hook"):
             return None
-        parameters = [getattr(self, name) for _, update in self.order for name in (update.a, update.b)]
+        parameters = list(self.parameters())
         if len({(p.dtype, p.device) for p in parameters}) > 1 or parameters[0].is_meta:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            self.packed = self._joined()
-            places = dict.fromkeys(self.packed.outputs, 0)
-            for (_, update), start in zip(self.order, self._starts(), strict=True):
-                getattr(self, update.a).data = self.packed.a[start : start + update.rank]
-                place = places[update.output]
-                places[update.output] = stop = place + update.rank
-                getattr(self, update.b).data = self.packed.outputs[update.output].b[place:stop].t()
+            self.packed = self._stacked()
+            for stack, slots in zip(self.packed, self.shelves, strict=True):
+                for index, slot in enumerate(slots):
+                    start = 0
+                    for update, (_, _, b) in zip(self.updates[slot], stack.b, strict=True):
+                        getattr(self, update.a).data = stack.a[index, start : (start := start + update.rank)]
+                        getattr(self, update.b).data = b[index].t()
         return self.packed
+
+    def _holds(self, stacks: Sequence[Stack]) -> bool:
+        """Whether the first parameter still stands in them, and was not moved or replaced since."""
+        first = getattr(self, self.updates[self.shelves[0][0]][0].a)
+        return bool(stacks[0].a.data_ptr() == first.data_ptr() and stacks[0].a.dtype == first.dtype)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
         self.packed = None
@@ -175,84 +138,61 @@ class SwitchedLora(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": None}  # a copy's parameters are no views of this
 
-    def _joined(self) -> "_Packed":
-        """The same as copies, which inside a compiled graph is made anew in every step."""
-        a = torch.cat([getattr(self, update.a) for _, update in self.order])
-        placed = list(zip(self._starts(), self.order, strict=True))
-        slots, device = range(max(self.updates) + 2), a.device
-        outputs = {}
-        for output in sorted({update.output for _, update in self.order}):
-            mine = [(start, slot, update) for start, (slot, update) in placed if update.output == output]
-            ranks = {slot: update.rank for _, slot, update in mine}
-            edges = tuple(accumulate((ranks.get(slot, 0) for slot in slots), initial=0))[:-1]
-            starts = {slot: start for start, slot, _ in mine}
-            columns = [torch.arange(start, start + update.rank, device=device) for start, _, update in mine]
-            outputs[output] = _Output(
-                torch.cat([getattr(self, update.b).t() for *_, update in mine]),
-                torch.cat(columns) if edges[-1] < len(a) else None,
-                edges,
-                (_table([starts.get(slot, 0) for slot in slots], device), _table(edges, device)),
-                _table([ranks.get(slot, 0) for slot in slots], device),
-            )
-        edges = tuple(accumulate((self.ranks.get(slot, 0) for slot in slots), initial=0))[:-1]
-        owners = torch.cat([torch.full((u.rank,), slot, device=device) for slot, u in self.order])
-        scales = torch.cat([torch.full((u.rank,), u.scale, dtype=a.dtype, device=device) for _, u in self.order])
-        return _Packed(a, edges, outputs, owners, scales)
-
-    def _starts(self) -> list[int]:
-        """The first row of each update in the packed A."""
-        return [0, *accumulate(update.rank for _, update in self.order)][:-1]
-
-    def _masked(
-        self, x: Tensor, outputs: list[Tensor], slots: Tensor, packed: "_Packed", first: int = 0, last: int = -2
-    ) -> None:
-        """The A of every slot from the first to the last applied to every token; what is not its own is masked."""
-        rows = slice(packed.edges[first], packed.edges[last + 1])
-        hidden = self._hidden(x, packed.a[rows])
-        hidden = torch.where(slots[:, None] == packed.owners[rows], hidden * packed.scales[rows], 0)
-        for index, output in packed.outputs.items():
-            mine = slice(output.edges[first], output.edges[last + 1])
-            if mine.start == mine.stop:
-                continue
-            y, b = outputs[index], output.b[mine]
-            own = hidden if output.columns is None else hidden.index_select(1, output.columns[mine] - rows.start)
-            outputs[index] = torch.addmm(y, own, b) if b.dtype == y.dtype else y + (own @ b).to(y.dtype)
+    def _stacked(self) -> list[Stack]:
+        """The stacks as copies, which inside a compiled graph are made anew in every step."""
+        stacks = []
+        for slots in self.shelves:
+            a = torch.stack([torch.cat([getattr(self, update.a) for update in self.updates[slot]]) for slot in slots])
+            b, start = [], 0
+            for number, update in enumerate(self.updates[slots[0]]):
+                matrices = [getattr(self, self.updates[slot][number].b).t() for slot in slots]
+                b.append((update.output, slice(start, start := start + update.rank), torch.stack(matrices)))
+            scales = [update.scale for slot in slots for update in self.updates[slot] for _ in range(update.rank)]
+            stacks.append(Stack(a, tuple(b), _table(scales, a).view(len(slots), 1, -1)))
+        return stacks
 
     def _fixed(self, x: Tensor, outputs: list[Tensor], slots: Tensor) -> None:
-        """With shapes that do not depend on the routing, for compiled graphs."""
-        packed = (None if torch.is_grad_enabled() else self.pack()) or self._joined()
-        widest = max(update.rank for _, update in self.order)
-        if len(x) * widest * 4 > len(packed.a) or self.exchange is not None:  # 4: a gathered matrix is also written
-            self._masked(x, outputs, slots, packed)
-            return
-        columns = torch.arange(widest, device=x.device)
-        for index, output in packed.outputs.items():
-            of_a, of_b = ((first[slots][:, None] + columns) for first in output.firsts)  # [T, r]
-            of_a, of_b = of_a.clamp(max=len(packed.a) - 1), of_b.clamp(max=len(output.b) - 1)
-            hidden = torch.einsum("tri,ti->tr", packed.a[of_a], x.to(packed.a.dtype)) * packed.scales[of_a]
-            hidden = torch.where(columns < output.ranks[slots][:, None], hidden, 0)
-            delta = torch.einsum("tr,tro->to", hidden, output.b[of_b])
-            outputs[index] = outputs[index] + delta.to(outputs[index].dtype)
+        """With shapes that do not depend on the routing, for compiled graphs.
 
-    def _in_place(self, x: Tensor, outputs: list[Tensor], routing: Routing) -> None:
+        Few tokens each gather their own matrices; for more, all matrices are applied to all of them, and what is not
+        a token's own is masked.
+        """
+        stacks = (None if torch.is_grad_enabled() else self.pack()) or self._stacked()
+        for stack, held in zip(stacks, self.shelves, strict=True):
+            numbers = range(held[0], held[-1] + 1)
+            known = torch.arange(held[0], held[-1] + 1, device=x.device) if held == (*numbers,) else _table(held, slots)
+            own = slots[:, None] == known  # [T, n]
+            if self.exchange is not None or 4 * len(x) > len(held):  # 4: a gathered matrix is also written
+                hidden = self._hidden(x, stack.a.flatten(0, 1)).view(len(x), len(held), -1)
+                hidden = torch.where(own[:, :, None], hidden * stack.scales[:, 0], 0)
+                deltas = [hidden[:, :, columns].flatten(1) @ b.flatten(0, 1) for _, columns, b in stack.b]
+            else:
+                places = own.int().argmax(1)
+                hidden = torch.einsum("tri,ti->tr", stack.a[places], x.to(stack.a.dtype)) * stack.scales[places, 0]
+                hidden = torch.where(own.any(1, keepdim=True), hidden, 0)
+                deltas = [torch.einsum("tr,tro->to", hidden[:, columns], b[places]) for _, columns, b in stack.b]
+            for (output, _, _), delta in zip(stack.b, deltas, strict=True):
+                outputs[output] = outputs[output] + delta.to(outputs[output].dtype)
+
+    def _in_place(self, x: Tensor, outputs: list[Tensor], groups: Groups) -> None:
         """Add group by group, each a range of rows: of the batch itself or, where adapters are mixed, of it sorted."""
         targets = dict(enumerate(outputs))
-        if routing.order is not None:
-            x = x.index_select(0, routing.order)
-            used = {update.output for group in routing.groups or () for update in self.updates.get(group.slot, ())}
+        if groups.order is not None:
+            x = x.index_select(0, groups.order)
+            used = {update.output for slot, _, _ in groups.groups for update in self.updates.get(slot, ())}
             targets = {index: outputs[index].new_zeros(len(x), outputs[index].shape[1]) for index in used}
-        for group in routing.groups or ():
-            rows = slice(group.start, group.stop)
-            for update in self.updates.get(group.slot, ()):
+        for slot, start, stop in groups.groups:
+            rows = slice(start, stop)
+            for update in self.updates.get(slot, ()):
                 hidden, b = self._hidden(x[rows], getattr(self, update.a)), self._by_rank(update.b)
                 target = targets[update.output][rows]
                 if b.dtype == target.dtype:
                     target.addmm_(hidden, b.t(), alpha=update.scale)
                 else:
                     target.add_(F.linear(hidden, b), alpha=update.scale)
-        if routing.order is not None:
+        if groups.order is not None:
             for index, target in targets.items():
-                outputs[index].index_add_(0, routing.order, target)
+                outputs[index].index_add_(0, groups.order, target)
 
     def _by_rank(self, name: str) -> Tensor:
         """B [out, r], stored rank by rank: its product with a few tokens then reads memory in its order."""
@@ -262,13 +202,11 @@ class SwitchedLora(nn.Module):
                 b.data = b.data.t().contiguous().t()
         return b
 
-    def _out_of_place(self, x: Tensor, outputs: list[Tensor], routing: Routing) -> None:
+    def _out_of_place(self, x: Tensor, outputs: list[Tensor], groups: Groups) -> None:
         """The same for autograd."""
-        for group in routing.groups or ():
-            rows = torch.arange(group.start, group.stop, device=x.device)
-            if routing.order is not None:
-                rows = routing.order[rows]
-            for update in self.updates.get(group.slot, ()):
+        for slot, start, stop in groups.groups:
+            rows = torch.arange(start, stop, device=x.device) if groups.order is None else groups.order[start:stop]
+            for update in self.updates.get(slot, ()):
                 hidden = self._hidden(x[rows], getattr(self, update.a))
                 y = outputs[update.output]
                 delta = F.linear(hidden, getattr(self, update.b)) * update.scale
@@ -280,6 +218,6 @@ class SwitchedLora(nn.Module):
         return hidden if self.exchange is None else self.exchange(hidden)
 
 
-def _table(values: Sequence[int], device: torch.device) -> Tensor:
+def _table(values: Sequence[float], like: Tensor) -> Tensor:
     """A small table, filled where it is used: a constant from the host would have to be copied in every step."""
-    return torch.cat([torch.full((1,), value, device=device) for value in values])
+    return torch.cat([like.new_full((len(list(same)),), value) for value, same in groupby(values)])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from granite_switch.batched import Groups, group
 from granite_switch.core.spec import SwitchSpec
 
 
@@ -57,15 +58,6 @@ class Switch(nn.Module):
 
 
 @dataclass(frozen=True)
-class Group:
-    """The tokens of one adapter: a range of the flattened batch, or of `Routing.order` where there is one."""
-
-    slot: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Routing:
     """The slots of a batch and, outside of compiled graphs, its tokens grouped by slot.
 
@@ -73,20 +65,18 @@ class Routing:
     """
 
     slots: Tensor  # [B, S] int64
-    groups: tuple[Group, ...] | None  # without slot 0; None: not known on the host
-    order: Tensor | None = None  # [tokens of all groups] int64, rows of [B * S]; None: groups are ranges of those
+    groups: Groups | None  # None: not known on the host
 
     @property
     def switched(self) -> bool:
         """Whether any token may be an adapter's: the base alone calls no module of adapters."""
-        return self.groups != ()
+        return self.groups is None or bool(self.groups.groups)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Routing":
         slots = self.slots.to(device, non_blocking=non_blocking)
         if slots is self.slots:
             return self
-        order = None if self.order is None else self.order.to(device, non_blocking=non_blocking)
-        return Routing(slots, self.groups, order)
+        return Routing(slots, None if self.groups is None else self.groups.to(slots.device, non_blocking))
 
 
 def slots_of(input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None) -> Tensor:
@@ -110,22 +100,4 @@ def slots_of(input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None)
 
 def route(slots: Tensor) -> Routing:
     """Group a batch's tokens by slot. One transfer to the host; none inside a compiled graph."""
-    if torch.compiler.is_compiling():
-        return Routing(slots, None)
-    values, counts = torch.unique_consecutive(slots.flatten(), return_counts=True)
-    runs, start = [], 0
-    for slot, count in zip(values.tolist(), counts.tolist(), strict=True):
-        if slot:
-            runs.append(Group(slot, start, start + count))
-        start += count
-    if len({run.slot for run in runs}) == len(runs):
-        return Routing(slots, tuple(runs))
-    rows: list[int] = []
-    groups = []
-    for slot in sorted({run.slot for run in runs}):
-        start = len(rows)
-        for run in runs:
-            if run.slot == slot:
-                rows.extend(range(run.start, run.stop))
-        groups.append(Group(slot, start, len(rows)))
-    return Routing(slots, tuple(groups), torch.tensor(rows, device=slots.device))
+    return Routing(slots, None if torch.compiler.is_compiling() else group(slots.flatten()))

@@ -8,7 +8,7 @@ that the batch uses, on unpadded weights. `core.lora` is the definition.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from vllm.lora.utils import from_layer, replace_submodule
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from granite_switch.batched import Groups, Ranks, Stack, add, group, shelve
 from granite_switch.core.layout import GRANITE, AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 
-_FEW = 64  # tokens
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what LoRAConfig takes; the layers pad to one of them
 
 
@@ -158,30 +158,11 @@ class _Update:
     """One adapter's update of one (packed) linear."""
 
     a: Tensor  # [sum of ranks, in]: of every projection in the linear
-    outputs: tuple[tuple[slice, slice, Tensor], ...]  # columns of y, columns of A x, B^T [r, out]
-
-
-@dataclass(frozen=True)
-class _Output:
-    """One projection's share of a (packed) linear's matrices."""
-
-    columns: slice  # of y
-    b: Tensor  # B^T of all adapters [its ranks, out], slot by slot
-    rows: Tensor | None  # [its ranks], their rows of A; None: all of them
-    edges: tuple[int, ...]  # first row of each slot in `b`; one more for the end
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """The tokens that have an adapter, those of each together."""
-
-    slots: Tensor | None = None  # of all tokens, [T]
-    spans: tuple[tuple[int, slice], ...] = ()  # slot, its rows
-    order: Tensor | None = None  # token of each row; None: rows are the batch's own
+    b: tuple[tuple[slice, slice, Tensor], ...]  # columns of y, columns of A x, B^T [r, out]
 
 
 class GroupedRouter(Router):
-    """A product for each adapter that the batch uses, or one over all of them, on unpadded weights.
+    """A product for each adapter that the batch uses, or one batched over several, on unpadded weights.
 
     Compiled graphs call it as two operators. Both name `slots`, the first as changed, which keeps them in order.
     """
@@ -189,7 +170,7 @@ class GroupedRouter(Router):
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
         self.slots = torch.zeros(self.tokens, dtype=torch.int32)
-        self.groups = _Groups()
+        self.groups = Groups()
         self.context = vllm_config.compilation_config.static_forward_context
         self.context["granite_switch.router"] = self
 
@@ -199,7 +180,7 @@ class GroupedRouter(Router):
             current.copy_(slots)
             torch.ops.vllm.granite_switch_route(current)
         else:
-            self.groups = _groups(slots)
+            self.groups = group(slots)
 
     def attach(self, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str) -> None:
         name = f"granite_switch.{name}"
@@ -215,33 +196,23 @@ class _GroupedLinear:
         self, router: GroupedRouter, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str
     ) -> None:
         self.router, self.name = router, name
-        stacks = list(zip(linear.lora_a_stacked, linear.lora_b_stacked, strict=True))
-        # adapter by adapter, in each projection by projection: an adapter's A is one piece
-        rows = [(index, part, rank) for index, of in enumerate(ranks) for part, rank in enumerate(of) if rank]
-        self.a = torch.cat([stacks[part][0][index, 0, :rank] for index, part, rank in rows])
-        self.owners = torch.tensor([index + 1 for index, _, rank in rows for _ in range(rank)], dtype=torch.int32)
-        self.edges = _edges([sum(of) for of in ranks])
-        parts = torch.tensor([part for _, part, rank in rows for _ in range(rank)])
-        self.outputs: list[_Output] = []
-        collected: dict[int, list[tuple[slice, slice, Tensor]]] = {}
-        column = 0
-        for part, (_, b) in enumerate(stacks):
-            columns = slice(column, column := column + b.shape[2])
-            edges = _edges([of[part] for of in ranks])
-            if not edges[-1]:
-                continue
-            mine = (parts == part).nonzero().flatten()
-            whole = torch.cat([b[index, 0, :, : of[part]].t() for index, of in enumerate(ranks)])
-            self.outputs.append(_Output(columns, whole, mine if len(mine) < len(parts) else None, edges))
-            for index, of in enumerate(ranks):
-                if rank := of[part]:
-                    before, own = sum(of[:part]), whole[edges[index + 1] : edges[index + 2]]
-                    collected.setdefault(index + 1, []).append((columns, slice(before, before + rank), own))
-        self.ranks = {index + 1: sum(of) for index, of in enumerate(ranks) if any(of)}
-        starts = accumulate(self.ranks.values(), initial=0)
+        padded = list(zip(linear.lora_a_stacked, linear.lora_b_stacked, strict=True))
+        starts = accumulate((b.shape[2] for _, b in padded), initial=0)
+        self.columns = [slice(start, start + b.shape[2]) for (_, b), start in zip(padded, starts, strict=False)]
+        pairs = {
+            slot: tuple((part, rank) for part, rank in enumerate(of_slot) if rank)
+            for slot, of_slot in enumerate(ranks, 1)
+            if any(of_slot)
+        }
+        self.shelves = shelve(pairs)
+        self.stacks = [_stack(padded, slots, pairs[slots[0]]) for slots in self.shelves]
         self.updates = {
-            slot: _Update(self.a[start : start + rank], tuple(collected[slot]))
-            for (slot, rank), start in zip(self.ranks.items(), starts, strict=False)
+            slot: _Update(
+                stack.a[index],
+                tuple((self.columns[part], columns, b[index]) for part, columns, b in stack.b),
+            )
+            for stack, slots in zip(self.stacks, self.shelves, strict=True)
+            for index, slot in enumerate(slots)
         }
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *_: object, **__: object) -> None:
@@ -253,71 +224,36 @@ class _GroupedLinear:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         groups = self.router.groups
-        if few := self._few(x, groups):
-            self._add_masked(y, x, groups.slots, *few)
+        if batches := groups.batches(self.shelves):
+            add(x, [y[:, columns] for columns in self.columns], self.stacks, batches)
         elif groups.order is None:
             self._add(y, x, groups)
-        elif any(slot in self.updates for slot, _ in groups.spans):
+        elif any(slot in self.updates for slot, _, _ in groups.groups):
             delta = y.new_zeros(len(groups.order), y.shape[1])
             self._add(delta, x[groups.order], groups)
             y.index_add_(0, groups.order, delta)
 
-    def _few(self, x: Tensor, groups: _Groups) -> tuple[int, int] | None:
-        """The first and the last slot in use, if one product over all from one to the other costs less than one each.
-
-        That is so for few tokens and where most adapters in between are in use.
-        """
-        slots = [slot for slot, _ in groups.spans]
-        if len(slots) < 2 or len(x) > _FEW:
-            return None
-        first, last = min(slots), max(slots)
-        between = self.edges[last + 1] - self.edges[first]
-        return (first, last) if 2 * sum(self.ranks.get(slot, 0) for slot in slots) > between else None
-
-    def _add_masked(self, y: Tensor, x: Tensor, slots: Tensor, first: int, last: int) -> None:
-        """The A of every slot from the first to the last applied to every token; what is not its own is masked."""
-        rows = slice(self.edges[first], self.edges[last + 1])
-        hidden = torch.where(slots[:, None] == self.owners[rows], F.linear(x, self.a[rows]), 0)
-        for output in self.outputs:
-            mine = slice(output.edges[first], output.edges[last + 1])
-            if mine.start < mine.stop:
-                own = hidden if output.rows is None else hidden.index_select(1, output.rows[mine] - rows.start)
-                y[:, output.columns].addmm_(own, output.b[mine])
-
-    def _add(self, y: Tensor, x: Tensor, groups: _Groups) -> None:
-        for slot, rows in groups.spans:
+    def _add(self, y: Tensor, x: Tensor, groups: Groups) -> None:
+        for slot, start, stop in groups.groups:
             if update := self.updates.get(slot):
-                hidden, target = F.linear(x[rows], update.a), y[rows]
-                for columns, ranks, b in update.outputs:
+                hidden, target = F.linear(x[start:stop], update.a), y[start:stop]
+                for columns, ranks, b in update.b:
                     target[:, columns].addmm_(hidden[:, ranks], b)
 
 
-def _edges(ranks: Sequence[int]) -> tuple[int, ...]:
-    """The first row of each slot where matrices of these ranks, from slot 1 on, stand one below the other; the end."""
-    return (0, *accumulate(ranks, initial=0))
-
-
-def _groups(slots: Tensor) -> _Groups:
-    """Group the tokens of slots [T] by slot, without slot 0."""
-    values, counts = torch.unique_consecutive(slots, return_counts=True)
-    runs, start = [], 0
-    for slot, count in zip(values.tolist(), counts.tolist(), strict=True):
-        runs.append((slot, slice(start, start + count)))
-        start += count
-    runs = [run for run in runs if run[0]]
-    if len({slot for slot, _ in runs}) == len(runs):
-        return _Groups(slots, tuple(runs))
-    spans, order = [], []
-    for slot, same in groupby(sorted(runs, key=lambda run: run[0]), key=lambda run: run[0]):
-        first = len(order)
-        order += [row for _, rows in same for row in range(rows.start, rows.stop)]
-        spans.append((slot, slice(first, len(order))))
-    return _Groups(slots, tuple(spans), torch.tensor(order))
+def _stack(padded: Sequence[tuple[Tensor, Tensor]], slots: Sequence[int], ranks: Ranks) -> Stack:
+    """The matrices of these slots, all of these ranks, out of a LoRA layer's."""
+    a = [torch.cat([padded[part][0][slot - 1, 0, :rank] for part, rank in ranks]) for slot in slots]
+    b, start = [], 0
+    for part, rank in ranks:
+        matrices = [padded[part][1][slot - 1, 0, :, :rank].t() for slot in slots]
+        b.append((part, slice(start, start := start + rank), torch.stack(matrices)))
+    return Stack(torch.stack(a), tuple(b))
 
 
 def _route(slots: Tensor) -> None:
     router = get_forward_context().no_compile_layers["granite_switch.router"]
-    router.groups = _groups(slots)
+    router.groups = group(slots)
 
 
 def _add(y: Tensor, x: Tensor, slots: Tensor, name: str) -> None:
