@@ -15,7 +15,7 @@ from granite_switch.core.lora import Pair, switched_linear
 from granite_switch.vllm.lora import GroupedRouter, TritonRouter
 from granite_switch.vllm.switch import _GAIN, _SHIFT, BITS, POSITIONS, SLOT_DIGITS, Switch
 
-WIDTH, OUTPUTS, RANKS = 24, (16, 8, 8), [[4, 0, 2], [0, 0, 0], [1, 3, 8]]
+WIDTH, OUTPUTS, RANKS = 24, (16, 8, 8), [[4, 0, 2], [0, 0, 0], [1, 3, 8], [4, 0, 2], [4, 0, 2]]
 slots = st.lists(st.integers(0, len(RANKS)), min_size=1, max_size=60)
 runs = st.lists(st.tuples(st.integers(0, len(RANKS)), st.integers(1, 9)), min_size=1, max_size=6).map(
     lambda drawn: [slot for slot, count in drawn for _ in range(count)]

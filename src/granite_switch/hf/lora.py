@@ -6,7 +6,7 @@ own forward, so accelerate's hooks bring offloaded ones in. `core.lora` is the d
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -66,6 +66,7 @@ class SwitchedLora(nn.Module):
                 self.updates.setdefault(slot, []).append(update)
         self.shelves = shelve({slot: tuple((u.output, u.rank) for u in of) for slot, of in self.updates.items()})
         self.packed: list[Stack] | None = None
+        self.views: dict[int, tuple[Tensor, list[tuple[slice, Tensor]]]] = {}  # of each slot in them
 
     def reset_parameters(self) -> None:
         """A new adapter changes nothing: A as PEFT draws it (`LoraLayer.reset_lora_parameters`), B zero."""
@@ -116,11 +117,15 @@ class SwitchedLora(nn.Module):
             self.packed = self._stacked()
             for stack, slots in zip(self.packed, self.shelves, strict=True):
                 for index, slot in enumerate(slots):
-                    start = 0
-                    for update, (_, _, b) in zip(self.updates[slot], stack.b, strict=True):
-                        getattr(self, update.a).data = stack.a[index, start : (start := start + update.rank)]
-                        getattr(self, update.b).data = b[index].t()
+                    a, parts = stack.a[index], [(columns, b[index]) for _, columns, b in stack.b]
+                    self.views[slot] = a, parts
+                    for update, (columns, b) in zip(self.updates[slot], parts, strict=True):
+                        getattr(self, update.a).data = a[columns]
+                        getattr(self, update.b).data = b.t()
         return self.packed
+
+    def _unpack(self) -> None:
+        self.packed, self.views = None, {}
 
     def _holds(self, stacks: Sequence[Stack]) -> bool:
         """Whether the first parameter still stands in them, and was not moved or replaced since."""
@@ -128,15 +133,15 @@ class SwitchedLora(nn.Module):
         return bool(stacks[0].a.data_ptr() == first.data_ptr() and stacks[0].a.dtype == first.dtype)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
-        self.packed = None
+        self._unpack()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.packed = None
+        self._unpack()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None}  # a copy's parameters are no views of this
+        return {**self.__dict__, "packed": None, "views": {}}  # a copy's parameters are no views of these
 
     def _stacked(self) -> list[Stack]:
         """The stacks as copies, which inside a compiled graph are made anew in every step."""
@@ -181,26 +186,30 @@ class SwitchedLora(nn.Module):
             x = x.index_select(0, groups.order)
             used = {update.output for slot, _, _ in groups.groups for update in self.updates.get(slot, ())}
             targets = {index: outputs[index].new_zeros(len(x), outputs[index].shape[1]) for index in used}
+        packed = self.pack() is not None
         for slot, start, stop in groups.groups:
-            rows = slice(start, stop)
-            for update in self.updates.get(slot, ()):
-                hidden, b = self._hidden(x[rows], getattr(self, update.a)), self._by_rank(update.b)
-                target = targets[update.output][rows]
+            if slot not in self.updates:
+                continue
+            for update, hidden, b in self._factors(x[start:stop], slot, packed):
+                target = targets[update.output][start:stop]
                 if b.dtype == target.dtype:
-                    target.addmm_(hidden, b.t(), alpha=update.scale)
+                    target.addmm_(hidden, b, alpha=update.scale)
                 else:
-                    target.add_(F.linear(hidden, b), alpha=update.scale)
+                    target.add_((hidden @ b).to(target.dtype), alpha=update.scale)
         if groups.order is not None:
             for index, target in targets.items():
                 outputs[index].index_add_(0, groups.order, target)
 
-    def _by_rank(self, name: str) -> Tensor:
-        """B [out, r], stored rank by rank: its product with a few tokens then reads memory in its order."""
-        b: Tensor = getattr(self, name)
-        if b.stride(0) != 1 and self.exchange is None and not hasattr(self, "_hf_hook"):
-            with torch.inference_mode(False):
-                b.data = b.data.t().contiguous().t()
-        return b
+    def _factors(self, x: Tensor, slot: int, packed: bool) -> Iterator[tuple[_Update, Tensor, Tensor]]:
+        """Of each of an adapter's updates: A x [T, r] and B^T [r, out]. Packed, all A take one product."""
+        if not packed:
+            for update in self.updates[slot]:
+                yield update, self._hidden(x, getattr(self, update.a)), getattr(self, update.b).t()
+            return
+        a, parts = self.views[slot]
+        hidden = self._hidden(x, a)
+        for update, (columns, b) in zip(self.updates[slot], parts, strict=True):
+            yield update, hidden[:, columns], b
 
     def _out_of_place(self, x: Tensor, outputs: list[Tensor], groups: Groups) -> None:
         """The same for autograd."""
