@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FEW = 256  # tokens: for more, a product for each adapter costs about as much
+_FEW = 64  # tokens: a step of decoding, not a prompt
 _LONG = 16  # tokens: runs of more are not worth sorting, which copies what goes in and what comes out
 
 Ranks = tuple[tuple[int, int], ...]  # of one adapter in one module: (output, rank)
@@ -56,20 +56,18 @@ class Groups:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     plans: dict[Shelves, tuple[Batch, ...]] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
-    def few(self) -> bool:
-        """Whether batched products are worth a thought: several adapters, few tokens, and these not in long runs."""
-        taken = sum(group.stop - group.start for group in self.groups)
-        short = self.order is not None or taken < _LONG * len(self.groups)
-        return len(self.groups) > 1 and taken <= _FEW and short
-
     def to(self, device: torch.device, non_blocking: bool = False) -> "Groups":
         order = None if self.order is None else self.order.to(device, non_blocking=non_blocking)
         return Groups(self.groups, order, device)
 
-    def batches(self, shelves: Shelves) -> tuple[Batch, ...]:
-        """Batched products for a module whose stacks hold these slots; none where one for each adapter is better."""
-        if not self.few:
+    def batches(self, shelves: Shelves, tokens: int) -> tuple[Batch, ...]:
+        """Batched products for a module whose stacks hold these slots; none where one for each adapter is better.
+
+        That is so for one adapter, for many tokens in the batch, and for long runs of them.
+        """
+        if len(self.groups) < 2 or tokens > _FEW:
+            return ()
+        if self.order is None and sum(stop - start for _, start, stop in self.groups) >= _LONG * len(self.groups):
             return ()
         if shelves not in self.plans:
             self.plans[shelves] = self._plan(shelves)

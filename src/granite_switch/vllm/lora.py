@@ -224,7 +224,7 @@ class _GroupedLinear:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         groups = self.router.groups
-        if batches := groups.batches(self.shelves):
+        if batches := groups.batches(self.shelves, len(x)):
             add(x, [y[:, columns] for columns in self.columns], self.stacks, batches)
         elif groups.order is None:
             self._add(y, x, groups)
