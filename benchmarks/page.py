@@ -3,7 +3,8 @@
     python benchmarks/page.py
 
 The page's text is written by hand; what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is made here,
-from the newest benchmarks/results/DATE-{full,quick,cuda}.json. Each part names its file and the command behind it.
+from the newest benchmarks/results/DATE-NAME.json, NAME being full, quick, wide, growth or cuda. Each part names its
+file and the command behind it.
 """
 
 import json
@@ -281,11 +282,10 @@ def draw_ratios(result: Result) -> None:
     _save(figure, "ratios")
 
 
-def draw_growth(result: Result) -> None:
-    """Ratios over adapters, rank, context and batch."""
-    figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
+def _panels() -> dict[str, list[tuple[str, str, str, str]]]:
+    """What grows: title -> (who, label, case, contender)."""
     labels = {"r8": "8", "r16": "16", "r32": "32", "r64": "64", "mixed": "mixed"}
-    panels = {
+    return {
         "adapters in the checkpoint (decode, batch 1)": [
             ("switch", str(count), "adapters/decode/1/128/float32", f"switch LoRA, {count} adapters")
             for count in (1, 12, 50)
@@ -306,7 +306,25 @@ def draw_growth(result: Result) -> None:
             for batch in (1, 2, 4, 8, 16, 32)
         ],
     }
-    for axis, (title, points) in zip(axes, panels.items(), strict=True):
+
+
+def growth_part(result: Result) -> str:
+    """The plot's figures."""
+    parts = []
+    for title, points in _panels().items():
+        columns = list(dict.fromkeys(label for _, label, _, _ in points))
+        rows = []
+        for who in dict.fromkeys(point[0] for point in points):
+            found = {label: result.ratio(case, name) for w, label, case, name in points if w == who}
+            rows.append([who, *(shown(found.get(label)) for label in columns)])
+        parts.append(table((title, *columns), rows))
+    return "\n\n".join(parts) + "\n" + result.source("(adapters|rank|context|batch)/")
+
+
+def draw_growth(result: Result) -> None:
+    """Ratios over adapters, rank, context and batch."""
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
+    for axis, (title, points) in zip(axes, _panels().items(), strict=True):
         axis.axhline(1, color="#c6c6c6", linewidth=1)
         for who in dict.fromkeys(point[0] for point in points):
             found = [(label, result.ratio(case, name)) for w, label, case, name in points if w == who]
@@ -368,6 +386,7 @@ def main() -> None:
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "granite-switch", "font.family": "sans-serif"})
     page = PAGE.read_text()
     cpu, cuda = newest("full", "quick"), newest("cuda")
+    wide, growth = newest("wide"), newest("full", "growth")
     if cpu:
         parts = {"machine": machine_part, "targets": targets_part, "measured": measured_part}
         if any(case["task"] == "flow" for case in cpu.cases.values()):
@@ -379,14 +398,12 @@ def main() -> None:
             page = fill(page, name, part(cpu))
         if any(case["group"] == "main" for case in cpu.cases.values()):
             draw_ratios(cpu)
-        if any(case["group"] in ("rank", "context", "batch") for case in cpu.cases.values()):
-            draw_growth(cpu)
-            page = fill(
-                page,
-                "growth",
-                "![How the ratio grows](images/performance-growth.svg)\n"
-                + cpu.source("(adapters|rank|context|batch)/"),
-            )
+    if wide:
+        page = fill(page, "wide", machine_part(wide) + "\n\n" + measured_part(wide))
+    if growth:
+        draw_growth(growth)
+        plot = "![How the ratio grows](images/performance-growth.svg)"
+        page = fill(page, "growth", plot + "\n\n" + growth_part(growth))
     if cuda:
         page = fill(page, "cuda", machine_part(cuda) + "\n\n" + cuda_part(cuda))
     PAGE.write_text(page)

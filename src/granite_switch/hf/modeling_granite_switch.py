@@ -32,6 +32,7 @@ from granite_switch.core import layout
 from granite_switch.errors import RoutingError
 from granite_switch.hf.cache import slot_layer
 from granite_switch.hf.generations import Hiding, masked, state_dict_of
+from granite_switch.hf.loading import load_adapters
 from granite_switch.hf.lora import SwitchedLora
 from granite_switch.hf.parallel import PLAN
 from granite_switch.hf.routing import Routing, Switch, route
@@ -153,9 +154,16 @@ class GraniteSwitchPreTrainedModel(GranitePreTrainedModel):
     def _load_pretrained_model(
         model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers'; an older generation's tensors go by format 1's names."""
+        """As transformers'; an older generation's tensors go by format 1's names, and adapters' files are read here."""
         state_dict = state_dict_of(model.config, state_dict, checkpoint_files)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        loaded: set[str] = set()
+        if state_dict is None and checkpoint_files:
+            checkpoint_files, loaded = load_adapters(model, checkpoint_files, load_config)
+        info, offloaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        info.missing_keys -= loaded
+        return info, offloaded
 
     def pack_adapters(self) -> None:
         """Store every module's adapters in one piece, so that compiled graphs need not join them in every step.
