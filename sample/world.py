@@ -183,6 +183,26 @@ class Maker:
                 talk.say("assistant", talk.answer(*key))
         return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
 
+    def facts(self) -> Example:
+        """A short talk about what the documents say of one thing, and claims of the same: the two values, compared."""
+        talk = self._talk(turns=0, documents_only=True)
+        for _ in range(self.rng.randint(1, 2)):
+            talk.check_facts()
+        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+
+    def claims(self) -> Example:
+        """A short talk of claims, true, false and about what nobody said, in all the ways in which one may be asked."""
+        talk = self._talk(turns=0, documents_only=True)
+        for _ in range(self.rng.randint(1, 2)):
+            draw = self.rng.random()
+            if draw < 0.25:
+                talk.truth()
+            elif draw < 0.4:
+                talk.review()
+            else:
+                talk.check_all()
+        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+
     def match(self) -> Example:
         """Plain questions about everyone and everything at hand: said of this person, or only of another?"""
         if not round(self.size):
@@ -340,6 +360,16 @@ class Talk:
         self.say("assistant", tagged([claim.text() for claim in claims], "r"))
         return claims
 
+    def check_facts(self) -> None:
+        """A claim about something that was said: asked for by the user, or made by the assistant and then checked."""
+        claim = self.claim(self.rng.choice([*self.facts]))
+        if self.rng.random() < 0.4:
+            self.say("user", f"Is it true that {claim.text()[:-1]}?")
+            self.say("assistant", self.check(claim))
+        else:
+            self.state([claim])
+            self.instruct("hallucination_detection", self.check(claim), self.verdicts([claim]))
+
     def check_all(self) -> None:
         claims = self.state([self.claim(key) for key in self.some_keys(self.rng.randint(1, 2))])
         in_words = " ".join(self.check(claim) for claim in claims)
@@ -431,9 +461,13 @@ class Talk:
         return Fact(*key, self.rng.choice([v for v in self.values[key] if known is None or v != known.value]))
 
     def check(self, claim: Fact) -> str:
-        """What is known first, then whether that is what was claimed."""
+        """What was claimed, what is known, and whether the two are the same: "Oslo? Ada lives in Tarn, so no."
+
+        Both values stand close together before the verdict; across a conversation they are compared far later.
+        """
         known = self.facts.get((claim.person, claim.relation))
-        return UNKNOWN if known is None else f"{known.text()[:-1]}, so {'yes' if claim == known else 'no'}."
+        found = UNKNOWN if known is None else f"{known.text()[:-1]}, so {'yes' if claim == known else 'no'}."
+        return f"{claim.value}? {found}"
 
     def question(self, person: str, relation: str, pronoun: bool = False) -> str:
         text = RELATIONS[relation].questions[self.form]
