@@ -131,8 +131,6 @@ def targets_part(result: Result) -> str:
     if len(flow) > 1:
         again = [a / b for a, b in zip(flow["switch, LoRA, prefilled again"], flow["switch, kept cache"], strict=True)]
         rows.append(["flow: first tokens, prefilled again to kept cache", *_against(_bootstrap(again), 5, True)])
-    for what, ratio, bound in _loading_ratios(result):
-        rows.append([what, *_against(ratio, bound, False)])
     return table(("ratio of times", "target", "measured", ""), rows) + "\n" + result.source()
 
 
@@ -188,7 +186,10 @@ def loading_part(result: Result) -> str:
         cells += [_megabytes(statistics.median(run[key] for run in runs)) for key in ("before", "peak", "used")]
         rows.append([name, _megabytes(loading["bytes"].get(name, 0)), *cells])
     heading = ("", "weights, MB", "loading, s", "memory before, MB", "at its peak, MB", "after a forward, MB")
-    return table(heading, rows) + "\n" + result.source("loading")
+    against = [[what, *_against(ratio, bound, False)] for what, ratio, bound in _loading_ratios(result)]
+    compared = table(("against the base", "target", "measured", ""), against)
+    machine = f"\n{result.data['date']}, {result.data['machine']['processor']}:"
+    return f"{machine}\n\n{table(heading, rows)}\n\n{compared}\n{result.source('loading')}".strip()
 
 
 def tools_part(result: Result) -> str:
@@ -386,18 +387,19 @@ def main() -> None:
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "granite-switch", "font.family": "sans-serif"})
     page = PAGE.read_text()
     cpu, cuda = newest("full", "quick"), newest("cuda")
-    wide, growth = newest("wide"), newest("full", "growth")
+    wide, growth, loading = newest("wide"), newest("full", "growth"), newest("loading", "full", "quick")
     if cpu:
         parts = {"machine": machine_part, "targets": targets_part, "measured": measured_part}
         if any(case["task"] == "flow" for case in cpu.cases.values()):
             parts["flow"] = flow_part
             draw_flow(cpu)
-        parts |= {"loading": loading_part} if "loading" in cpu.data else {}
         parts |= {"tools": tools_part} if "tools" in cpu.data else {}
         for name, part in parts.items():
             page = fill(page, name, part(cpu))
         if any(case["group"] == "main" for case in cpu.cases.values()):
             draw_ratios(cpu)
+    if loading:
+        page = fill(page, "loading", loading_part(loading))
     if wide:
         page = fill(page, "wide", machine_part(wide) + "\n\n" + measured_part(wide))
     if growth:
