@@ -401,7 +401,7 @@ def main() -> None:
     if loading:
         page = fill(page, "loading", loading_part(loading))
     if wide:
-        page = fill(page, "wide", machine_part(wide) + "\n\n" + measured_part(wide))
+        page = fill(page, "wide", "\n\n".join(part(wide) for part in (machine_part, targets_part, measured_part)))
     if growth:
         draw_growth(growth)
         plot = "![How the ratio grows](images/performance-growth.svg)"
