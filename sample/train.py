@@ -354,10 +354,7 @@ def train_base() -> None:
 
 
 def claims_base() -> None:
-    """Nothing but claims: first about one thing that was said, then of all kinds. Among other talk they are not learnt.
-
-    Whether two values are the same stays at chance for hundreds of steps, then is learnt in a hundred.
-    """
+    """Nothing but claims: first about one thing that was said, then of all kinds."""
     tokenizer, model = load_base()
     weigher = Weigher(tokenizer, said=0.0, verdict=4.0)
     maker = world.Maker(own_random("claims"), size=0.0)

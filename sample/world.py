@@ -158,7 +158,7 @@ class Maker:
     def conversation(self) -> Example:
         """A long talk for the base model: several questions about one set of documents, or no documents at all."""
         talk = self._talk(turns=self.rng.randint(2, 6), final=True)
-        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+        return talk.example()
 
     def drill(self) -> Example:
         """A talk of what comes hard: claims that are false, quotes, and what "what about" refers to.
@@ -181,14 +181,14 @@ class Maker:
             else:
                 key = talk.ask(plain=0.0)
                 talk.say("assistant", talk.answer(*key))
-        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+        return talk.example()
 
     def facts(self) -> Example:
         """A short talk about what the documents say of one thing, and claims of the same: the two values, compared."""
         talk = self._talk(turns=0, documents_only=True)
         for _ in range(self.rng.randint(1, 2)):
             talk.check_facts()
-        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+        return talk.example()
 
     def claims(self) -> Example:
         """A short talk of claims, true, false and about what nobody said, in all the ways in which one may be asked."""
@@ -201,7 +201,7 @@ class Maker:
                 talk.review()
             else:
                 talk.check_all()
-        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+        return talk.example()
 
     def match(self) -> Example:
         """Plain questions about everyone and everything at hand: said of this person, or only of another?"""
@@ -216,7 +216,7 @@ class Maker:
             talk.form = self.rng.randrange(2)
             talk.say("user", talk.question(*key))
             talk.say("assistant", talk.answer(*key))
-        return Example("answer", talk.messages[:-1], talk.documents, talk.messages[-1]["content"])
+        return talk.example()
 
     def repeat(self) -> Example:
         """Say something again: how the base learns to write the words of its adapters' answers, and nothing of why."""
@@ -292,6 +292,10 @@ class Talk:
     def say(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
 
+    def example(self) -> Example:
+        """The talk so far, its last message to be written by the base."""
+        return Example("answer", self.messages[:-1], self.documents, self.messages[-1]["content"])
+
     def add_documents(self) -> None:
         """One or two sentences, together in one document or each in its own."""
         count = self.rng.randint(1, 1 + round(self.size))
@@ -349,7 +353,9 @@ class Talk:
             self.say("assistant", self.answer(*key))
 
     def truth(self, false: float = 0.5) -> None:
-        claim = self.claim(self.some_keys(1)[0], false)
+        self.is_it_true(self.claim(self.some_keys(1)[0], false))
+
+    def is_it_true(self, claim: Fact) -> None:
         self.say("user", f"Is it true that {claim.text()[:-1]}?")
         self.say("assistant", self.check(claim))
 
@@ -364,8 +370,7 @@ class Talk:
         """A claim about something that was said: asked for by the user, or made by the assistant and then checked."""
         claim = self.claim(self.rng.choice([*self.facts]))
         if self.rng.random() < 0.4:
-            self.say("user", f"Is it true that {claim.text()[:-1]}?")
-            self.say("assistant", self.check(claim))
+            self.is_it_true(claim)
         else:
             self.state([claim])
             self.instruct("hallucination_detection", self.check(claim), self.verdicts([claim]))
