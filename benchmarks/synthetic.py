@@ -40,6 +40,18 @@ def make_base(folder: Path, size: str) -> None:
     template = "{%- set ns = namespace() %}\n" + GRANITE_TEMPLATE
     dtype = getattr(torch, DTYPES[size])
     make(folder, pad_vocab=padding, initializer_range=0.02, dtype=dtype, template=template, **shape)
+    _align(folder)
+
+
+def _align(folder: Path) -> None:
+    """Put the weights on a page, as in composed models: what that gains is no merit of one contender."""
+    from granite_switch.core.checkpoint import copy_of, read_header, write
+
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors, metadata = read_header(path)
+        new = path.with_suffix(".new")
+        write(new, [copy_of(tensor) for tensor in tensors.values()], metadata=metadata)
+        new.replace(path)
 
 
 def make_library(folder: Path, base: Path, size: str, name: str) -> None:

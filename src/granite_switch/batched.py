@@ -2,16 +2,18 @@
 
 For backends that know on the host which adapters a batch uses. Adapters of equal ranks lie side by side in one piece
 of memory, a stack; those in use that are neighbours there take one batched product, the tokens of each padded to as
-many as the one with most has. `core.lora` is the definition.
+many as the one with most has. Steps of decoding are alike, so what can be made ready is made ready once: in such a step
+every call costs more than its arithmetic. `core.lora` is the definition.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _FEW = 64  # tokens: a step of decoding, not a prompt
 _LONG = 16  # tokens: runs of more are not worth sorting, which copies what goes in and what comes out
@@ -37,6 +39,14 @@ class Stack:
     scales: Tensor | None = None  # [n, 1, R]; None: 1
 
 
+class Matrices(NamedTuple):
+    """One adapter's, in one module."""
+
+    a: Tensor  # [R, in]
+    b: tuple[tuple[int, Tensor], ...]  # output, B^T [r, out]
+    scales: tuple[float, ...]  # of each B
+
+
 @dataclass(frozen=True)
 class Batch:
     """Tokens of neighbours in a stack."""
@@ -47,6 +57,65 @@ class Batch:
     real: Tensor | None  # [n, m, 1] bool, False for rows that pad; None: there are none
 
 
+class Product(Protocol):
+    """A product that a module needs, ready to be used in step after step."""
+
+    changed: frozenset[int]  # outputs
+
+    def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """outputs [T, out] += B (A x [T, in]), in place."""
+
+
+class Single:
+    """The product for tokens that have one adapter: a range of the batch, or all of it."""
+
+    def __init__(self, rows: slice | None, matrices: Matrices) -> None:
+        self.rows = rows
+        self.a, self.b, self.scales = matrices
+        self.ranks = [len(b) for _, b in self.b]
+        self.changed = frozenset(output for output, _ in self.b)
+
+    def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """As `Product.add`."""
+        x = x if self.rows is None else x[self.rows]
+        hidden = F.linear(x if x.dtype == self.a.dtype else x.to(self.a.dtype), self.a)
+        parts = hidden.split_with_sizes(self.ranks, 1) if len(self.ranks) > 1 else (hidden,)
+        for part, (output, b), scale in zip(parts, self.b, self.scales, strict=True):
+            target = outputs[output] if self.rows is None else outputs[output][self.rows]
+            if target.dtype == b.dtype:
+                target.addmm_(part, b, alpha=scale)
+            else:
+                target.add_((part @ b).to(target.dtype), alpha=scale)
+
+
+class Several:
+    """The product for tokens of neighbours in a stack."""
+
+    def __init__(self, batch: Batch, stack: Stack) -> None:
+        a = stack.a[batch.members]
+        self.tokens, self.adapters, self.a = batch.tokens, len(a), a.transpose(1, 2)
+        self.b = [(output, b[batch.members]) for output, _, b in stack.b]
+        self.ranks = [columns.stop - columns.start for _, columns, _ in stack.b]
+        self.factors = batch.real  # of A x: scales, and zeros for rows that pad
+        if stack.scales is not None:
+            scales = stack.scales[batch.members]
+            self.factors = scales if batch.real is None else scales * batch.real
+        self.changed = frozenset(output for output, _ in self.b)
+
+    def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """As `Product.add`."""
+        rows = x.index_select(0, self.tokens)
+        if rows.dtype != self.a.dtype:
+            rows = rows.to(self.a.dtype)
+        hidden = torch.bmm(rows.view(self.adapters, -1, x.shape[1]), self.a)
+        if self.factors is not None:
+            hidden.mul_(self.factors)
+        parts = hidden.split_with_sizes(self.ranks, 2) if len(self.ranks) > 1 else (hidden,)
+        for part, (output, b) in zip(parts, self.b, strict=True):
+            target, delta = outputs[output], torch.bmm(part, b).flatten(0, 1)
+            target.index_add_(0, self.tokens, delta if delta.dtype == target.dtype else delta.to(target.dtype))
+
+
 @dataclass(frozen=True)
 class Groups:
     """The tokens that have an adapter; those of each together, or run by run where runs are long."""
@@ -55,10 +124,15 @@ class Groups:
     order: Tensor | None = None  # [tokens of all groups] int64, rows of the batch; None: groups are ranges of those
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     plans: dict[Shelves, tuple[Batch, ...]] = field(default_factory=dict, compare=False, repr=False)
+    copies: dict[torch.device, "Groups"] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Groups":
-        order = None if self.order is None else self.order.to(device, non_blocking=non_blocking)
-        return Groups(self.groups, order, device)
+        """The same on a device; asked again, the same object."""
+        if device not in self.copies:
+            with torch.inference_mode(False):
+                order = None if self.order is None else self.order.to(device, non_blocking=non_blocking)
+            self.copies[device] = Groups(self.groups, order, device)
+        return self.copies[device]
 
     def batches(self, shelves: Shelves, tokens: int) -> tuple[Batch, ...]:
         """Batched products for a module whose stacks hold these slots; none where one for each adapter is better.
@@ -118,6 +192,24 @@ def group(slots: Tensor) -> Groups:
     return Groups(tuple(groups), torch.tensor(rows, device=slots.device), slots.device)
 
 
+class Grouper:
+    """Groups batches. Steps of decoding are alike: they get the same object, and with it what was made ready for it."""
+
+    def __init__(self) -> None:
+        self.last: tuple[list[int], Groups] = [], Groups()
+
+    def __call__(self, slots: Tensor) -> Groups:
+        """As `group`."""
+        if len(slots) > _FEW:
+            return group(slots)
+        values, (last, groups) = slots.tolist(), self.last
+        if values != last or groups.device != slots.device:
+            with torch.inference_mode(False):  # a later batch may want gradients
+                groups = group(slots)
+            self.last = values, groups
+        return groups
+
+
 def shelve(ranks: Mapping[int, Ranks]) -> Shelves:
     """The slots of each stack: those of equal ranks."""
     shelves: dict[Ranks, list[int]] = {}
@@ -126,27 +218,48 @@ def shelve(ranks: Mapping[int, Ranks]) -> Shelves:
     return tuple(map(tuple, shelves.values()))
 
 
-def add(x: Tensor, outputs: Sequence[Tensor], stacks: Sequence[Stack], batches: Sequence[Batch]) -> None:
-    """outputs += B (A x), in place.
+class Sorted:
+    """Products for rows of mixed adapters, sorted by adapter: they act on copies, which are added in the end."""
+
+    def __init__(self, order: Tensor, products: Sequence[Product]) -> None:
+        self.order, self.products = order, products
+        self.changed = frozenset().union(*(product.changed for product in products))
+
+    def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """As `Product.add`."""
+        x = x.index_select(0, self.order)
+        deltas = [y.new_zeros(len(x) if i in self.changed else 0, y.shape[1]) for i, y in enumerate(outputs)]
+        for product in self.products:
+            product.add(x, deltas)
+        for i in self.changed:
+            outputs[i].index_add_(0, self.order, deltas[i])
+
+
+def products(
+    groups: Groups, shelves: Shelves, stacks: Sequence[Stack], own: Mapping[int, Matrices], tokens: int
+) -> list[Product]:
+    """What a module has to multiply for a batch.
 
     Args:
-        x: [T, in].
-        outputs: each [T, out].
-        stacks: of the module, in the order of its shelves.
-        batches: of this forward pass, for its shelves.
+        groups: of the batch.
+        shelves: of the module.
+        stacks: its matrices, as the shelves say.
+        own: the same, of each slot.
+        tokens: in the batch, T.
     """
-    for batch in batches:
-        stack = stacks[batch.stack]
-        a = stack.a[batch.members]
-        rows = x.index_select(0, batch.tokens).to(a.dtype).view(len(a), -1, x.shape[1])
-        hidden = torch.bmm(rows, a.transpose(1, 2))
-        if batch.real is not None:
-            hidden.mul_(batch.real)
-        if stack.scales is not None:
-            hidden.mul_(stack.scales[batch.members])
-        for output, columns, b in stack.b:
-            delta = torch.bmm(hidden[:, :, columns], b[batch.members]).flatten(0, 1)
-            outputs[output].index_add_(0, batch.tokens, delta.to(outputs[output].dtype))
+    if batches := groups.batches(shelves, tokens):
+        return [Several(batch, stacks[batch.stack]) for batch in batches]
+    if len(groups.groups) == 1 and groups.order is None:
+        ((slot, start, stop),) = groups.groups
+        return [Single(None if stop - start == tokens else slice(start, stop), own[slot])] if slot in own else []
+    return in_turn(
+        groups, [Single(slice(start, stop), own[slot]) for slot, start, stop in groups.groups if slot in own]
+    )
+
+
+def in_turn(groups: Groups, each: list[Product]) -> list[Product]:
+    """Products for groups, one after the other."""
+    return each if groups.order is None or not each else [Sorted(groups.order, each)]
 
 
 def _runs(marks: Sequence[bool]) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ from granite_switch.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 8 << 20
-_ALIGNED = 64  # bytes: loaders map weights where they stand, and products read whole cache lines
+_ALIGNED = 4096  # bytes: loaders map weights where they stand, and rows that lie across two pages are read slower
 
 # bits of one element: some types pack two to a byte
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
@@ -163,7 +163,7 @@ def _tensor(path: Path, data: int, name: str, record: Mapping[str, Any]) -> Tens
 def write(
     path: Path, entries: Iterable[Entry], on_bytes: Any = None, metadata: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Write a safetensors file. The same entries give the same bytes; the first begins on a cache line.
+    """Write a safetensors file. The same entries give the same bytes; the first begins on a page.
 
     Args:
         path: the file; its data is on the disk when this returns.

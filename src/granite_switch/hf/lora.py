@@ -6,7 +6,7 @@ own forward, so accelerate's hooks bring offloaded ones in. `core.lora` is the d
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from granite_switch.batched import Groups, Stack, add, shelve
+from granite_switch.batched import Groups, Matrices, Product, Stack, in_turn, products, shelve
 from granite_switch.core.layout import AdapterTensor, Projection
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.hf.routing import Routing
@@ -68,7 +68,8 @@ class SwitchedLora(nn.Module):
                 self.updates.setdefault(slot, []).append(update)
         self.shelves = shelve({slot: tuple((u.output, u.rank) for u in of) for slot, of in self.updates.items()})
         self.packed: list[Stack] | None = None
-        self.views: dict[int, tuple[Tensor, list[tuple[slice, Tensor]]]] = {}  # of each slot in them
+        self.views: dict[int, Matrices] = {}  # of each slot in them
+        self.ready: tuple[Groups | None, list[Product]] = None, []  # of the latest step
 
     def reset_parameters(self) -> None:
         """A new adapter changes nothing: A as PEFT draws it (`LoraLayer.reset_lora_parameters`), B zero."""
@@ -96,10 +97,9 @@ class SwitchedLora(nn.Module):
             self._fixed(flat, flats, routing.slots.flatten())
         elif torch.is_grad_enabled():
             self._out_of_place(flat, flats, routing.groups)
-        elif (batches := routing.groups.batches(self.shelves, len(flat))) and (stacks := self.pack()):
-            add(flat, flats, stacks, batches)
         else:
-            self._in_place(flat, flats, routing.groups)
+            for product in self._products(routing.groups, flat.shape[0]):
+                product.add(flat, flats)
         return [y.view_as(shape) for y, shape in zip(flats, outputs, strict=True)]
 
     def pack(self) -> list[Stack] | None:
@@ -119,15 +119,33 @@ class SwitchedLora(nn.Module):
             self.packed = self._stacked()
             for stack, slots in zip(self.packed, self.shelves, strict=True):
                 for index, slot in enumerate(slots):
-                    a, parts = stack.a[index], [(columns, b[index]) for _, columns, b in stack.b]
-                    self.views[slot] = a, parts
-                    for update, (columns, b) in zip(self.updates[slot], parts, strict=True):
+                    a, updates = stack.a[index], self.updates[slot]
+                    parts = tuple((output, b[index]) for output, _, b in stack.b)
+                    self.views[slot] = Matrices(a, parts, tuple(update.scale for update in updates))
+                    for update, (_, columns, _), (_, b) in zip(updates, stack.b, parts, strict=True):
                         getattr(self, update.a).data = a[columns]
                         getattr(self, update.b).data = b.t()
+        self.ready = None, []
         return self.packed
 
+    def _products(self, groups: Groups, tokens: int) -> list[Product]:
+        """What a batch needs. Of a step of decoding it is kept for the next, which is mostly the same.
+
+        Packed, all A of an adapter take one product. For one adapter alone that rounds in another way than PEFT's one
+        for each, and saves time with few tokens only.
+        """
+        known, ready = self.ready
+        if known is groups and self.packed is not None and self._holds(self.packed):
+            return ready
+        few = tokens <= _STEP or groups.batches(self.shelves, tokens)
+        if not few or (stacks := self.pack()) is None:
+            return in_turn(groups, [_Unpacked(self, *of) for of in groups.groups if of.slot in self.updates])
+        ready = products(groups, self.shelves, stacks, self.views, tokens)
+        self.ready = groups, ready
+        return ready
+
     def _unpack(self) -> None:
-        self.packed, self.views = None, {}
+        self.packed, self.views, self.ready = None, {}, (None, [])
 
     def _holds(self, stacks: Sequence[Stack]) -> bool:
         """Whether the first parameter still stands in them, and was not moved or replaced since."""
@@ -143,7 +161,7 @@ class SwitchedLora(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None, "views": {}}  # a copy's parameters are no views of these
+        return {**self.__dict__, "packed": None, "views": {}, "ready": (None, [])}  # a copy has its own
 
     def _stacked(self) -> list[Stack]:
         """The stacks as copies, which inside a compiled graph are made anew in every step."""
@@ -170,7 +188,7 @@ class SwitchedLora(nn.Module):
             known = torch.arange(held[0], held[-1] + 1, device=x.device) if held == (*numbers,) else _table(held, slots)
             own = slots[:, None] == known  # [T, n]
             if self.exchange is not None or 4 * len(x) > len(held):  # 4: a gathered matrix is also written
-                hidden = self._hidden(x, stack.a.flatten(0, 1)).view(len(x), len(held), -1)
+                hidden = self.low_rank(x, stack.a.flatten(0, 1)).view(len(x), len(held), -1)
                 hidden = torch.where(own[:, :, None], hidden * stack.scales[:, 0], 0)
                 deltas = [hidden[:, :, columns].flatten(1) @ b.flatten(0, 1) for _, columns, b in stack.b]
             else:
@@ -181,56 +199,39 @@ class SwitchedLora(nn.Module):
             for (output, _, _), delta in zip(stack.b, deltas, strict=True):
                 outputs[output] = outputs[output] + delta.to(outputs[output].dtype)
 
-    def _in_place(self, x: Tensor, outputs: list[Tensor], groups: Groups) -> None:
-        """Add group by group, each a range of rows: of the batch itself or, where adapters are mixed, of it sorted."""
-        targets = dict(enumerate(outputs))
-        if groups.order is not None:
-            x = x.index_select(0, groups.order)
-            used = {update.output for slot, _, _ in groups.groups for update in self.updates.get(slot, ())}
-            targets = {index: outputs[index].new_zeros(len(x), outputs[index].shape[1]) for index in used}
-        packed = len(x) <= _STEP and self.pack() is not None
-        for slot, start, stop in groups.groups:
-            if slot not in self.updates:
-                continue
-            for update, hidden, b in self._factors(x[start:stop], slot, packed):
-                target = targets[update.output][start:stop]
-                if b.dtype == target.dtype:
-                    target.addmm_(hidden, b, alpha=update.scale)
-                else:
-                    target.add_((hidden @ b).to(target.dtype), alpha=update.scale)
-        if groups.order is not None:
-            for index, target in targets.items():
-                outputs[index].index_add_(0, groups.order, target)
-
-    def _factors(self, x: Tensor, slot: int, packed: bool) -> Iterator[tuple[_Update, Tensor, Tensor]]:
-        """Of each of an adapter's updates: A x [T, r] and B^T [r, out].
-
-        Packed, all A take one product. It rounds in another way than PEFT's one for each, and saves time in steps of
-        decoding alone.
-        """
-        if not packed:
-            for update in self.updates[slot]:
-                yield update, self._hidden(x, getattr(self, update.a)), getattr(self, update.b).t()
-            return
-        a, parts = self.views[slot]
-        hidden = self._hidden(x, a)
-        for update, (columns, b) in zip(self.updates[slot], parts, strict=True):
-            yield update, hidden[:, columns], b
-
     def _out_of_place(self, x: Tensor, outputs: list[Tensor], groups: Groups) -> None:
         """The same for autograd."""
         for slot, start, stop in groups.groups:
             rows = torch.arange(start, stop, device=x.device) if groups.order is None else groups.order[start:stop]
             for update in self.updates.get(slot, ()):
-                hidden = self._hidden(x[rows], getattr(self, update.a))
+                hidden = self.low_rank(x[rows], getattr(self, update.a))
                 y = outputs[update.output]
                 delta = F.linear(hidden, getattr(self, update.b)) * update.scale
                 outputs[update.output] = y.index_add(0, rows, delta.to(y.dtype))
 
-    def _hidden(self, x: Tensor, a: Tensor) -> Tensor:
+    def low_rank(self, x: Tensor, a: Tensor) -> Tensor:
         """x A^T, in A's dtype."""
         hidden = F.linear(x.to(a.dtype), a)
         return hidden if self.exchange is None else self.exchange(hidden)
+
+
+class _Unpacked:
+    """The products for a range of tokens that have one adapter, with its parameters as they are."""
+
+    def __init__(self, module: SwitchedLora, slot: int, start: int, stop: int) -> None:
+        self.module, self.updates, self.start, self.stop = module, module.updates[slot], start, stop
+        self.changed = frozenset(update.output for update in self.updates)
+
+    def add(self, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """As `Product.add`."""
+        x = x[self.start : self.stop]
+        for update in self.updates:
+            target, b = outputs[update.output][self.start : self.stop], getattr(self.module, update.b).t()
+            hidden = self.module.low_rank(x, getattr(self.module, update.a))
+            if b.dtype == target.dtype:
+                target.addmm_(hidden, b, alpha=update.scale)
+            else:
+                target.add_((hidden @ b).to(target.dtype), alpha=update.scale)
 
 
 def _table(values: Sequence[float], like: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class GraniteSwitchModel(GraniteSwitchPreTrainedModel, GraniteModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            routing=route(slots),
+            routing=route(slots, self.switch.grouped),
             **kwargs,
         )
 

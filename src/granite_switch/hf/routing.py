@@ -3,12 +3,13 @@
 `core.routing` is the definition; here it is a cumulative maximum on tensors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from granite_switch.batched import Groups, group
+from granite_switch.batched import Grouper, Groups, group
 from granite_switch.core.spec import SwitchSpec
 
 
@@ -26,6 +27,7 @@ class Switch(nn.Module):
     def __init__(self, spec: SwitchSpec, vocab_size: int) -> None:
         super().__init__()
         self.spec = spec
+        self.grouped = Grouper()
         for name, size in [
             ("adapter_token_ids", len(spec.adapters)),
             ("control_to_slot", vocab_size),
@@ -91,6 +93,8 @@ def slots_of(input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None)
         [B, S] int64.
     """
     switches = control_to_slot[input_ids]
+    if input_ids.shape[1] == 1:
+        return torch.where(switches >= 0, switches, 0 if initial is None else initial[:, None])
     positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
     latest = torch.where(switches >= 0, positions, 0).cummax(dim=1).values
     slots = switches.gather(1, (latest - 1).clamp(min=0))
@@ -98,6 +102,6 @@ def slots_of(input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None)
     return torch.where(latest > 0, slots, before)
 
 
-def route(slots: Tensor) -> Routing:
+def route(slots: Tensor, grouped: Callable[[Tensor], Groups] = group) -> Routing:
     """Group a batch's tokens by slot. One transfer to the host; none inside a compiled graph."""
-    return Routing(slots, None if torch.compiler.is_compiling() else group(slots.flatten()))
+    return Routing(slots, None if torch.compiler.is_compiling() else grouped(slots.flatten()))

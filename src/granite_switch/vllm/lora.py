@@ -7,12 +7,10 @@ that the batch uses, on unpadded weights. `core.lora` is the definition.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from vllm.config import LoRAConfig, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers import BaseLayerWithLoRA
@@ -20,7 +18,7 @@ from vllm.lora.utils import from_layer, replace_submodule
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from granite_switch.batched import Groups, Ranks, Stack, add, group, shelve
+from granite_switch.batched import Grouper, Groups, Matrices, Product, Ranks, Stack, products, shelve
 from granite_switch.core.layout import GRANITE, AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 
@@ -153,14 +151,6 @@ class TritonRouter(Router):
         lora_expand(hidden, b, y, *metadata, self.nobody, self.groups, offset_start=0, add_inputs=add_inputs)
 
 
-@dataclass(frozen=True)
-class _Update:
-    """One adapter's update of one (packed) linear."""
-
-    a: Tensor  # [sum of ranks, in]: of every projection in the linear
-    b: tuple[tuple[slice, slice, Tensor], ...]  # columns of y, columns of A x, B^T [r, out]
-
-
 class GroupedRouter(Router):
     """A product for each adapter that the batch uses, or one batched over several, on unpadded weights.
 
@@ -170,7 +160,7 @@ class GroupedRouter(Router):
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
         self.slots = torch.zeros(self.tokens, dtype=torch.int32)
-        self.groups = Groups()
+        self.groups, self.grouped = Groups(), Grouper()
         self.context = vllm_config.compilation_config.static_forward_context
         self.context["granite_switch.router"] = self
 
@@ -180,7 +170,7 @@ class GroupedRouter(Router):
             current.copy_(slots)
             torch.ops.vllm.granite_switch_route(current)
         else:
-            self.groups = group(slots)
+            self.groups = self.grouped(slots)
 
     def attach(self, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str) -> None:
         name = f"granite_switch.{name}"
@@ -206,14 +196,14 @@ class _GroupedLinear:
         }
         self.shelves = shelve(pairs)
         self.stacks = [_stack(padded, slots, pairs[slots[0]]) for slots in self.shelves]
-        self.updates = {
-            slot: _Update(
-                stack.a[index],
-                tuple((self.columns[part], columns, b[index]) for part, columns, b in stack.b),
+        self.matrices = {
+            slot: Matrices(
+                stack.a[index], tuple((part, b[index]) for part, _, b in stack.b), tuple(1.0 for _ in stack.b)
             )
             for stack, slots in zip(self.stacks, self.shelves, strict=True)
             for index, slot in enumerate(slots)
         }
+        self.ready: tuple[Groups | None, list[Product]] = None, []  # of the latest batch
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *_: object, **__: object) -> None:
         """y [T, out] += B (A x [T, in]), in place."""
@@ -224,21 +214,12 @@ class _GroupedLinear:
 
     def add(self, y: Tensor, x: Tensor) -> None:
         groups = self.router.groups
-        if batches := groups.batches(self.shelves, len(x)):
-            add(x, [y[:, columns] for columns in self.columns], self.stacks, batches)
-        elif groups.order is None:
-            self._add(y, x, groups)
-        elif any(slot in self.updates for slot, _, _ in groups.groups):
-            delta = y.new_zeros(len(groups.order), y.shape[1])
-            self._add(delta, x[groups.order], groups)
-            y.index_add_(0, groups.order, delta)
-
-    def _add(self, y: Tensor, x: Tensor, groups: Groups) -> None:
-        for slot, start, stop in groups.groups:
-            if update := self.updates.get(slot):
-                hidden, target = F.linear(x[start:stop], update.a), y[start:stop]
-                for columns, ranks, b in update.b:
-                    target[:, columns].addmm_(hidden[:, ranks], b)
+        if self.ready[0] is not groups:
+            self.ready = groups, products(groups, self.shelves, self.stacks, self.matrices, len(x))
+        if self.ready[1]:
+            outputs = [y[:, columns] for columns in self.columns] if len(self.columns) > 1 else [y]
+            for product in self.ready[1]:
+                product.add(x, outputs)
 
 
 def _stack(padded: Sequence[tuple[Tensor, Tensor]], slots: Sequence[int], ranks: Ranks) -> Stack:
@@ -253,7 +234,7 @@ def _stack(padded: Sequence[tuple[Tensor, Tensor]], slots: Sequence[int], ranks:
 
 def _route(slots: Tensor) -> None:
     router = get_forward_context().no_compile_layers["granite_switch.router"]
-    router.groups = group(slots)
+    router.groups = router.grouped(slots)
 
 
 def _add(y: Tensor, x: Tensor, slots: Tensor, name: str) -> None:
