@@ -26,6 +26,7 @@ def test_copies_are_exact(tmp_path_factory: pytest.TempPathFactory, kinds: list)
     save_file(tensors, folder / "a.safetensors")
     header, _ = read_header(folder / "a.safetensors")
     write(folder / "b.safetensors", [copy_of(tensor) for tensor in header.values()])
+    assert (folder / "b.safetensors").stat().st_size % 4096 == sum(t.nbytes for t in header.values()) % 4096  # a page
     back = load_file(folder / "b.safetensors")
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():

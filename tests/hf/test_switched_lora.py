@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from granite_switch.batched import Grouper
 from granite_switch.core.layout import PROJECTIONS
 from granite_switch.core.lora import Pair, switched_linear
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
@@ -16,6 +17,7 @@ from granite_switch.hf.lora import SwitchedLora
 from granite_switch.hf.routing import Routing, route
 
 ROWS = [PROJECTIONS[name] for name in ("q_proj", "k_proj", "v_proj")]
+GROUPED = Grouper()  # as in a model: the same slots again get the same groups, and what modules made ready for them
 SHAPES = {"q_proj": (24, 16), "k_proj": (8, 16), "v_proj": (8, 16)}
 
 
@@ -56,7 +58,7 @@ def run(
     module: SwitchedLora, x: torch.Tensor, slots: torch.Tensor, routing: Routing | None = None
 ) -> list[torch.Tensor]:
     zeros = [x.new_zeros(*x.shape[:2], SHAPES[row.name][0]) for row in ROWS]
-    return module(x, zeros, routing or route(slots))
+    return module(x, zeros, routing or route(slots, GROUPED))
 
 
 def assert_right(module: SwitchedLora, x: torch.Tensor, slots: torch.Tensor, **how) -> None:
@@ -167,3 +169,11 @@ def test_gradients_with_fixed_shapes(packed):
     sum(y.square().sum() for y in run(module, x, slots)).backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_alike_share_their_groups():
+    grouped, slots = Grouper(), torch.tensor([2, 0, 1])
+    first = grouped(slots)
+    assert grouped(slots.clone()) is first
+    assert grouped(torch.tensor([2, 0, 2])).groups != first.groups
+    assert grouped(slots[:2]).groups == ((2, 0, 1),)

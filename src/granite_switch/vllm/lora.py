@@ -1,13 +1,15 @@
-"""The adapters' low-rank updates behind vLLM's own LoRA layers, with the slots worked out in the forward pass.
+"""The adapters' low-rank updates by vLLM's own LoRA layers, with the slots worked out in the forward pass.
 
-vLLM's layer classes wrap the linears: they slice for tensor parallelism, keep quantised products and add before the
-all-reduce. They call `add_lora_linear` of an object they are given; that object is ours. On GPUs it feeds vLLM's
-Triton kernels with metadata of fixed shape, so that CUDA graphs can hold it; on CPU it is a product for each adapter
-that the batch uses, on unpadded weights. `core.lora` is the definition.
+vLLM's layer classes slice A and B for tensor parallelism. On GPUs they wrap the linears and call `add_lora_linear` of
+an object they are given; ours feeds vLLM's Triton kernels with metadata of fixed shape, which CUDA graphs can hold. On
+CPU, where each call counts, the linear stays and adds to what its product gives: a product for each adapter that the
+batch uses, or one batched over several, on unpadded weights. Either way a quantised base keeps its products, and what
+is added comes before the all-reduce. `core.lora` is the definition.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +70,7 @@ def wrap_linears(
                 linear.set_lora(index, a, b)
             elif a[0] is not None:
                 linear.set_lora(index, a[0], b[0])
-        replace_submodule(model, name, linear)
-        router.attach(linear, ranks, name)
+        router.attach(model, name, linear, ranks)
 
 
 class Router:
@@ -89,8 +90,8 @@ class Router:
         """Work out, once in a forward pass, what the layers need of the slots, [T] int32."""
         raise NotImplementedError
 
-    def attach(self, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str) -> None:
-        """Give a LoRA layer the object whose `add_lora_linear` it calls."""
+    def attach(self, model: nn.Module, name: str, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]]) -> None:
+        """Let the model's linear of that name add what its LoRA layer holds; ranks: of each adapter, in each slice."""
         raise NotImplementedError
 
 
@@ -119,7 +120,8 @@ class TritonRouter(Router):
         self.counts.copy_(counts)
         self.starts[1:].copy_(counts.cumsum(0))
 
-    def attach(self, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str) -> None:
+    def attach(self, model: nn.Module, name: str, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]]) -> None:
+        replace_submodule(model, name, linear)
         linear.set_mapping(self)
 
     def add_lora_linear(
@@ -172,20 +174,19 @@ class GroupedRouter(Router):
         else:
             self.groups = self.grouped(slots)
 
-    def attach(self, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str) -> None:
+    def attach(self, model: nn.Module, name: str, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]]) -> None:
+        base = model.get_submodule(name)
         name = f"granite_switch.{name}"
-        self.context[name] = grouped = _GroupedLinear(self, linear, ranks, name)
-        linear.lora_a_stacked = linear.lora_b_stacked = ()
-        linear.set_mapping(grouped)
+        self.context[name] = base.quant_method = _GroupedLinear(self, base.quant_method, linear, ranks, name)
 
 
 class _GroupedLinear:
-    """One linear's adapters, taken out of the padded stacks of a LoRA layer."""
+    """The method by which a linear computes, and its adapters, taken out of the padded stacks of a LoRA layer."""
 
     def __init__(
-        self, router: GroupedRouter, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str
+        self, router: GroupedRouter, method: Any, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str
     ) -> None:
-        self.router, self.name = router, name
+        self.router, self.method, self.name = router, method, name
         padded = list(zip(linear.lora_a_stacked, linear.lora_b_stacked, strict=True))
         starts = accumulate((b.shape[2] for _, b in padded), initial=0)
         self.columns = [slice(start, start + b.shape[2]) for (_, b), start in zip(padded, starts, strict=False)]
@@ -205,14 +206,17 @@ class _GroupedLinear:
         }
         self.ready: tuple[Groups | None, list[Product]] = None, []  # of the latest batch
 
-    def add_lora_linear(self, y: Tensor, x: Tensor, *_: object, **__: object) -> None:
-        """y [T, out] += B (A x [T, in]), in place."""
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] to y [T, out], as `LinearMethodBase.apply`, with the updates."""
+        y = self.method.apply(layer, x, bias)
         if torch.compiler.is_compiling():
             torch.ops.vllm.granite_switch_add(y, x, self.router.slots[: x.size(0)], self.name)
         else:
             self.add(y, x)
+        return y
 
     def add(self, y: Tensor, x: Tensor) -> None:
+        """y [T, out] += B (A x [T, in]), in place."""
         groups = self.router.groups
         if self.ready[0] is not groups:
             self.ready = groups, products(groups, self.shelves, self.stacks, self.matrices, len(x))

@@ -52,14 +52,20 @@ class Switch(nn.Module):
         substitutes = torch.arange(vocab_size)
         for token, slot in spec.control_slots.items():
             slots[token], substitutes[token] = slot, spec.substitutes[token]
-        query = torch.zeros(head_size)
+        query, plain = torch.zeros(2, head_size)
         query[:POSITION_DIGITS] = 2.0 ** (BITS * torch.arange(POSITION_DIGITS) - _SHIFT)
         query[POSITION_DIGITS] = -8.0  # where any other token's key is 1: a weight of e^-512
-        device = torch.get_default_device()
-        self.register_buffer("slot_of_token", slots.to(device), persistent=False)
-        self.register_buffer("substitute", substitutes.to(device), persistent=False)
-        self.register_buffer("query", query.to(device, torch.get_default_dtype()), persistent=False)
-        self.register_buffer("digits", BITS * torch.arange(POSITION_DIGITS, device=device), persistent=False)
+        plain[POSITION_DIGITS] = 1.0
+        digits = torch.full((head_size,), 63)  # shifts everything out
+        digits[:POSITION_DIGITS] = BITS * torch.arange(POSITION_DIGITS)
+        values = torch.zeros(self.adapters + 2, head_size)  # of each slot, and of tokens that switch to none
+        values[:-1, :SLOT_DIGITS] = _digits(torch.arange(self.adapters + 1), digits[:SLOT_DIGITS]).float()
+        device, dtype = torch.get_default_device(), torch.get_default_dtype()
+        for name, table in [("query", query), ("plain", plain), ("values", values)]:
+            self.register_buffer(name, table.to(device, dtype), persistent=False)
+        for name, table in [("slot_of_token", slots), ("substitute", substitutes), ("digits", digits)]:
+            self.register_buffer(name, table.to(device), persistent=False)
+        self.register_buffer("slot_digits", digits[:SLOT_DIGITS].to(device, torch.int32), persistent=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """The slot of each token.
@@ -72,14 +78,11 @@ class Switch(nn.Module):
             [T] int32. Arbitrary but in range where attention has no metadata (vLLM's warm-up).
         """
         slots = self.slot_of_token[input_ids]
-        control = slots >= 0
-        key, value = (self.query.new_zeros(input_ids.size(0), self.query.size(0)) for _ in range(2))
-        key[:, :POSITION_DIGITS] = _digits(positions, self.digits) * control[:, None]
-        key[:, POSITION_DIGITS] = (~control).to(key.dtype)
-        value[:, :SLOT_DIGITS] = _digits(slots, self.digits[:SLOT_DIGITS]) * control[:, None]
+        written = _digits(positions, self.digits).to(self.query.dtype)
+        key = torch.where((slots >= 0)[:, None], written, self.plain)
         query = self.query.expand(input_ids.size(0), -1).contiguous()
-        found = self.attn(query, key, value)[:, :SLOT_DIGITS].round().to(torch.int32)
-        return (found << self.digits[:SLOT_DIGITS].to(torch.int32)).sum(1, dtype=torch.int32).clamp(0, self.adapters)
+        found = self.attn(query, key, self.values[slots])[:, :SLOT_DIGITS].round().to(torch.int32)
+        return (found << self.slot_digits).sum(1, dtype=torch.int32).clamp(0, self.adapters)
 
 
 def _digits(numbers: Tensor, shifts: Tensor) -> Tensor:
