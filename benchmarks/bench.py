@@ -481,7 +481,8 @@ def main() -> None:
     found = earlier | {
         "date": f"{when:%Y-%m-%d %H:%M} UTC",
         "command": " ".join(["python", "benchmarks/bench.py", *_without_only(sys.argv[1:])]),
-        "machine": {"processor": _processor(), "system": platform.platform(), "threads": options.threads},
+        "machine": {"processor": _processor(), "system": platform.platform(), "threads": options.threads}
+        | {"features": _features()},
         "device": options.device,
         "size": {"name": size, **SIZES[size]},
         "versions": {},
@@ -536,6 +537,13 @@ def _without_only(arguments: list[str]) -> list[str]:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _features() -> list[str]:
+    """What of the processor decides how fast products are."""
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    words = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return [feature for feature in wanted if feature in words]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/page.py
 
 The page's text is written by hand; what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is made here,
-from the newest benchmarks/results/DATE-NAME.json, NAME being full, quick, wide, growth or cuda. Each part names its
-file and the command behind it.
+from the newest benchmarks/results/DATE-NAME.json, NAME being full, quick, bfloat16, wide, growth, loading or cuda. Each
+part names its file and the command behind it.
 """
 
 import json
@@ -215,7 +215,9 @@ def cuda_part(result: Result) -> str:
 def machine_part(result: Result) -> str:
     data = result.data
     size = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in data["size"].items() if key != "name")
-    lines = [f"{data['date']}; {data['machine']['processor']}, {data['machine']['threads']} threads.", f"Base: {size}."]
+    machine = data["machine"]
+    processor = ", ".join([machine["processor"], *machine.get("features", [])])
+    lines = [f"{data['date']}; {processor}; {machine['threads']} threads.", f"Base: {size}."]
     for who, versions in data["versions"].items():
         found = ", ".join(f"{name} {version}" for name, version in versions.items())
         lines.append(f"{'Older project' if who == 'older' else 'Everyone else'}: {found}.")
@@ -388,6 +390,7 @@ def main() -> None:
     page = PAGE.read_text()
     cpu, cuda = newest("full", "quick"), newest("cuda")
     wide, growth, loading = newest("wide"), newest("full", "growth"), newest("loading", "full", "quick")
+    bfloat16 = newest("bfloat16")
     if cpu:
         parts = {"machine": machine_part, "targets": targets_part, "measured": measured_part}
         if any(case["task"] == "flow" for case in cpu.cases.values()):
@@ -400,6 +403,8 @@ def main() -> None:
             draw_ratios(cpu)
     if loading:
         page = fill(page, "loading", loading_part(loading))
+    if bfloat16:
+        page = fill(page, "bfloat16", machine_part(bfloat16) + "\n\n" + measured_part(bfloat16))
     if wide:
         page = fill(page, "wide", "\n\n".join(part(wide) for part in (machine_part, targets_part, measured_part)))
     if growth:

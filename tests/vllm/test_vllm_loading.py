@@ -121,7 +121,7 @@ def test_a_load_without_weights_has_adapters_to_run(composed: Path) -> None:
         linear = runner_of(llm).model.model.layers[0].mlp.down_proj
         adapters = runner_of(llm).model.spec.adapters
         acting = {slot for slot, adapter in enumerate(adapters, 1) if adapter.rank_of("down_proj", 0)}
-        assert set(linear.punica_wrapper.updates) == acting != set()
+        assert set(linear.quant_method.matrices) == acting != set()
         assert len(greedy(llm, prompts_for(composed))[0].token_ids) == 10
 
 
@@ -136,10 +136,10 @@ def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tm
         plain = greedy(llm, prompts[:1])[0].token_ids
     with running(tmp_path / "model", dtype="bfloat16") as llm:
         linear = runner_of(llm).model.model.layers[0].mlp.down_proj
-        assert type(linear.base_layer.scheme).__name__ == "CompressedTensorsW8A8Int8"
-        weight = linear.base_layer.weight
+        assert type(linear.scheme).__name__ == "CompressedTensorsW8A8Int8"
+        weight = linear.weight
         assert weight is None or weight.dtype == torch.int8  # None: some processors' kernels repack it
-        assert linear.punica_wrapper.updates[1].a.dtype == torch.bfloat16
+        assert linear.quant_method.matrices[1].a.dtype == torch.bfloat16
         found = greedy(llm, prompts, logprobs=5)
     assert found[0].token_ids == plain
 
