@@ -7,7 +7,7 @@
 `throughput`: prefill and decode, as a ratio to the base's tokens a second in the same round (median [lowest-highest]).
 `prefix`: a conversation of about 2,000 tokens that five adapters check in turn: prompt tokens taken from the cache,
 counted by vLLM, and time to first token. vLLM's own LoRA gets the same five as plain LoRA: it does not load aLoRA.
-Results go to benchmarks/results/DATE-vllm-COMMAND.json; `plot` draws the newest of `prefix`'s.
+Results go to benchmarks/results/DATE-vllm-COMMAND-SIZE.json; `plot` draws the newest of `prefix`'s.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch.compile; vLLM's own LoRA on CPU runs without it")
     options = parser.parse_args()
     if options.command == "plot":
-        plot(json.loads(max(RESULTS.glob("*-vllm-prefix.json")).read_text())["result"])
+        plot(json.loads(max(RESULTS.glob("*-vllm-prefix*.json")).read_text())["result"])
         return
     folder = models(options.folder / options.size, options.size)
     result = {"throughput": throughput, "prefix": prefix}[options.command](folder, options)
@@ -59,7 +59,7 @@ def main() -> None:
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
     report = {"date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "command": sys.argv, **versions}
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-vllm-{options.command}.json"
+    path = RESULTS / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-vllm-{options.command}-{options.size}.json"
     path.write_text(json.dumps(report | {"size": options.size, "dtype": options.dtype, "result": result}, indent=1))
     print(path)
 
