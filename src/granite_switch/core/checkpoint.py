@@ -24,7 +24,7 @@ from granite_switch.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 8 << 20
-_ALIGNED = 4096  # bytes: loaders map weights where they stand, and rows that lie across two pages are read slower
+PAGE = 4096  # bytes: loaders map weights where they stand, and rows that lie across two pages are read slower
 
 # bits of one element: some types pack two to a byte
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
@@ -161,15 +161,21 @@ def _tensor(path: Path, data: int, name: str, record: Mapping[str, Any]) -> Tens
 
 
 def write(
-    path: Path, entries: Iterable[Entry], on_bytes: Any = None, metadata: Mapping[str, str] = MappingProxyType({})
+    path: Path,
+    entries: Iterable[Entry],
+    on_bytes: Any = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    *,
+    aligned: int = PAGE,
 ) -> None:
-    """Write a safetensors file. The same entries give the same bytes; the first begins on a page.
+    """Write a safetensors file. The same entries give the same bytes.
 
     Args:
         path: the file; its data is on the disk when this returns.
         entries: what to write, in this order.
         on_bytes: called with the number of bytes after each piece, for progress.
         metadata: for the header. Some quantisers cannot read their tensors without theirs.
+        aligned: data begins at a multiple of so many bytes; 8 is what the safetensors library does.
     """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted(metadata.items()))}}
@@ -179,7 +185,7 @@ def write(
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNED)
+    text += b" " * (-(len(text) + 8) % aligned)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
