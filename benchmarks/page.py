@@ -146,7 +146,7 @@ def _bootstrap(values: Sequence[float]) -> Ratio:
     return ratios(values, [1.0] * len(values))
 
 
-def measured_part(result: Result) -> str:
+def measured_part(result: Result, only: str = "main") -> str:
     """Times and ratios of everyone, a table for each dtype."""
     parts = []
     for dtype in ("float32", "bfloat16"):
@@ -159,7 +159,7 @@ def measured_part(result: Result) -> str:
             rows = [[PLAIN + ", ms"] + [f"{result.median(case, PLAIN) * 1e3:.1f}" for case in columns]]
             rows += [[n] + [shown(result.ratio(case, n)) for case in columns] for n in names if n != PLAIN]
             parts.append(f"{task.capitalize()}, {dtype}\n\n" + table(["", *columns.values()], rows))
-    return "\n\n".join(parts) + "\n" + result.source("main")
+    return "\n\n".join(parts) + "\n" + result.source(only)
 
 
 def flow_part(result: Result) -> str:
@@ -321,7 +321,7 @@ def growth_part(result: Result) -> str:
             found = {label: result.ratio(case, name) for w, label, case, name in points if w == who}
             rows.append([who, *(shown(found.get(label)) for label in columns)])
         parts.append(table((title, *columns), rows))
-    return "\n\n".join(parts) + "\n" + result.source("(adapters|rank|context|batch)/")
+    return "\n\n".join(parts) + "\n" + result.source("(adapters/decode|rank/.*/decode/8|context|batch)")
 
 
 def draw_growth(result: Result) -> None:
@@ -404,7 +404,7 @@ def main() -> None:
     if loading:
         page = fill(page, "loading", loading_part(loading))
     if bfloat16:
-        page = fill(page, "bfloat16", machine_part(bfloat16) + "\n\n" + measured_part(bfloat16))
+        page = fill(page, "bfloat16", machine_part(bfloat16) + "\n\n" + measured_part(bfloat16, "main/.*bfloat16"))
     if wide:
         page = fill(page, "wide", "\n\n".join(part(wide) for part in (machine_part, targets_part, measured_part)))
     if growth:

@@ -66,6 +66,14 @@ class Product(Protocol):
         """outputs [T, out] += B (A x [T, in]), in place."""
 
 
+def add_product(target: Tensor, hidden: Tensor, b: Tensor, scale: float) -> None:
+    """target [T, out] += scale * hidden [T, r] b [r, out], in place; hidden and b are of one dtype."""
+    if target.dtype == b.dtype:
+        target.addmm_(hidden, b, alpha=scale)
+    else:
+        target.add_((hidden @ b).to(target.dtype), alpha=scale)
+
+
 class Single:
     """The product for tokens that have one adapter: a range of the batch, or all of it."""
 
@@ -81,11 +89,7 @@ class Single:
         hidden = F.linear(x if x.dtype == self.a.dtype else x.to(self.a.dtype), self.a)
         parts = hidden.split_with_sizes(self.ranks, 1) if len(self.ranks) > 1 else (hidden,)
         for part, (output, b), scale in zip(parts, self.b, self.scales, strict=True):
-            target = outputs[output] if self.rows is None else outputs[output][self.rows]
-            if target.dtype == b.dtype:
-                target.addmm_(part, b, alpha=scale)
-            else:
-                target.add_((part @ b).to(target.dtype), alpha=scale)
+            add_product(outputs[output] if self.rows is None else outputs[output][self.rows], part, b, scale)
 
 
 class Several:

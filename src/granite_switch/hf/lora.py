@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from granite_switch.batched import Groups, Matrices, Product, Stack, in_turn, products, shelve
+from granite_switch.batched import Groups, Matrices, Product, Stack, add_product, in_turn, products, shelve
 from granite_switch.core.layout import AdapterTensor, Projection
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.hf.routing import Routing
@@ -227,11 +227,7 @@ class _Unpacked:
         x = x[self.start : self.stop]
         for update in self.updates:
             target, b = outputs[update.output][self.start : self.stop], getattr(self.module, update.b).t()
-            hidden = self.module.low_rank(x, getattr(self.module, update.a))
-            if b.dtype == target.dtype:
-                target.addmm_(hidden, b, alpha=update.scale)
-            else:
-                target.add_((hidden @ b).to(target.dtype), alpha=update.scale)
+            add_product(target, self.module.low_rank(x, getattr(self.module, update.a)), b, update.scale)
 
 
 def _table(values: Sequence[float], like: Tensor) -> Tensor:
