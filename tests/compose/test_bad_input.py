@@ -160,8 +160,15 @@ def test_sources_that_hold_nothing(base: Path, adapter: Path, tmp_path: Path) ->
 
 def test_bases_that_cannot_carry_adapters(base: Path, adapter: Path, composed: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(base, tmp_path / "bad"))
-    edit_json(bad / "config.json", model_type="llama")
-    refused(bad, [adapter], tmp_path, "'llama'", "Granite base")
+    edit_json(bad / "config.json", model_type=None)
+    refused(bad, [adapter], tmp_path, "model_type")
+    edit_json(bad / "config.json", model_type="t5", is_encoder_decoder=True)
+    refused(bad, [adapter], tmp_path, "encoder-decoder")
+    edit_json(bad / "config.json", is_encoder_decoder=None, architectures=["BertForMaskedLM"])
+    refused(bad, [adapter], tmp_path, "BertForMaskedLM", "ForCausalLM")
+    edit_json(bad / "config.json", architectures=["GraniteForCausalLM"], tie_word_embeddings=False)
+    refused(bad, [adapter], tmp_path, "lm_head.weight", "tie_word_embeddings")
+    edit_json(bad / "config.json", tie_word_embeddings=True)
     refused(composed, [adapter], tmp_path, "composed already", "add")
     refused(tmp_path / "nowhere", [adapter], tmp_path, "nowhere")
     edit_json(bad / "config.json", model_type="granite")
@@ -169,6 +176,14 @@ def test_bases_that_cannot_carry_adapters(base: Path, adapter: Path, composed: P
     refused(bad, [adapter], tmp_path, "tokenizer.json", "save_pretrained")
     (bad / "config.json").unlink()
     refused(bad, [adapter], tmp_path, "config.json")
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.", "norm", "embed_tokens"])
+def test_a_base_that_lacks_what_its_config_implies(lost: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(base, tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if lost not in k}, bad / "model.safetensors", {"format": "pt"})
+    refused(bad, [adapter], tmp_path, "bad", lost.strip(".") if lost != "embed_tokens" else "embedding")
 
 
 def test_a_base_with_damaged_or_missing_shards(adapter: Path, tmp_path: Path) -> None:

@@ -44,9 +44,8 @@ def test_an_adapter_stays_an_adapter(adapters: Path, composed: Path) -> None:
         theirs = load_file(adapters / spec.name / "adapter_model.safetensors")
         assert len(ours) == len(theirs)
         for name, tensor in theirs.items():
-            _, _, _, _, layer, block, projection, matrix, _ = name.split(".")
-            key = next(k for k in ours if f".{layer}.{block}." in k and k.endswith(f"-{projection}-{matrix[-1]}"))
-            assert torch.equal(ours[key], tensor)
+            linear, _, matrix = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+            assert torch.equal(ours[f"{linear}_lora.{spec.name}-{matrix}"], tensor)
 
 
 def test_control_rows_copy_their_substitutes(composed: Path) -> None:
@@ -123,8 +122,8 @@ def test_config_and_index(composed: Path) -> None:
     spec = spec_of(composed)
     assert [a.technology for a in spec.adapters] == ["alora", "lora", "alora", "lora", "alora"]
     rewrite = spec.adapter("query_rewrite")
-    assert rewrite.rank_pattern == {"q_proj": (5, 3)}
-    assert rewrite.alpha_pattern == {"v_proj": (6, 6)}
+    assert rewrite.rank_pattern == {"model.layers.0.self_attn.q_proj": 5}
+    assert rewrite.alpha_pattern == {f"model.layers.{i}.self_attn.v_proj": 6 for i in (0, 1)}
     assert rewrite.invocation_text == "<rewrite>"
     index = json.loads((composed / "adapter_index.json").read_text())
     assert index["model_info"] == {"num_adapters": 5, "base_model": "base"}

@@ -4,18 +4,22 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from granite_switch.core.layout import AdapterTensor, parse_key
+from granite_switch.core.layout import AdapterTensor, fold, parse_key, unfold
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.errors import CheckpointError
 
+Q = "model.layers.{}.self_attn.q_proj"
+
 
 def _adapter(name: str, token: int, **more) -> AdapterSpec:
-    return AdapterSpec(name, "lora", f"<|{name}|>", token, 2, 8, 16.0, ("q_proj",), **more)
+    return AdapterSpec(name, "lora", f"<|{name}|>", token, 2, 8, 16.0, (Q.format(0), Q.format(1)), **more)
 
 
 SPEC = SwitchSpec(
-    (_adapter("a", 11, rank_pattern={"q_proj": (8, 0)}), _adapter("b", 12, retired=True), _adapter("c.d", 13)),
+    (_adapter("a", 11, rank_pattern={Q.format(1): 4}), _adapter("b", 12, retired=True), _adapter("c.d", 13)),
     base_token="<|return_to_base|>",
     base_token_id=10,
     base_substitute_token_id=2,
@@ -37,14 +41,32 @@ def test_slots_and_substitutes() -> None:
 
 def test_patterns() -> None:
     adapter = SPEC.adapters[0]
-    assert [adapter.rank_of("q_proj", layer) for layer in (0, 1)] == [8, 0]
-    assert adapter.rank_of("k_proj", 0) == 0
-    assert adapter.scale_of("q_proj", 0) == 2.0
+    assert adapter.ranks == {Q.format(0): 8, Q.format(1): 4}
+    assert adapter.modules == ("q_proj",)
+    assert (adapter.scale_of(Q.format(0)), adapter.scale_of(Q.format(1))) == (2.0, 4.0)
+    assert SPEC.to_dict()["adapters"][0]["targets"] == ["model.layers.[0-1].self_attn.q_proj"]
+
+
+@given(st.dictionaries(st.tuples(st.integers(0, 99), st.sampled_from("abc")), st.integers(1, 3)), st.booleans())
+def test_paths_fold_and_unfold(values: dict, deep: bool) -> None:
+    tail = ".0.w" if deep else ".w"
+    paths = {f"model.layers.{i}.{name}{tail}": value for (i, name), value in values.items()} | {"model.single": 9}
+    folded = fold(paths)
+    assert unfold(folded) == paths
+    assert len(folded) <= 1 + 9
+
+
+@pytest.mark.parametrize("targets", [["model.layers.[x].q"], ["model.layers.[0-99999999].q"], [3], "q_proj"])
+def test_targets_that_cannot_be_read(targets: object) -> None:
+    data = SPEC.to_dict()
+    data["adapters"][0]["targets"] = targets
+    with pytest.raises(CheckpointError):
+        SwitchSpec.from_dict(data)
 
 
 @pytest.mark.parametrize("name", ["plain", "guardian-core", "v1.2", "a-b-c", "a%2Eb", "ünï"])
 def test_tensor_names_round_trip(name: str) -> None:
-    tensor = AdapterTensor(name, 17, "down_proj", "B")
+    tensor = AdapterTensor(name, "model.layers.17.mlp.down_proj", "B")
     assert parse_key(tensor.key) == tensor
     assert "." not in tensor.parameter
 

@@ -69,7 +69,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown key": (lambda m: edit_adapter(m, shape="round"), "unknown key(s) shape"),
     "vocab_size": (lambda m: edit_json(m / "config.json", vocab_size=500), "vocab_size 500"),
     "rank": (lambda m: edit_adapter(m, rank=3), "config.json says [3, "),
-    "targets": (lambda m: edit_adapter(m, target_modules=["o_proj"]), "is of no adapter in config.json"),
+    "targets": (
+        lambda m: edit_adapter(m, targets=["model.layers.[0-1].self_attn.o_proj"]),
+        "is of no adapter in config.json",
+    ),
     "another name": (lambda m: edit_adapter(m, name="quotes"), "adapter-quotes.safetensors: model.layers.0"),
     "token": (lambda m: edit_adapter(m, token="<|quotes|>"), "<|quotes|> is None; config.json says"),
     "two of one token": (lambda m: edit_adapter(m, token_id=413), "switches to two things"),
@@ -173,7 +176,7 @@ def test_inspect(composed: Path) -> None:
     assert [adapter.name for adapter in report.adapters] == sorted(adapter.name for adapter in report.adapters)
     one = report.adapters[0]
     assert (one.name, one.technology, one.rank, one.alpha) == ("answerability", "alora", 8, 16)
-    assert one.target_modules == ALL
+    assert set(one.target_modules) == set(ALL)
     assert one.invocation_text == ASSISTANT
     assert one.substitute == "<|start_of_role|>"
     assert one.nbytes == sum(t.nbytes for t in load_file(composed / "adapter-answerability.safetensors").values())
@@ -186,12 +189,13 @@ def test_inspect(composed: Path) -> None:
 
 def test_strengths_are_norms_of_the_products(composed: Path, tmp_path: Path) -> None:
     base, adapter = load_file(composed / SHARD), load_file(composed / "adapter-query_rewrite.safetensors")
-    name = "model.layers.0.self_attn.qkv_lora.query_rewrite-q_proj-{}"
+    name = "model.layers.0.self_attn.q_proj_lora.query_rewrite-{}"
     product = 16 / 5 * adapter[name.format("B")] @ adapter[name.format("A")]
     expected = np.linalg.norm(product) / np.linalg.norm(base["model.layers.0.self_attn.q_proj.weight"])
     found = strengths(composed)
-    assert found["query_rewrite"][0, 0] == pytest.approx(expected, rel=1e-5)
-    assert (found["citations"] > 0).sum() == 2 * 2
+    row = found.modules.index("self_attn.q_proj")
+    assert found.values["query_rewrite"][row, 0] == pytest.approx(expected, rel=1e-5)
+    assert (found.values["citations"] > 0).sum() == 2 * 2
     plot(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SwitchError, match=r"picture\.xyz"):

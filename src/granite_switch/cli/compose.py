@@ -101,14 +101,14 @@ def summary(plan: "Plan") -> Table:
             table.add_row(str(slot), spec.name, "removed", "", "", "", f"{spec.token} = {spec.token_id}", "")
             continue
         adapter = plan.adapters[spec.name]
-        ranks = sorted({r for pattern in spec.rank_pattern.values() for r in pattern if r} | {spec.rank})
+        ranks = sorted(set(spec.ranks.values()))
         where = repr(spec.invocation_text) if spec.technology == "alora" else "the first token"
         table.add_row(
             str(slot),
             spec.name,
             spec.technology,
             "-".join(str(r) for r in (ranks[0], ranks[-1])) if len(ranks) > 1 else str(ranks[0]),
-            " ".join(spec.target_modules).replace("_proj", ""),
+            " ".join(spec.modules).replace("_proj", ""),
             size(adapter.nbytes),
             f"{spec.token} = {spec.token_id}",
             where,

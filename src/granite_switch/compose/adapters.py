@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from granite_switch.compose.base import Base
 from granite_switch.compose.sources import PROVENANCE, Found
 from granite_switch.core.checkpoint import CHUNK, Tensor, read_header, read_json, sha256, to_float32
-from granite_switch.core.layout import PROJECTIONS, AdapterTensor, digest, shapes
+from granite_switch.core.layout import AdapterTensor, digest, natural
 from granite_switch.errors import AdapterError, CheckpointError
 
-_KEY = re.compile(r"base_model\.model\.(?:model\.)?(layers\.(\d+)\.(\w+)\.(\w+))\.lora_([AB])(?:\.default)?\.weight")
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _BITS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 
 # adapter_config.json: what changes the arithmetic beyond a pair of matrices, and why it cannot be composed
@@ -43,16 +44,16 @@ _REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter that fits the base, with its patterns resolved per layer."""
+    """A PEFT adapter that fits the base, with its patterns resolved for each linear."""
 
     name: str
     technology: str
     rank: int
     alpha: float
     use_rslora: bool
-    target_modules: tuple[str, ...]
-    rank_pattern: Mapping[str, tuple[int, ...]]
-    alpha_pattern: Mapping[str, tuple[float, ...]]
+    targets: tuple[str, ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
     invocation_tokens: tuple[int, ...]
     tensors: Mapping[AdapterTensor, Tensor]
     source: str
@@ -74,12 +75,12 @@ class Retired:
     substitute_token_id: int | None  # None: the base's own
 
 
-def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
+def read_adapter(found: Found, base: Base) -> Adapter:
     """Read and check an adapter folder.
 
     Args:
         found: the folder and the adapter's name.
-        base: the base's config.json.
+        base: the base model.
 
     Raises:
         AdapterError: with everything that is wrong, and what to do.
@@ -101,14 +102,13 @@ def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
         tensors = _tensors(weights, base)
     except CheckpointError as error:
         raise AdapterError(error.message, problems=error.problems, hint=error.hint) from None
-    layers = int(base["num_hidden_layers"])
-    ranks, problems = _ranks(tensors, config, layers)
+    ranks, problems = _ranks(tensors, config)
     if problems:
         raise AdapterError(f"{weights}: does not fit its adapter_config.json", problems=problems)
     _refuse_nonfinite(weights, tensors)
     rank, rank_pattern = _compact(ranks, int(config.get("r", 8)))
-    alpha, alpha_pattern = _alphas(ranks, config, layers)
-    invocation = _invocation(where, config, base)
+    alpha, alpha_pattern = _alphas(ranks, config)
+    invocation = _invocation(where, config, base.vocab_size)
     io_yaml = found.folder / "io.yaml"
     if io_yaml.is_file() and (problem := io_problem(io_yaml)):
         raise AdapterError(problem, hint="clients could not load it; add the keys (null will do), or remove the file")
@@ -120,7 +120,7 @@ def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
         rank=rank,
         alpha=alpha,
         use_rslora=bool(config.get("use_rslora")),
-        target_modules=tuple(ranks),
+        targets=tuple(ranks),
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         invocation_tokens=invocation,
@@ -132,11 +132,11 @@ def read_adapter(found: Found, base: Mapping[str, Any]) -> Adapter:
     )
 
 
-def read_retired(found: Found, base: Mapping[str, Any]) -> Retired:
+def read_retired(found: Found, base: Base) -> Retired:
     """Check a manifest's entry for a removed adapter."""
     check_name(found.name)
     token = found.substitute_token_id
-    if token is not None and not 0 <= token < base["vocab_size"]:
+    if token is not None and not 0 <= token < base.vocab_size:
         raise AdapterError(f"{found.name}: substitute_token_id {token} is not in the base's vocabulary")
     return Retired(found.name, token)
 
@@ -208,34 +208,33 @@ def _refuse_features(where: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _tensors(weights: Path, base: Mapping[str, Any]) -> dict[AdapterTensor, Tensor]:
-    """The adapter's matrices by place, all checked against the base's shapes."""
+def _tensors(weights: Path, base: Base) -> dict[AdapterTensor, Tensor]:
+    """The adapter's matrices by linear, all checked against the base's shapes."""
     header, _ = read_header(weights)
-    size, layers = shapes(base), int(base["num_hidden_layers"])
     result: dict[AdapterTensor, Tensor] = {}
     unknown, wrong = [], []
     for name, tensor in header.items():
         match = _KEY.fullmatch(name)
-        row = PROJECTIONS.get(match[4]) if match else None
-        if not match or not row or row.block != match[3]:
+        linear = _linear(match[1], base.linears) if match else None
+        if match and not linear and _elsewhere(match[1], base.linears):
+            wrong.append(f"{name}: the base has {base.layers} layers")
+            continue
+        if not match or not linear:
             unknown.append(f"{name} {list(tensor.shape)}")
             continue
-        layer, matrix = int(match[2]), match[5]
-        out, width = size[row.name]
-        if layer >= layers:
-            wrong.append(f"{name}: the base has {layers} layers")
-        elif len(tensor.shape) != 2 or tensor.shape[matrix == "A"] != (width if matrix == "A" else out):
+        matrix, (out, width) = match[2], base.linears[linear]
+        if len(tensor.shape) != 2 or tensor.shape[matrix == "A"] != (width if matrix == "A" else out):
             expected = f"[r, {width}]" if matrix == "A" else f"[{out}, r]"
             wrong.append(f"{name}: {list(tensor.shape)} where the base needs {expected}")
         elif tensor.dtype not in _BITS:
             wrong.append(f"{name}: dtype {tensor.dtype}; F32, F16 and BF16 can be composed")
         else:
-            result[AdapterTensor("", layer, row.name, matrix)] = tensor
+            result[AdapterTensor("", linear, matrix)] = tensor
     if unknown:
         raise AdapterError(
-            f"{weights}: tensors that no projection of this base takes",
+            f"{weights}: tensors that no linear of this base takes",
             problems=unknown,
-            hint=f"adapters can target {', '.join(PROJECTIONS)}",
+            hint=f"adapters can target {', '.join(dict.fromkeys(p.rpartition('.')[2] for p in base.linears))}",
         )
     if wrong:
         raise AdapterError(f"{weights}: made for another base model", problems=wrong)
@@ -244,29 +243,36 @@ def _tensors(weights: Path, base: Mapping[str, Any]) -> dict[AdapterTensor, Tens
     return result
 
 
-def _ranks(
-    tensors: Mapping[AdapterTensor, Tensor], config: Mapping[str, Any], layers: int
-) -> tuple[dict[str, list[int]], list[str]]:
-    """Rank of each projection in each layer, and where pairs or ranks do not agree."""
-    ranks: dict[str, list[int]] = {}
+def _linear(path: str, linears: Mapping[str, Any]) -> str | None:
+    """The base's linear of this path, or the only one whose path ends so; None if there is none."""
+    if path in linears:
+        return path
+    ends = [linear for linear in linears if linear.endswith(f".{path}")]
+    return ends[0] if len(ends) == 1 else None
+
+
+def _elsewhere(path: str, linears: Mapping[str, Any]) -> bool:
+    """Whether another layer has this linear."""
+    return any(_without_numbers(linear).endswith(_without_numbers(path)) for linear in linears)
+
+
+def _without_numbers(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", f".{path}")
+
+
+def _ranks(tensors: Mapping[AdapterTensor, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """Rank of each linear, in natural order, and where pairs or ranks do not agree."""
+    ranks: dict[str, int] = {}
     problems = []
-    for name, row in PROJECTIONS.items():
-        column = [0] * layers
-        for layer in range(layers):
-            a = tensors.get(AdapterTensor("", layer, name, "A"))
-            b = tensors.get(AdapterTensor("", layer, name, "B"))
-            if a is None and b is None:
-                continue
-            path = f"layers.{layer}.{row.path}"
-            if a is None or b is None:
-                problems.append(f"{path}: lora_{'A' if a is None else 'B'} is missing")
-                continue
-            column[layer] = a.shape[0]
-            expected = int(_pattern(config.get("rank_pattern"), f"model.{path}", config.get("r", 8)))
-            if not a.shape[0] == b.shape[1] == expected:
-                problems.append(f"{path}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, the config says {expected}")
-        if any(column):
-            ranks[name] = column
+    for linear in sorted({key.linear for key in tensors}, key=natural):
+        a, b = (tensors.get(AdapterTensor("", linear, matrix)) for matrix in "AB")
+        if a is None or b is None:
+            problems.append(f"{linear}: lora_{'A' if a is None else 'B'} is missing")
+            continue
+        expected = int(_pattern(config.get("rank_pattern"), linear, config.get("r", 8)))
+        if not a.shape[0] == b.shape[1] == expected:
+            problems.append(f"{linear}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, the config says {expected}")
+        ranks[linear] = a.shape[0]
     return ranks, problems
 
 
@@ -278,29 +284,20 @@ def _pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     return default
 
 
-def _compact(ranks: Mapping[str, list[int]], default: int) -> tuple[int, dict[str, tuple[int, ...]]]:
-    values = {rank for column in ranks.values() for rank in column if rank}
-    rank = default if default in values else max(values)
-    return rank, {name: tuple(column) for name, column in ranks.items() if set(column) != {rank}}
+def _compact(ranks: Mapping[str, int], default: int) -> tuple[int, dict[str, int]]:
+    rank = default if default in ranks.values() else max(ranks.values())
+    return rank, {linear: value for linear, value in ranks.items() if value != rank}
 
 
-def _alphas(
-    ranks: Mapping[str, list[int]], config: Mapping[str, Any], layers: int
-) -> tuple[float, dict[str, tuple[float, ...]]]:
+def _alphas(ranks: Mapping[str, int], config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
     default = config.get("lora_alpha", 8)
-    columns = {
-        name: tuple(
-            _pattern(config.get("alpha_pattern"), f"model.layers.{layer}.{PROJECTIONS[name].path}", default)
-            for layer in range(layers)
-        )
-        for name in ranks
-    }
-    return default, {name: column for name, column in columns.items() if set(column) != {default}}
+    alphas = {linear: _pattern(config.get("alpha_pattern"), linear, default) for linear in ranks}
+    return default, {linear: value for linear, value in alphas.items() if value != default}
 
 
-def _invocation(where: str, config: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[int, ...]:
+def _invocation(where: str, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     tokens = config.get("alora_invocation_tokens") or ()
-    bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < base["vocab_size"]]
+    bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < vocab_size]
     if bad:
         raise AdapterError(f"{where}: alora_invocation_tokens {bad} are not in the base's vocabulary")
     return tuple(tokens)

@@ -49,7 +49,7 @@ def model_card(model: SwitchSpec, adapters: Mapping[str, Adapter]) -> str:
             continue
         adapter = adapters[spec.name]
         parameters = sum(t.shape[0] * t.shape[1] for t in adapter.tensors.values())
-        targets = ", ".join(spec.target_modules)
+        targets = ", ".join(spec.modules)
         rows.append(
             f"| {slot} | `{spec.name}` | {spec.technology} | {spec.rank} | {targets} | {parameters:,} "
             f"| {spec.source} | `{spec.sha256[:16]}` |"

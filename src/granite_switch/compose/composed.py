@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from granite_switch.compose.adapters import Adapter, Retired
-from granite_switch.compose.plan import Base
+from granite_switch.compose.base import Base
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import io_config
 from granite_switch.core import legacy
 from granite_switch.core.chat import unwrap
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
-from granite_switch.core.layout import EMBEDDING, HEAD, AdapterTensor, adapter_file, parse_key, shapes
+from granite_switch.core.layout import AdapterTensor, adapter_file, decoder_config, parse_key, vocabulary
+from granite_switch.core.linears import linears
 from granite_switch.core.spec import MODEL_TYPE, AdapterSpec, SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError
@@ -28,6 +29,7 @@ class Composed:
     """A composed model, taken apart."""
 
     folder: Path
+    config: Mapping[str, Any]  # config.json
     base: Base  # without the control tokens' rows and tokens, its templates unwrapped
     slots: tuple[Adapter | Retired, ...]
     spec: SwitchSpec
@@ -58,12 +60,21 @@ def read_composed(folder: Path) -> Composed:
     first = min(spec.control_slots)
     base = Base(
         folder,
-        {key: value for key, value in config.items() if key != "switch"},
-        _base_checkpoint(checkpoint, first),
+        _base_config(config, spec),
+        _base_checkpoint(checkpoint, config, first),
         replace(without(tokenizer, first), templates=unwrapped(folder, tokenizer)),
     )
     slots = tuple(_slot(folder, adapter, checkpoint, spec) for adapter in spec.adapters)
-    return Composed(folder, base, slots, spec)
+    return Composed(folder, config, base, slots, spec)
+
+
+def _base_config(config: Mapping[str, Any], spec: SwitchSpec) -> dict[str, Any]:
+    """config.json as the base had it, with the rows before the first control token's as its vocabulary."""
+    base = {key: value for key, value in config.items() if key != "switch"}
+    base |= {"model_type": spec.base_model_type, "architectures": [spec.base_architecture]}
+    size = {"vocab_size": min(spec.control_slots)}
+    inner = decoder_config(base)
+    return base | (size if inner is base else {"text_config": {**inner, **size}})
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], SwitchSpec]:
@@ -81,10 +92,13 @@ def read_config(folder: Path) -> tuple[dict[str, Any], SwitchSpec]:
 def tensor_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
     """Where the tensors are not those that config.json says there are."""
     expected: dict[str, tuple[str, tuple[int, int]]] = {}
-    for adapter in spec.active:
-        for key, shape in adapter.tensors(config["num_hidden_layers"], shapes(config)).items():
-            expected[key.key] = (adapter_file(adapter.name), shape)
+    shapes = linears(checkpoint.tensors, config)
     problems = []
+    for adapter in spec.active:
+        unknown = [linear for linear in adapter.targets if linear not in shapes]
+        problems += [f"{adapter.name}: the base has no linear {linear}" for linear in unknown]
+        for key, shape in adapter.tensors(shapes).items():
+            expected[key.key] = (adapter_file(adapter.name), shape)
     for file, tensors in checkpoint.files.items():
         for name, tensor in tensors.items():
             if name in expected:
@@ -107,19 +121,21 @@ def _row_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str,
     problems = []
     if controls != list(range(controls[0], controls[-1] + 1)):
         problems.append(f"config.json: the control tokens' ids {controls} have gaps")
-    if config.get("vocab_size") != rows:
-        problems.append(
-            f"config.json: vocab_size {config.get('vocab_size')} where the last control token is {controls[-1]} and "
-            f"{spec.reserved} rows are in reserve"
-        )
-    problems += [
-        f"{name} has {checkpoint[name].shape[0]} rows, not {rows}"
-        for name in (EMBEDDING, HEAD)
-        if name in checkpoint and checkpoint[name].shape[0] != rows
+    size = decoder_config(config).get("vocab_size")
+    if not isinstance(size, int) or size < rows:
+        return [
+            *problems,
+            f"config.json: vocab_size {size} where the last control token is {controls[-1]} and "
+            f"{spec.reserved} rows are in reserve",
+        ]
+    names = vocabulary(checkpoint.tensors, size)
+    if not names:
+        return [*problems, f"there is no token embedding of {size} rows"]
+    return problems + [
+        f"{name} has {checkpoint[name].shape[0]} rows, not {size}"
+        for name in names.names
+        if checkpoint[name].shape[0] != size
     ]
-    if EMBEDDING not in checkpoint:
-        problems.append(f"{EMBEDDING} is missing")
-    return problems
 
 
 def unwrapped(folder: Path, tokenizer: BaseTokenizer) -> dict[str, str]:
@@ -133,12 +149,13 @@ def unwrapped(folder: Path, tokenizer: BaseTokenizer) -> dict[str, str]:
     return {name: text for name, text in templates.items() if text is not None}
 
 
-def _base_checkpoint(checkpoint: Checkpoint, first: int) -> Checkpoint:
+def _base_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any], first: int) -> Checkpoint:
     """The base's tensors alone, without the rows from `first` on."""
     files: dict[str, dict[str, Tensor]] = {}
+    names = vocabulary(checkpoint.tensors, decoder_config(config)["vocab_size"])
     for name, tensors in checkpoint.files.items():
         kept = {key: tensor for key, tensor in tensors.items() if not parse_key(key)}
-        for key in (EMBEDDING, HEAD):
+        for key in names.names if names else ():
             if tensor := kept.get(key):
                 width = tensor.nbytes // tensor.shape[0]
                 kept[key] = replace(tensor, shape=(first, *tensor.shape[1:]), nbytes=first * width)
@@ -162,7 +179,7 @@ def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint, spec: Swit
         rank=adapter.rank,
         alpha=adapter.alpha,
         use_rslora=adapter.use_rslora,
-        target_modules=adapter.target_modules,
+        targets=adapter.targets,
         rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,
         invocation_tokens=adapter.invocation_tokens,

@@ -63,7 +63,7 @@ def add(
                 f"{folder}: has {', '.join(there)} already",
                 hint="`granite-switch update` replaces an adapter; a YAML manifest gives it another name",
             )
-        return [*old.slots, *read_slots(found, old.base.config)]
+        return [*old.slots, *read_slots(found, old.base)]
 
     return _edit(folder, output, force, change, create_io_yaml)
 
@@ -80,7 +80,7 @@ def update(
 
     def change(old: Composed) -> Slots:
         _must_have(old, [one.name for one in found], "`granite-switch add` takes new ones, --include selects some")
-        new = {slot.name: slot for slot in read_slots(found, old.base.config)}
+        new = {slot.name: slot for slot in read_slots(found, old.base)}
         return [new.get(slot.name, slot) if isinstance(slot, Adapter) else slot for slot in old.slots]
 
     return _edit(folder, output, force, change)

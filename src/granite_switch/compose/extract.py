@@ -1,15 +1,15 @@
 """Take an adapter out of a composed model, as PEFT has it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from granite_switch.compose.adapters import Adapter
-from granite_switch.compose.composed import VERIFY, read_composed
+from granite_switch.compose.composed import VERIFY, Composed, read_composed
 from granite_switch.compose.sources import PROVENANCE, model_folder
 from granite_switch.core.checkpoint import copy_of, write, write_json
-from granite_switch.core.layout import PROJECTIONS, AdapterTensor, digest
+from granite_switch.core.layout import AdapterTensor, digest
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, held, staged
 from granite_switch.errors import CheckpointError
@@ -47,36 +47,29 @@ def extract(model: Source, name: str, output: Source, *, force: bool = False) ->
                 f"{adapter.file}: its weights are not those that were composed", hint=f"{VERIFY} --deep {folder}"
             )
         with staged(target, force=force) as partial:
-            _write(adapter, spec, composed.spec.base_model, partial)
+            _write(adapter, spec, composed, partial)
             record = {"source": spec.source, "sha256": spec.sha256, "digest": contents}
             write_json(partial / PROVENANCE, record)
     return target
 
 
-def _write(adapter: Adapter, spec: AdapterSpec, base_model: str, folder: Path) -> None:
+def _write(adapter: Adapter, spec: AdapterSpec, composed: Composed, folder: Path) -> None:
     tensors = {_peft_name(key): tensor for key, tensor in adapter.tensors.items()}
     entries = [copy_of(tensors[name], name) for name in sorted(tensors)]
     write(folder / "adapter_model.safetensors", entries, aligned=8)  # byte for byte what PEFT writes
-    write_json(folder / "adapter_config.json", _peft_config(spec, base_model))
+    write_json(folder / "adapter_config.json", _peft_config(spec, composed.spec.base_model, composed.base.linears))
     if adapter.io_yaml:
         (folder / "io.yaml").write_bytes(adapter.io_yaml.read_bytes())
 
 
 def _peft_name(key: AdapterTensor) -> str:
-    return f"base_model.model.model.layers.{key.layer}.{PROJECTIONS[key.projection].path}.lora_{key.matrix}.weight"
+    return f"base_model.model.{key.linear}.lora_{key.matrix}.weight"
 
 
-def _peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
-    """adapter_config.json (PEFT `LoraConfig`)."""
-    skipped = any(0 in column for column in spec.rank_pattern.values())
-    targets = list(spec.target_modules)
-    if skipped:  # some layers only: PEFT takes paths
-        targets = [
-            f"layers.{layer}.{PROJECTIONS[name].path}"
-            for name in spec.target_modules
-            for layer, rank in enumerate(spec.rank_pattern.get(name, ()))
-            if rank
-        ] + [name for name in spec.target_modules if name not in spec.rank_pattern]
+def _peft_config(spec: AdapterSpec, base_model: str, linears: Iterable[str]) -> dict[str, Any]:
+    """adapter_config.json (PEFT `LoraConfig`): names of modules where they mean the linears, else paths."""
+    names = set(spec.modules)
+    short = {linear for linear in linears if linear.rpartition(".")[2] in names} == set(spec.targets)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -87,21 +80,18 @@ def _peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": spec.use_rslora,
-        "target_modules": targets,
-        "rank_pattern": _pattern(spec.rank_pattern, spec.rank),
-        "alpha_pattern": _pattern(spec.alpha_pattern, spec.alpha),
+        "target_modules": list(spec.modules if short else spec.targets),
+        "rank_pattern": _pattern(spec.rank_pattern, spec),
+        "alpha_pattern": _pattern(spec.alpha_pattern, spec),
         **({"alora_invocation_tokens": list(spec.invocation_tokens)} if spec.invocation_tokens else {}),
     }
 
 
-def _pattern(columns: Mapping[str, tuple[Any, ...]], default: Any) -> dict[str, Any]:
-    """Values by module, as PEFT's patterns have them: a projection's name, or paths where its layers differ."""
-    result = {}
-    for name, column in columns.items():
-        if len(set(column)) == 1:
-            result[name] = column[0]
-            continue
-        for layer, value in enumerate(column):
-            if value not in (0, default):
-                result[f"layers.{layer}.{PROJECTIONS[name].path}"] = value
+def _pattern(values: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
+    """Values as PEFT's patterns have them: by a module's name where all of that name agree, else by path."""
+    result: dict[str, Any] = {}
+    for linear, value in values.items():
+        name = linear.rpartition(".")[2]
+        alike = [values.get(other) for other in spec.targets if other.rpartition(".")[2] == name]
+        result[name if set(alike) == {value} else linear.replace(".", r"\.")] = value
     return result

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from granite_switch.compose.composed import Composed, read_composed
 from granite_switch.compose.sources import model_folder
-from granite_switch.core.checkpoint import Tensor
-from granite_switch.core.layout import GRANITE, AdapterTensor
+from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.layout import AdapterTensor, decoder_config
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.errors import SwitchError
 
@@ -52,6 +52,7 @@ class Report:
     model: str
     format_version: int
     base_model: str
+    base_model_type: str
     layers: int
     hidden_size: int
     vocab_size: int
@@ -87,9 +88,10 @@ def inspect(model: str | PathLike[str]) -> Report:
         model=str(model),
         format_version=spec.format_version,
         base_model=spec.base_model,
-        layers=base.config["num_hidden_layers"],
-        hidden_size=base.config["hidden_size"],
-        vocab_size=base.config["vocab_size"],
+        base_model_type=spec.base_model_type,
+        layers=decoder_config(base.config)["num_hidden_layers"],
+        hidden_size=base.checkpoint[base.vocabulary.embedding].shape[1],
+        vocab_size=decoder_config(composed.config)["vocab_size"],
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors})),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         nbytes=base.checkpoint.nbytes,
@@ -112,7 +114,7 @@ def _adapter(slot: int, spec: AdapterSpec, composed: Composed, total: int) -> Ad
         ranks=(min(ranks), max(ranks)),
         alpha=spec.alpha,
         use_rslora=spec.use_rslora,
-        target_modules=spec.target_modules,
+        target_modules=spec.modules,
         parameters=sum(math.prod(tensor.shape) for tensor in adapter.tensors.values()),
         nbytes=adapter.nbytes,
         share=adapter.nbytes / total,
@@ -127,30 +129,46 @@ def _adapter(slot: int, spec: AdapterSpec, composed: Composed, total: int) -> Ad
     )
 
 
-def strengths(model: str | PathLike[str]) -> dict[str, npt.NDArray[np.float64]]:
-    """How strongly each adapter changes each projection: the norm of s B A over the norm of W (Frobenius).
+@dataclass(frozen=True)
+class Strengths:
+    """The norm of s B A over the norm of W (Frobenius), for each adapter, module and layer."""
+
+    modules: tuple[str, ...]  # paths below a layer: `self_attn.q_proj`
+    values: Mapping[str, npt.NDArray[np.float64]]  # adapter -> [modules, layers]; 0: no update, NaN: W is quantised
+
+
+def strengths(model: str | PathLike[str]) -> Strengths:
+    """How strongly each adapter changes each linear.
 
     Args:
         model: local folder or hub id.
-
-    Returns:
-        Adapter -> [projections, layers], in the order of the table in `core.layout`. 0 where an adapter does nothing;
-        NaN where W is quantised.
     """
     composed = read_composed(model_folder(model))
-    layers = composed.base.config["num_hidden_layers"]
-    result = {name: np.zeros((len(GRANITE), layers)) for name in composed.adapters}
-    for layer in range(layers):
-        for index, row in enumerate(GRANITE):
-            of_base = None
-            for name, adapter in composed.adapters.items():
-                a, b = (adapter.tensors.get(AdapterTensor("", layer, row.name, matrix)) for matrix in "AB")
-                if a and b:
-                    if of_base is None:
-                        of_base = _norm(composed.base.checkpoint[f"model.layers.{layer}.{row.path}.weight"])
-                    scale = composed.spec.adapter(name).scale_of(row.name, layer)
-                    result[name][index, layer] = scale * _product_norm(a, b) / of_base
-    return result
+    places = {linear: _place(linear) for spec in composed.spec.active for linear in spec.targets}
+    modules = tuple(dict.fromkeys(place[0] for place in places.values()))
+    layers = 1 + max((place[1] for place in places.values()), default=0)
+    values = {name: np.zeros((len(modules), layers)) for name in composed.adapters}
+    for linear, (module, layer) in places.items():
+        of_base = None
+        for name, adapter in composed.adapters.items():
+            a, b = (adapter.tensors.get(AdapterTensor("", linear, matrix)) for matrix in "AB")
+            if a and b:
+                of_base = _base_norm(composed.base.checkpoint, linear) if of_base is None else of_base
+                scale = composed.spec.adapter(name).scale_of(linear)
+                values[name][modules.index(module), layer] = scale * _product_norm(a, b) / of_base
+    return Strengths(modules, values)
+
+
+def _place(linear: str) -> tuple[str, int]:
+    """A linear's path below its layer, and the layer's number."""
+    parts = linear.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+    return ".".join(parts[at + 1 :]), int(parts[at]) if at >= 0 else 0
+
+
+def _base_norm(checkpoint: Checkpoint, linear: str) -> float:
+    name = f"{linear}.weight"
+    return _norm(checkpoint[name]) if name in checkpoint else math.nan
 
 
 def _norm(weight: Tensor) -> float:
@@ -163,7 +181,7 @@ def _product_norm(a: Tensor, b: Tensor) -> float:
     return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T)))))
 
 
-def plot(values: Mapping[str, npt.NDArray[np.float64]], path: Path) -> None:
+def plot(strengths: Strengths, path: Path) -> None:
     """Draw `strengths` as a picture: an adapter a panel, layers from left to right, one scale of colours for all.
 
     Raises:
@@ -173,6 +191,7 @@ def plot(values: Mapping[str, npt.NDArray[np.float64]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise SwitchError("a picture needs matplotlib", hint="pip install granite-switch[plot]") from None
+    values, modules = strengths.values, strengths.modules
     columns = min(3, len(values)) or 1
     rows = math.ceil(len(values) / columns) or 1
     figure = Figure(figsize=(1.5 + 4.2 * columns, 0.8 + 2.2 * rows), layout="constrained")
@@ -183,7 +202,9 @@ def plot(values: Mapping[str, npt.NDArray[np.float64]], path: Path) -> None:
         image = panel.imshow(np.where(grid == 0, np.nan, grid), aspect="auto", vmin=0, vmax=largest, cmap="viridis")
         panel.set_facecolor("0.92")
         panel.set_title(name, fontsize=10)
-        panel.set_yticks(range(len(GRANITE)), [row.name.removesuffix("_proj") for row in GRANITE], fontsize=8)
+        panel.set_yticks(
+            range(len(modules)), [name.rpartition(".")[2].removesuffix("_proj") for name in modules], fontsize=8
+        )
         panel.set_xlabel("layer", fontsize=8)
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in panels[len(values) :]:

@@ -14,31 +14,17 @@ from tokenizers import Tokenizer
 
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import Adapter, Retired, read_adapter, read_retired
+from granite_switch.compose.base import Base, read_base
 from granite_switch.compose.sources import Found
 from granite_switch.compose.tokenizer import extended
 from granite_switch.core.chat import Placement, wrap
-from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
-from granite_switch.core.layout import EMBEDDING, GRANITE, HEAD, MODEL_TYPES
-from granite_switch.core.spec import ARCHITECTURE, BASE_TOKEN, MODEL_TYPE, AdapterSpec, SwitchSpec, control_token
-from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
-from granite_switch.errors import AdapterError, BaseModelError, CheckpointError, SwitchError
+from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.layout import decoder_config
+from granite_switch.core.spec import BASE_TOKEN, MODEL_TYPE, AdapterSpec, SwitchSpec, architecture, control_token
+from granite_switch.core.tokenizer import BaseTokenizer
+from granite_switch.errors import AdapterError, SwitchError
 
 _ROWS = 64  # the vocabulary is a multiple of this, as tensor cores and tensor parallelism like it; the rest is reserve
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model that can carry adapters, read and checked."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    checkpoint: Checkpoint
-    tokenizer: BaseTokenizer
-
-    @property
-    def size(self) -> int:
-        """The first token id that nothing of the base can mean: padding rows count as taken."""
-        return max(self.tokenizer.size, self.checkpoint[EMBEDDING].shape[0], self.config["vocab_size"])
 
 
 @dataclass(frozen=True)
@@ -68,14 +54,18 @@ class Plan:
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the composed model."""
-        head = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "vocab_size": self.vocab_size}
+        head = {"architectures": [architecture(self.base.architecture)], "model_type": MODEL_TYPE}
         base = {key: value for key, value in self.base.config.items() if key not in ("auto_map", "_name_or_path")}
+        if decoder_config(base) is base:
+            base["vocab_size"] = self.vocab_size
+        else:
+            base["text_config"] = {**decoder_config(base), "vocab_size": self.vocab_size}
         return {**base, **head, "switch": self.spec.to_dict()}
 
     @property
     def grown(self) -> dict[str, Tensor]:
         """The tensors that gain a row for each new token."""
-        return {name: self.checkpoint[name] for name in (EMBEDDING, HEAD) if name in self.checkpoint}
+        return {name: self.checkpoint[name] for name in self.base.vocabulary.names}
 
     @property
     def adapter_bytes(self) -> int:
@@ -105,7 +95,7 @@ def plan(
         BaseModelError, AdapterError: all that is wrong, at once for all adapters.
     """
     read = read_base(base)
-    slots = read_slots(found, read.config)
+    slots = read_slots(found, read)
     return assemble(read, slots, base_source or base_name, generatable, create_io_yaml=create_io_yaml)
 
 
@@ -150,6 +140,8 @@ def assemble(
         base_token_id=first,
         base_substitute_token_id=opening_id,
         base_model=base_model,
+        base_model_type=base.config["model_type"],
+        base_architecture=base.architecture,
         generatable=generatable,
     )
     spec = replace(spec, reserved=-spec.rows % _ROWS)
@@ -164,64 +156,13 @@ def assemble(
     return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings))
 
 
-def read_base(folder: Path) -> Base:
-    """Read a base model and check that it can carry adapters."""
-    config = read_base_config(folder)
-    try:
-        checkpoint = Checkpoint(folder)
-    except CheckpointError as error:
-        raise BaseModelError(error.message, problems=error.problems, hint=error.hint) from None
-    check_base(folder, config, checkpoint)
-    return Base(folder, config, checkpoint, read_tokenizer(folder))
-
-
-def read_base_config(base: Path) -> dict[str, Any]:
-    """The base's config.json, if it is of a family that can carry adapters."""
-    try:
-        config = read_json(base / "config.json")
-    except CheckpointError as error:
-        raise BaseModelError(error.message, hint="a base model's folder holds config.json") from None
-    if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        hint = "a Granite base is needed"
-        if kind == MODEL_TYPE:
-            hint = "it is composed already; `granite-switch add` takes more adapters"
-        raise BaseModelError(f"{base}: model_type {kind!r} cannot carry adapters", hint=hint)
-    missing = [
-        key
-        for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-        if not isinstance(config.get(key), int)
-    ]
-    if missing:
-        raise BaseModelError(f"{base / 'config.json'}: lacks {', '.join(missing)}")
-    return config
-
-
-def check_base(base: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """The projections that the adapters act on must be there, and the embedding must have rows to extend."""
-    wanted = [f"model.layers.{i}.{row.path}.weight" for i in range(config["num_hidden_layers"]) for row in GRANITE]
-    missing = [name for name in [EMBEDDING, *wanted] if name not in checkpoint]
-    if missing:
-        raise BaseModelError(f"{base}: its weights lack tensors of a Granite model", problems=missing[:20])
-    for name in (EMBEDDING, HEAD):
-        if name not in checkpoint:
-            continue
-        tensor = checkpoint[name]
-        if len(tensor.shape) != 2 or tensor.shape[1] != config["hidden_size"]:
-            raise BaseModelError(
-                f"{base}: {name} is {tensor.dtype} {list(tensor.shape)}; control tokens need rows of "
-                f"{config['hidden_size']} values",
-                hint="quantise the base without its embedding and lm_head",
-            )
-
-
-def read_slots(found: Sequence[Found], config: Mapping[str, Any]) -> list[Adapter | Retired]:
+def read_slots(found: Sequence[Found], base: Base) -> list[Adapter | Retired]:
     """Read every adapter; what is wrong with them is said of all at once."""
     slots: list[Adapter | Retired] = []
     errors = []
     for one in found:
         try:
-            slots.append(read_adapter(one, config) if not one.retired else read_retired(one, config))
+            slots.append(read_adapter(one, base) if not one.retired else read_retired(one, base))
         except SwitchError as error:
             errors.append(error)
     if len(errors) == 1:
@@ -283,7 +224,7 @@ def _record(slot: Adapter | Retired, token: str, token_id: int, opening_id: int,
         substitute_token_id=invocation[0] if invocation else opening_id,
         rank=slot.rank,
         alpha=slot.alpha,
-        target_modules=slot.target_modules,
+        targets=slot.targets,
         use_rslora=slot.use_rslora,
         rank_pattern=slot.rank_pattern,
         alpha_pattern=slot.alpha_pattern,

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from granite_switch.compose.adapters import Adapter, check_name
-from granite_switch.compose.plan import Base, Plan, assemble
+from granite_switch.compose.base import Base
+from granite_switch.compose.plan import Plan, assemble
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import write_model
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json, write_json
-from granite_switch.core.layout import EMBEDDING, HEAD, PROJECTIONS, AdapterTensor, digest, parse_key
+from granite_switch.core.layout import AdapterTensor, Vocabulary, digest, parse_key, vocabulary
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, staged
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
@@ -92,9 +93,10 @@ def _base(old: legacy.Old, tokenizer: BaseTokenizer, first: int) -> Base:
     """The base: its config, tensors without the control tokens' rows, its tokenizer and templates."""
     files: dict[str, dict[str, Tensor]] = {name: {} for name in old.checkpoint.files}
     homes = {tensor.path: name for name, tensors in old.checkpoint.files.items() for tensor in tensors.values()}
+    names = _vocabulary(old).names
     for name, tensor in old.tensors.items():
         if not parse_key(name):
-            rows = first if name in (EMBEDDING, HEAD) else tensor.shape[0]
+            rows = first if name in names else tensor.shape[0]
             files[homes[tensor.path]][name] = tensor[(slice(0, rows),)]
     config = {key: value for key, value in old.config.items() if key != "switch"}
     config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "vocab_size": first}
@@ -114,13 +116,9 @@ def _adapter(
 ) -> Adapter:
     """An adapter without the pairs that change nothing, which stacking it with others gave it."""
     check_name(spec.name)
-    layers = int(old.config["num_hidden_layers"])
-    used = {(k.layer, k.projection) for k, tensor in tensors.items() if k.matrix == "B" and not _zero(tensor)}
-    used = used or {(k.layer, k.projection) for k in tensors}  # an adapter that changes nothing stays one
-    kept = {key: tensor for key, tensor in tensors.items() if (key.layer, key.projection) in used}
-    columns = {
-        name: tuple(spec.rank if (layer, name) in used else 0 for layer in range(layers)) for name in PROJECTIONS
-    }
+    used = {key.linear for key, tensor in tensors.items() if key.matrix == "B" and not _zero(tensor)}
+    used = used or {key.linear for key in tensors}  # an adapter that changes nothing stays one
+    kept = {key: tensor for key, tensor in tensors.items() if key.linear in used}
     contents = digest(kept)
     return Adapter(
         name=spec.name,
@@ -128,8 +126,8 @@ def _adapter(
         rank=spec.rank,
         alpha=spec.alpha,
         use_rslora=False,
-        target_modules=tuple(name for name, column in columns.items() if any(column)),
-        rank_pattern={name: column for name, column in columns.items() if any(column) and not all(column)},
+        targets=tuple(linear for linear in spec.targets if linear in used),
+        rank_pattern={},
         alpha_pattern={},
         invocation_tokens=invocation,
         tensors=kept,
@@ -151,12 +149,19 @@ def _io_yaml(folder: Path, name: str, index: Mapping[str, Any]) -> Path | None:
     return path if path.is_file() and path.resolve().is_relative_to(folder.resolve()) else None
 
 
+def _vocabulary(old: legacy.Old) -> Vocabulary:
+    names = vocabulary(old.tensors, old.config["vocab_size"])
+    if names is None:
+        raise CheckpointError(f"{old.checkpoint.folder}: there is no token embedding")
+    return names
+
+
 def _first_control(old: legacy.Old, tokenizer: BaseTokenizer) -> int:
     """The first control token's id. From it on, the embedding and the tokenizer must hold control tokens alone."""
     controls = set(old.spec.control_slots)
-    first = min(controls, default=old.tensors[EMBEDDING].shape[0])
+    rows = old.tensors[_vocabulary(old).embedding].shape[0]
+    first = min(controls, default=rows)
     others = {i: text for text, i in tokenizer.tokens.items() if i >= first and i not in controls}
-    rows = old.tensors[EMBEDDING].shape[0]
     problems = [f"token {i} is {text!r}" for i, text in sorted(others.items())]
     problems += [f"row {i} of the embedding is no control token's" for i in range(first, rows) if i not in controls][:9]
     if problems:

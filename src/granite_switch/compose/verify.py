@@ -15,7 +15,7 @@ from granite_switch.compose.sources import model_folder
 from granite_switch.compose.write import adapter_index, io_config
 from granite_switch.core.chat import wrap
 from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor, read_json
-from granite_switch.core.layout import EMBEDDING, GRANITE, HEAD, AdapterTensor, digest, parse_key
+from granite_switch.core.layout import AdapterTensor, decoder_config, digest, parse_key, vocabulary
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError, SwitchError
@@ -59,9 +59,9 @@ def find_problems(folder: Path, *, deep: bool = False) -> list[str]:
         return problems
     config, spec = read
     if checkpoint:
-        problems += _weights_problems(checkpoint, spec, config)
+        problems += tensor_problems(checkpoint, spec, config)
         if deep:
-            problems += _deep_problems(checkpoint, spec)
+            problems += _deep_problems(checkpoint, spec, config)
     if tokenizer:
         problems += _token_problems(tokenizer, spec)
         problems += _template_problems(folder, tokenizer, spec)
@@ -97,13 +97,7 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
-def _weights_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
-    wanted = [f"model.layers.{i}.{row.path}.weight" for i in range(config["num_hidden_layers"]) for row in GRANITE]
-    missing = [f"{name} is missing" for name in [*wanted, "model.norm.weight"] if name not in checkpoint]
-    return tensor_problems(checkpoint, spec, config) + missing
-
-
-def _deep_problems(checkpoint: Checkpoint, spec: SwitchSpec) -> list[str]:
+def _deep_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
     problems = [problem for tensor in checkpoint.tensors.values() if (problem := nonfinite(tensor))]
     for adapter in spec.active:
         tensors: dict[AdapterTensor, Tensor] = {}
@@ -112,7 +106,8 @@ def _deep_problems(checkpoint: Checkpoint, spec: SwitchSpec) -> list[str]:
                 tensors[key] = tensor
         if adapter.digest and digest(tensors) != adapter.digest:
             problems.append(f"{adapter.name}: its weights are not those that were composed (their digest differs)")
-    for name in {EMBEDDING, HEAD} & checkpoint.tensors.keys():
+    names = vocabulary(checkpoint.tensors, decoder_config(config)["vocab_size"])
+    for name in names.names if names else ():
         matrix = checkpoint[name]
         for row, source in enumerate(spec.copied_rows, min(spec.control_slots)):
             if max(row, source) < matrix.shape[0] and matrix.row(row) != matrix.row(source):

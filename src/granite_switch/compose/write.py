@@ -93,7 +93,7 @@ def _link(source: Path, target: Path, header: Mapping[str, Tensor], on_bytes: Pr
 
 
 def adapter_entries(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor]) -> list[Entry]:
-    """An adapter's tensors under their names in the checkpoint, in the order of layers and projections."""
+    """An adapter's tensors under their names in the checkpoint, in the natural order of linears."""
     ordered = sorted(tensors, key=AdapterTensor.order)
     return [copy_of(tensors[t], replace(t, adapter=spec.name).key) for t in ordered]
 

@@ -1,79 +1,49 @@
-"""Where a Granite decoder's projections stand: one row for each, its names in every format as columns.
+"""How tensors are named: an adapter's by the linear that it updates, the vocabulary's by their rows.
 
-A group is a set of projections with one input; each group's adapters live in one module beside the projections
-(`model.layers.{i}.self_attn.qkv_lora`), so that their A products can be fused. A new base family is another table.
+A linear goes by its module's path in the base's files (`model.layers.3.self_attn.q_proj`). The module that holds its
+adapters' A and B is registered beside it, under the same path and `_lora`. Nothing here knows a family of models.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 from granite_switch.core.checkpoint import Tensor
 
+EMBEDDINGS = "embeddings.safetensors"  # the file of the tensors that gain a row for each control token
+SUFFIX = "_lora"  # of the module beside a linear
 
-@dataclass(frozen=True)
-class Projection:
-    """One linear projection of a decoder layer."""
+_KEY = re.compile(rf"(.+){SUFFIX}\.([^.]+)-([AB])")
+_HEADS = ("lm_head", "embed_out", "output")
+_INDICES = re.compile(r"\[([\d,-]+)\]")
 
-    name: str  # the module's name in transformers, PEFT and the checkpoint: `q_proj`
-    block: str  # the submodule of the layer that holds it: `self_attn`
-    group: str  # the module of the block that holds its adapters: `qkv_lora`
-    inputs: str  # a width of `widths`
-    outputs: str  # a width of `widths`
-    vllm: str  # vLLM's (packed) linear
-    gguf: str  # llama.cpp's tensor stem, for the adapters: `attn_q`
-
-    @property
-    def path(self) -> str:
-        """The projection's module path below its decoder layer: `self_attn.q_proj`."""
-        return f"{self.block}.{self.name}"
-
-
-GRANITE = (
-    Projection("q_proj", "self_attn", "qkv_lora", "hidden", "query", "qkv_proj", "attn_q"),
-    Projection("k_proj", "self_attn", "qkv_lora", "hidden", "key", "qkv_proj", "attn_k"),
-    Projection("v_proj", "self_attn", "qkv_lora", "hidden", "key", "qkv_proj", "attn_v"),
-    Projection("o_proj", "self_attn", "o_lora", "query", "hidden", "o_proj", "attn_output"),
-    Projection("gate_proj", "mlp", "gate_up_lora", "hidden", "mlp", "gate_up_proj", "ffn_gate"),
-    Projection("up_proj", "mlp", "gate_up_lora", "hidden", "mlp", "gate_up_proj", "ffn_up"),
-    Projection("down_proj", "mlp", "down_lora", "mlp", "hidden", "down_proj", "ffn_down"),
-)
-PROJECTIONS: Mapping[str, Projection] = {row.name: row for row in GRANITE}
-MODEL_TYPES = ("granite",)  # values of `model_type` in config.json that this table describes
-
-_TENSOR = re.compile(r"model\.layers\.(\d+)\.(\w+)\.(\w+_lora)\.(.+)-(\w+)-([AB])")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class AdapterTensor:
-    """One A or B of one adapter, by where it belongs."""
+    """A or B of one adapter for one linear."""
 
     adapter: str
-    layer: int
-    projection: str
+    linear: str  # the path of the linear's module
     matrix: str  # "A" or "B"
 
     @property
     def parameter(self) -> str:
-        """The parameter's name in its module. Dots cannot stand in one, so they are written `%2E`."""
-        return f"{escape(self.adapter)}-{self.projection}-{self.matrix}"
+        """The parameter's name in its module. Dots cannot be in one, so they are written `%2E`."""
+        return f"{escape(self.adapter)}-{self.matrix}"
 
     @property
     def key(self) -> str:
         """The tensor's name in the checkpoint, which is its `state_dict` name."""
-        row = PROJECTIONS[self.projection]
-        return f"model.layers.{self.layer}.{row.block}.{row.group}.{self.parameter}"
+        return f"{self.linear}{SUFFIX}.{self.parameter}"
 
-    def order(self) -> tuple[int, str, str]:
+    def order(self) -> tuple[tuple[tuple[int, str], ...], str]:
         """Sorts an adapter's tensors as its file holds them."""
-        return (self.layer, self.projection, self.matrix)
-
-
-# what gains a row for each control token, and the file that holds it
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-EMBEDDINGS = "embeddings.safetensors"
+        return natural(self.linear), self.matrix
 
 
 def adapter_file(adapter: str) -> str:
@@ -82,20 +52,17 @@ def adapter_file(adapter: str) -> str:
 
 
 def parse_key(key: str) -> AdapterTensor | None:
-    """The adapter tensor that a checkpoint's tensor name stands for; None for a tensor of the base."""
-    found = _TENSOR.fullmatch(key)
-    if not found:
-        return None
-    layer, _, _, adapter, projection, matrix = found.groups()
-    return AdapterTensor(unescape(adapter), int(layer), projection, matrix)
+    """The adapter tensor that a checkpoint's tensor name means; None for a tensor of the base."""
+    found = _KEY.fullmatch(key)
+    return AdapterTensor(unescape(found[2]), found[1], found[3]) if found else None
 
 
 def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:
-    """sha256 of an adapter's tensors, whatever file, names and order they stand in (docs/format.md)."""
+    """sha256 of an adapter's tensors, independent of file, names and order (docs/format.md)."""
     result = hashlib.sha256()
     for key in sorted(tensors, key=AdapterTensor.order):
         tensor = tensors[key]
-        result.update(f"{key.layer} {key.projection} {key.matrix} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        result.update(f"{key.linear} {key.matrix} {tensor.dtype} {list(tensor.shape)}\n".encode())
         result.update(tensor.read())
     return result.hexdigest()
 
@@ -108,26 +75,92 @@ def unescape(adapter: str) -> str:
     return adapter.replace("%2E", ".").replace("%25", "%")
 
 
-def widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """Input and output sizes of the projections, from a Granite `config.json`."""
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or config["hidden_size"] // heads
+def natural(path: str) -> tuple[tuple[int, str], ...]:
+    """A sort key in which layer 2 comes before layer 10."""
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in path.split("."))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tensors with one row for each token."""
+
+    embedding: str
+    head: str | None  # None: tied, or not in these files
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.embedding, self.head) if self.head else (self.embedding,)
+
+
+def vocabulary(tensors: Mapping[str, Tensor], rows: int) -> Vocabulary | None:
+    """The token embedding and the untied head among a model's tensors; None if no single embedding is found.
+
+    Args:
+        tensors: of the whole model, by name.
+        rows: the vocabulary's size.
+    """
+    outside = [
+        name
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and not parse_key(name) and not any(p.isdecimal() for p in name.split("."))
+    ]
+    heads = [name for name in outside if name.endswith(".weight") and name.split(".")[-2] in _HEADS]
+    found = [name for name in outside if name not in heads and tensors[name].shape[0] == rows]
+    named = [name for name in outside if name.split(".")[-2:] == ["embed_tokens", "weight"]]
+    candidates = named if len(named) == 1 else found
+    if len(candidates) != 1 or len(heads) > 1:
+        return None
+    return Vocabulary(candidates[0], heads[0] if heads else None)
+
+
+def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text decoder's part of a config.json: `text_config` where the decoder is one of several models."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) and "vocab_size" in inner else config
+
+
+def fold(values: Mapping[str, T]) -> dict[str, T]:
+    """Join paths that differ in their first number only and have equal values: `model.layers.[0-3,5].mlp.up_proj`."""
+    groups: dict[tuple[str, str, T], list[int]] = {}
+    for path, value in values.items():
+        parts = path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        if at is None:
+            groups[path, "", value] = []
+        else:
+            groups.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :]), value), []).append(int(parts[at]))
     return {
-        "hidden": config["hidden_size"],
-        "query": heads * head,
-        "key": (config.get("num_key_value_heads") or heads) * head,
-        "mlp": config["intermediate_size"],
+        head if not indices else f"{head}.[{_ranges(indices)}]{tail and '.'}{tail}": value
+        for (head, tail, value), indices in groups.items()
     }
 
 
-def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """(out, in) of each projection."""
-    sizes = widths(config)
-    return {row.name: (sizes[row.outputs], sizes[row.inputs]) for row in GRANITE}
+def unfold(values: Mapping[str, T]) -> dict[str, T]:
+    """The inverse of `fold`, in the natural order of paths.
+
+    Raises:
+        ValueError: a range cannot be read.
+    """
+    result: dict[str, T] = {}
+    for path, value in values.items():
+        found = _INDICES.search(path)
+        indices: Iterable[str] = map(str, _indices(found[1])) if found else [""]
+        for index in indices:
+            result[path.replace(found[0], index, 1) if found else path] = value
+    return dict(sorted(result.items(), key=lambda item: natural(item[0])))
 
 
-def groups() -> Iterator[tuple[str, str, tuple[Projection, ...]]]:
-    """(block, group, its projections), in the order of the table."""
-    seen = dict.fromkeys((row.block, row.group) for row in GRANITE)
-    for block, group in seen:
-        yield block, group, tuple(row for row in GRANITE if row.group == group)
+def _ranges(indices: Iterable[int]) -> str:
+    runs = [list(run) for _, run in groupby(enumerate(sorted(indices)), lambda pair: pair[1] - pair[0])]
+    edges = [(run[0][1], run[-1][1]) for run in runs]
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in edges)
+
+
+def _indices(text: str) -> list[int]:
+    result: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) - int(first) > 10_000:
+            raise ValueError(f"[{text}]: more than 10,000 layers")
+        result.extend(range(int(first), int(last or first) + 1))
+    return result

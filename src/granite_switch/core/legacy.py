@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
-from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
+from granite_switch.core.layout import AdapterTensor, natural, parse_key
 from granite_switch.core.spec import (
-    ARCHITECTURE,
     BASE_TOKEN,
     MODEL_TYPE,
     AdapterSpec,
     Hiding,
     SwitchSpec,
+    architecture,
     control_token,
 )
 from granite_switch.errors import CheckpointError
 
 UPGRADE = "granite-switch upgrade OLD NEW"
 
-# fused module -> the projections in its rows, in order
+# fused module -> the linears in its rows, in order, by their paths below a layer
 _FUSED: Mapping[str, tuple[str, ...]] = {
-    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "self_attn.o_proj": ("o_proj",),
-    "shared_mlp.input_linear": ("gate_proj", "up_proj"),
-    "shared_mlp.output_linear": ("down_proj",),
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
+    "shared_mlp.output_linear": ("mlp.down_proj",),
 }
 # entries of `lora_target_modules` -> fused module
 _TARGETS: Mapping[str, str] = {
@@ -114,16 +114,20 @@ def format_1_config(config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: with all that format 1 cannot hold.
     """
     _check(config)
-    offset = {1: 1, 2: 1, 3: 2}[generation(config)] if config.get("num_adapters") else 0
     result = {key: config[key] for key in _GRANITE_KEYS if key in config}
-    result["num_hidden_layers"] = config["num_hidden_layers"] - offset
+    result["num_hidden_layers"] = config["num_hidden_layers"] - _extra_layers(config)
     result["intermediate_size"] = config.get("shared_intermediate_size") or config["intermediate_size"]
     result.setdefault("tie_word_embeddings", True)  # transformers 4 left it out where it was true
     head = config.get("projection_head_dim")
     if head and head * config["num_attention_heads"] != config["hidden_size"]:
         result["head_dim"] = head
     spec = _spec(config)
-    return {**result, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "switch": spec.to_dict()}
+    return {
+        **result,
+        "model_type": MODEL_TYPE,
+        "architectures": [architecture("GraniteForCausalLM")],
+        "switch": spec.to_dict(),
+    }
 
 
 def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -139,11 +143,11 @@ def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterat
     Raises:
         CheckpointError: at the end, with all names that are unknown.
     """
-    spec, sizes = SwitchSpec.from_dict(config["switch"]), shapes(config)
+    spec, rows = SwitchSpec.from_dict(config["switch"]), _rows(config)
     unknown = []
     for name, tensor in tensors:
         if found := _FUSED_TENSOR.fullmatch(name):
-            for new, index in _pieces(found, spec, sizes):
+            for new, index in _pieces(found, spec, rows):
                 yield new, tensor[index]
         elif _PLAIN_TENSOR.fullmatch(name):
             yield name, tensor[()]
@@ -184,7 +188,7 @@ def describe(folder: Path) -> list[str]:
     old = read(folder)
     stacks = [t for t in old.checkpoint.tensors.values() if len(t.shape) == 4]
     pairs = [t for name, t in old.tensors.items() if name not in old.checkpoint]
-    kept = sum(t.nbytes for t in pairs if "_lora." in t.name)
+    kept = sum(t.nbytes for t in pairs if parse_key(t.name))
     back = f"adds {BASE_TOKEN}"
     if old.spec.base_token:
         back = f"renames {old.spec.base_token} to {BASE_TOKEN}"
@@ -207,24 +211,31 @@ def describe(folder: Path) -> list[str]:
 _TITLES = {1: "control tokens hidden", 2: "token exchange", 3: "token exchange, any number of switches"}
 
 
-def _pieces(
-    found: re.Match[str], spec: SwitchSpec, sizes: Mapping[str, tuple[int, int]]
-) -> Iterator[tuple[str, Index]]:
-    """Format 1's names of what a fused tensor holds, and where in it each stands."""
+def _rows(config: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of the linears that are fused with others, from a Granite config."""
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    keys = (config.get("num_key_value_heads") or heads) * head
+    attention = dict(zip(_FUSED["self_attn.qkv_proj"], (heads * head, keys, keys), strict=True))
+    return {**attention, **dict.fromkeys(_FUSED["shared_mlp.input_linear"], config["intermediate_size"])}
+
+
+def _pieces(found: re.Match[str], spec: SwitchSpec, rows: Mapping[str, int]) -> Iterator[tuple[str, Index]]:
+    """Format 1's names of what a fused tensor holds, and where in it each is."""
     layer, module, _, kind, matrix, part = found.groups()
-    rows = _FUSED[module]
+    linears = [f"model.layers.{layer}.{path}" for path in _FUSED[module]]
     if kind:
         start = 0
-        for name in rows:
-            end = start + sizes[name][0]
-            index: Index = (slice(start, end),) if len(rows) > 1 else ()
-            yield f"model.layers.{layer}.{PROJECTIONS[name].path}.{kind}", index
-            start = end
+        for linear, path in zip(linears, _FUSED[module], strict=True):
+            index: Index = ()
+            if len(linears) > 1:
+                index = (slice(start, start := start + rows[path]),)
+            yield f"{linear}.{kind}", index
         return
-    name = rows[int(part or 0)]
+    linear = linears[int(part or 0)]
     for i, adapter in enumerate(spec.adapters):
-        if rank := adapter.rank_of(name, int(layer)):
-            key = AdapterTensor(adapter.name, int(layer), name, matrix).key
+        if rank := adapter.ranks.get(linear):
+            key = AdapterTensor(adapter.name, linear, matrix).key
             yield key, (i, 0, slice(0, rank)) if matrix == "A" else (i, 0, slice(None), slice(0, rank))
 
 
@@ -245,7 +256,15 @@ def _spec(config: Mapping[str, Any]) -> SwitchSpec:
     substitutes = list(config.get("adapter_substitute_token_ids") or tokens)
     back = (tokens.pop(0), substitutes.pop(0)) if len(tokens) == count + 1 else (-1, -1)
     modules = config.get("lora_target_modules")
-    targets = [name for entry in (_TARGETS if modules is None else modules) for name in _FUSED[_TARGETS[entry]]]
+    fused = {_TARGETS[entry] for entry in (_TARGETS if modules is None else modules)}
+    layers = config["num_hidden_layers"] - _extra_layers(config)
+    targets = tuple(
+        f"model.layers.{layer}.{path}"
+        for layer in range(layers)
+        for module, paths in _FUSED.items()
+        if module in fused
+        for path in paths
+    )
     adapters = tuple(
         AdapterSpec(
             name=name,
@@ -255,7 +274,7 @@ def _spec(config: Mapping[str, Any]) -> SwitchSpec:
             substitute_token_id=substitute,
             rank=rank,
             alpha=rank,  # B is stored scaled
-            target_modules=tuple(name for name in PROJECTIONS if name in targets),
+            targets=tuple(sorted(targets, key=natural)),
         )
         for name, token, substitute, rank in zip(
             names, tokens, substitutes, config.get("adapter_ranks") or (), strict=True
@@ -269,6 +288,11 @@ def _spec(config: Mapping[str, Any]) -> SwitchSpec:
         generatable=True,  # nothing kept the old programs from it
         hiding=_hiding(config, dict(zip(names, tokens, strict=True))) if generation(config) == 1 else None,
     )
+
+
+def _extra_layers(config: Mapping[str, Any]) -> int:
+    """How many of the config's layers are the old program's switch."""
+    return {1: 1, 2: 1, 3: 2}[generation(config)] if config.get("num_adapters") else 0
 
 
 def _hiding(config: Mapping[str, Any], tokens: Mapping[str, int]) -> Hiding:

@@ -5,16 +5,33 @@ Frozen records with one reader and one writer. docs/format.md is the normative p
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
-from granite_switch.core.layout import PROJECTIONS, AdapterTensor
+from granite_switch.core.layout import AdapterTensor, fold, unfold
 from granite_switch.core.lora import scaling
 from granite_switch.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MODEL_TYPE = "granite_switch"
-ARCHITECTURE = "GraniteSwitchForCausalLM"
 BASE_TOKEN = "<|return_to_base|>"
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def architecture(base: str) -> str:
+    """The class name of a base's switch model: `Qwen3SwitchForCausalLM` for `Qwen3ForCausalLM`."""
+    for suffix in (
+        "PreTrainedModel",
+        "ForCausalLM",
+        "ForConditionalGeneration",
+        "LMHeadModel",
+        "TextModel",
+        "Model",
+        "Config",
+    ):
+        if base.endswith(suffix):
+            return f"{base.removesuffix(suffix)}Switch{suffix}"
+    return f"{base}Switch"
 
 
 def control_token(name: str) -> str:
@@ -33,11 +50,10 @@ class AdapterSpec:
     substitute_token_id: int
     rank: int
     alpha: float
-    target_modules: tuple[str, ...]
+    targets: tuple[str, ...]  # paths of the linears that it updates
     use_rslora: bool = False
-    # projection -> one value for each layer, where they are not all `rank` or `alpha`; rank 0: layer not targeted
-    rank_pattern: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # linear -> rank, where it is not `rank`
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
     invocation_text: str = ""
     source: str = ""
@@ -45,28 +61,32 @@ class AdapterSpec:
     digest: str = ""  # of the tensors themselves, whatever file they stand in
     retired: bool = False  # removed from the model; its slot and its token stay taken
 
-    def rank_of(self, projection: str, layer: int) -> int:
-        """Rank of this adapter's update of one projection in one layer; 0 where there is none."""
-        if self.retired or projection not in self.target_modules:
-            return 0
-        pattern = self.rank_pattern.get(projection)
-        return pattern[layer] if pattern else self.rank
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """Linear -> rank of this adapter's update; no linears if it is retired."""
+        return {} if self.retired else {path: self.rank_pattern.get(path, self.rank) for path in self.targets}
 
-    def scale_of(self, projection: str, layer: int) -> float:
-        """The factor on B A of one projection in one layer."""
-        pattern = self.alpha_pattern.get(projection)
-        alpha = pattern[layer] if pattern else self.alpha
-        return scaling(alpha, self.rank_of(projection, layer), self.use_rslora)
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The last names of the linears, each once: `q_proj`."""
+        return tuple(dict.fromkeys(path.rpartition(".")[2] for path in self.targets))
 
-    def tensors(self, layers: int, shapes: Mapping[str, tuple[int, int]]) -> dict[AdapterTensor, tuple[int, int]]:
-        """Every tensor that the adapter has in a model of so many layers, with its shape."""
+    def scale_of(self, linear: str) -> float:
+        """The factor on B A of one linear."""
+        return scaling(self.alpha_pattern.get(linear, self.alpha), self.ranks[linear], self.use_rslora)
+
+    def tensors(self, shapes: Mapping[str, tuple[int, int]]) -> dict[AdapterTensor, tuple[int, int]]:
+        """Every tensor of the adapter with its shape.
+
+        Args:
+            shapes: (out, in) of each linear; one that is not there is left out.
+        """
         result: dict[AdapterTensor, tuple[int, int]] = {}
-        for layer in range(layers):
-            for name in PROJECTIONS:
-                if rank := self.rank_of(name, layer):
-                    out, width = shapes[name]
-                    result[AdapterTensor(self.name, layer, name, "A")] = (rank, width)
-                    result[AdapterTensor(self.name, layer, name, "B")] = (out, rank)
+        for linear, rank in self.ranks.items():
+            if linear in shapes:
+                out, width = shapes[linear]
+                result[AdapterTensor(self.name, linear, "A")] = (rank, width)
+                result[AdapterTensor(self.name, linear, "B")] = (out, rank)
         return result
 
 
@@ -87,8 +107,10 @@ class SwitchSpec:
     base_token_id: int  # -1 in older generations that have no such token
     base_substitute_token_id: int
     base_model: str = ""
+    base_model_type: str = "granite"  # what the base's config.json calls itself
+    base_architecture: str = "GraniteForCausalLM"
     generatable: bool = False
-    reserved: int = 0  # rows of the embedding behind the last control token's, for adapters to come
+    reserved: int = 0  # spare embedding rows after the last control token, reserved for adapters added later
     format_version: int = FORMAT_VERSION
     hiding: Hiding | None = None  # set: no control token gives way to a substitute
 
@@ -115,7 +137,7 @@ class SwitchSpec:
 
     @property
     def rows(self) -> int:
-        """Rows of the embedding: one behind the last control token's, and those in reserve."""
+        """Rows of the embedding that this object accounts for: up to the last control token's, and those in reserve."""
         return max(self.control_slots) + 1 + self.reserved
 
     @property
@@ -128,7 +150,7 @@ class SwitchSpec:
         return tuple(substitutes.get(i, self.base_substitute_token_id) for i in range(first, self.rows))
 
     @property
-    def silent(self) -> tuple[int, ...]:
+    def suppressed(self) -> tuple[int, ...]:
         """Ids that cannot be generated: those in reserve and, unless `generatable`, control tokens."""
         reserve = range(self.rows - self.reserved, self.rows) if self.reserved else ()
         return (*(() if self.generatable else sorted(self.control_slots)), *reserve)
@@ -170,7 +192,7 @@ class SwitchSpec:
                 hint="pip install --upgrade granite-switch",
             )
         try:
-            adapters = tuple(_record(AdapterSpec, record) for record in data["adapters"])
+            adapters = tuple(_record(AdapterSpec, _unfolded(record)) for record in data["adapters"])
             hiding = _record(Hiding, data["hiding"]) if data.get("hiding") else None
             spec: SwitchSpec = _record(cls, {**data, "adapters": adapters, "hiding": hiding})
         except (KeyError, TypeError, ValueError) as error:
@@ -192,8 +214,8 @@ class SwitchSpec:
             if substitute in controls and not self.hiding:
                 problems.append(f"{name}: its substitute {substitute} is itself a control token")
         for adapter in self.adapters:
-            unknown = [name for name in adapter.target_modules if name not in PROJECTIONS]
-            problems += [f"{adapter.name}: unknown target module {name!r}" for name in unknown]
+            elsewhere = sorted({*adapter.rank_pattern, *adapter.alpha_pattern} - set(adapter.targets))
+            problems += [f"{adapter.name}: {linear!r} has a pattern and is no target" for linear in elsewhere[:10]]
             if adapter.technology not in ("lora", "alora"):
                 problems.append(f"{adapter.name}: unknown technology {adapter.technology!r}")
         if problems:
@@ -202,14 +224,28 @@ class SwitchSpec:
 
 def _plain(adapter: AdapterSpec) -> dict[str, Any]:
     """The record as JSON has it; fields at their default are left out, save those that say what the adapter is."""
-    always = {"name", "technology", "rank", "alpha", "target_modules"}
+    always = {"name", "technology", "rank", "alpha", "targets"}
     result = {}
+    values = asdict(adapter)
+    values["targets"] = list(fold(dict.fromkeys(adapter.targets)))
+    values |= {key: fold(values[key]) for key in _PATTERNS}
     for f in fields(adapter):
-        value = asdict(adapter)[f.name]
+        value = values[f.name]
         empty = value in (f.default, (), {}, "")
         if f.name in always or not empty:
             result[f.name] = value
     return _lists(result)
+
+
+def _unfolded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with every linear named by its own path."""
+    targets, patterns = record.get("targets", []), [record.get(key, {}) for key in _PATTERNS]
+    if not isinstance(targets, list) or not all(isinstance(path, str) for path in targets):
+        raise ValueError(f"targets {targets!r} is not a list of paths")
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise ValueError(f"{' and '.join(_PATTERNS)} must be mappings")
+    targets = {"targets": list(unfold(dict.fromkeys(record["targets"])))} if "targets" in record else {}
+    return {**record, **targets, **{key: unfold(record[key]) for key in _PATTERNS if key in record}}
 
 
 def _lists(value: Any) -> Any:
