@@ -1,51 +1,117 @@
-"""The `PretrainedConfig` that the transformers and vLLM backends share: Granite's, and the `switch` object."""
+"""Configs of switch models, which the transformers and vLLM backends share: the base's own, and the `switch` object.
+
+On disk `model_type` is granite_switch, so that nothing takes the model for its base. In memory it is the base's,
+because transformers and vLLM decide by it (windows, hybrids, rope). Config classes are made on demand, one for each
+base.
+"""
 
 import json
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
-from transformers import GraniteConfig
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from granite_switch.core import legacy
-from granite_switch.core.spec import MODEL_TYPE, SwitchSpec
+from granite_switch.core.spec import MODEL_TYPE, SwitchSpec, architecture
 from granite_switch.errors import CheckpointError
 
 
-class GraniteSwitchConfig(GraniteConfig):
-    """Configuration of a Granite model with adapters inside.
-
-    Args:
-        switch: the `switch` object of config.json (docs/format.md).
-        kwargs: as for `GraniteConfig`.
-
-    Raises:
-        CheckpointError: `switch` is of a newer format or contradicts itself.
-    """
+class SwitchConfig(PreTrainedConfig):
+    """Finds the config class by the base that `switch` names; what AutoConfig knows for `granite_switch`."""
 
     model_type = MODEL_TYPE
-    switch: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.switch is not None:
-            self.switch_spec  # noqa: B018  (a bad one is an error here, not at the first use)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'; a config of an older generation becomes what it amounts to in format 1."""
-        if legacy.generation(config_dict):
-            config_dict = legacy.format_1_config(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        """A config of the base's kind; legacy formats are read as what they amount to in format 1."""
+        config_dict = _format_1(config_dict)
+        return config_class(_parse(json.dumps(config_dict["switch"])).base_model_type).from_dict(config_dict, **kwargs)
+
+
+class _Switched:
+    """What the config class of every base gains."""
+
+    switch: dict[str, Any] | None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.switch is not None:
+            _check_rows(self.switch_spec, self.get_text_config().vocab_size)  # type: ignore[attr-defined]
 
     @property
     def switch_spec(self) -> SwitchSpec:
-        """The adapters and their tokens."""
+        """The adapters and their tokens.
+
+        Raises:
+            CheckpointError: there is no `switch`, or it is of a newer format or contradicts itself.
+        """
         if self.switch is None:
             raise CheckpointError(
-                "config.json holds no `switch`, nor the keys of an older generation",
+                "config.json holds no `switch`, nor the keys of a legacy format",
                 hint="compose the model: granite-switch compose",
             )
         return _parse(json.dumps(self.switch))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        config_dict = {key: value for key, value in _format_1(config_dict).items() if key != "model_type"}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if config_dict.get("model_type") == MODEL_TYPE:
+            config_dict = {**_format_1(config_dict), "model_type": cls.model_type}  # type: ignore[attr-defined]
+        return config_dict, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
+
+
+@cache
+def config_class(base_model_type: str) -> type[PreTrainedConfig]:
+    """The config class of switch models of a base: `Qwen3SwitchConfig` for "qwen3".
+
+    Raises:
+        CheckpointError: the installed transformers does not know the base.
+    """
+    try:
+        base = CONFIG_MAPPING[base_model_type]
+    except KeyError:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no model type {base_model_type!r}, the base's",
+            hint="pip install --upgrade transformers, within what this release of granite-switch takes",
+        ) from None
+    name = architecture(base.__name__)
+    body = {"switch": None, "__annotations__": {"switch": dict[str, Any] | None}, "__module__": __name__}
+    body["__doc__"] = f"`{base.__name__}` and the `switch` object of config.json (docs/format.md)."
+    return type(name, (_Switched, base), {**body, "__qualname__": name})
+
+
+def __getattr__(name: str) -> Any:
+    """Config classes by name, so that they can be imported and unpickled."""
+    base = getattr(transformers, name.replace("Switch", "", 1), None) if name.endswith("SwitchConfig") else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class(base.model_type)
+
+
+def _format_1(config_dict: dict[str, Any]) -> dict[str, Any]:
+    if legacy.generation(config_dict):
+        config_dict = legacy.format_1_config(config_dict)
+    if config_dict.get("model_type") == MODEL_TYPE and not isinstance(config_dict.get("switch"), dict):
+        raise CheckpointError("config.json: model_type granite_switch without a `switch` object or a legacy format")
+    return config_dict
+
+
+def _check_rows(spec: SwitchSpec, vocab_size: int) -> None:
+    if vocab_size < spec.rows:
+        raise CheckpointError(
+            f"config.json: vocab_size {vocab_size} is less than the {spec.rows} rows that control tokens need",
+            hint="put config.json back as it was, or compose the model anew",
+        )
 
 
 @lru_cache(maxsize=8)

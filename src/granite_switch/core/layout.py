@@ -130,7 +130,7 @@ def fold(values: Mapping[str, T]) -> dict[str, T]:
         else:
             groups.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :]), value), []).append(int(parts[at]))
     return {
-        head if not indices else f"{head}.[{_ranges(indices)}]{tail and '.'}{tail}": value
+        head if not indices else f"{head}.{_ranges(indices)}{tail and '.'}{tail}": value
         for (head, tail, value), indices in groups.items()
     }
 
@@ -153,7 +153,8 @@ def unfold(values: Mapping[str, T]) -> dict[str, T]:
 def _ranges(indices: Iterable[int]) -> str:
     runs = [list(run) for _, run in groupby(enumerate(sorted(indices)), lambda pair: pair[1] - pair[0])]
     edges = [(run[0][1], run[-1][1]) for run in runs]
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in edges)
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in edges)
+    return text if text.isdecimal() else f"[{text}]"
 
 
 def _indices(text: str) -> list[int]:

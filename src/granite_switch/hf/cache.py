@@ -1,30 +1,48 @@
 """The slot and the token of every cached position, kept in one more layer of the model's own KV cache.
 
-Only generation 1 asks for the tokens again, to know what it hides. Whatever is done to the cache is done to both:
-beam reordering, cropping, repeating, selecting, resetting.
+Whatever is done to the cache is done to both: beam reordering, cropping, repeating, selecting, resetting. Only legacy
+format 1 asks for the tokens, to know which it hides.
 """
+
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from granite_switch.eager import Groups, grouped
+from granite_switch.errors import RoutingError
+
 
 class _Slots:
-    """What both kinds of layer share: slots stand where keys do and tokens where values do, as [B, 1, S, 1] int64."""
+    """What both kinds of layer share: slots are stored as keys and tokens as values, each [B, 1, S, 1] int64."""
 
-    cache: Cache
+    cache: Any = None  # a weak reference: a strong one would be a cycle, which keeps every cache alive until gc
+    decode: tuple[list[int], Groups] | None = None  # slots of the latest decode step, and their grouping
 
-    def append(self, slots: Tensor, tokens: Tensor) -> Tensor:
-        """Add the slots and tokens of new positions, both [B, S]; gives the tokens of all positions, [B, K]."""
-        _, tokens = self.update(slots[:, None, :, None], tokens[:, None, :, None])  # type: ignore[attr-defined]
-        return tokens[:, 0, :, 0]
+    def append(self, slots: Tensor, tokens: Tensor) -> None:
+        """Add the slots and tokens of new positions, both [B, S]."""
+        self.update(slots[:, None, :, None], tokens[:, None, :, None])  # type: ignore[attr-defined]
+
+    def groups(self, slots: Tensor) -> Groups:
+        """The grouping of a decode step's slots, [B]: the previous step's if they are equal, with its padded copies."""
+        values = slots.tolist()
+        if self.decode is None or self.decode[0] != values:
+            self.decode = values, grouped(values, slots.device)
+        return self.decode[1]
 
     def prefetch(self) -> None:
-        """Offloaded caches fetch the layer after the last one ahead of time: that is the first, not this."""
-        self.cache.layers[0].prefetch()
+        """Offloaded caches fetch the layer after the last one ahead of time: that is the first, not this one."""
+        cache = self.cache and self.cache()
+        if cache is not None:
+            cache.layers[0].prefetch()
 
     def offload(self) -> None:
-        """A few bytes: they stay."""
+        """Nothing: slots are a few bytes and stay."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("cache", "decode")}
 
 
 class DynamicSlotLayer(_Slots, DynamicLayer):
@@ -33,6 +51,10 @@ class DynamicSlotLayer(_Slots, DynamicLayer):
     def last(self) -> Tensor | None:
         """Slot of the last cached position, [B]; None if nothing is cached."""
         return self.keys[:, 0, -1, 0] if self.get_seq_length() else None
+
+    def tokens(self) -> Tensor | None:
+        """Every cached token, [B, K]; None if nothing is cached."""
+        return self.values[:, 0, :, 0] if self.get_seq_length() else None
 
 
 class StaticSlotLayer(_Slots, StaticLayer):
@@ -44,24 +66,50 @@ class StaticSlotLayer(_Slots, StaticLayer):
             return None
         return self.keys[:, 0, :, 0].index_select(1, (self.cumulative_length - 1).clamp(min=0).view(1))[:, 0]
 
+    def tokens(self) -> Tensor | None:
+        """Every position of the cache, [B, max_cache_len], those that are not filled too."""
+        return self.values[:, 0, :, 0] if self.is_initialized else None
 
-def slot_layer(cache: Cache, num_hidden_layers: int) -> DynamicSlotLayer | StaticSlotLayer:
-    """The cache's layer of slots, appended behind the model's own layers at the first use.
 
-    What a cache held before it met this model was computed without adapters: its slots are 0.
+SlotLayer = DynamicSlotLayer | StaticSlotLayer
+
+
+def find_slots(cache: Cache | None) -> SlotLayer | None:
+    """The cache's layer of slots; None where it has not met a switch model yet."""
+    for layer in reversed(getattr(cache, "layers", ())):
+        if isinstance(layer, _Slots):
+            layer.cache = weakref.ref(cache)  # a copy of a cache still refers to the original
+            return layer  # type: ignore[return-value]
+    return None
+
+
+def add_slots(cache: Any, model_layers: int, batch: int, before: int, device: torch.device) -> SlotLayer:
+    """Append a layer of slots after the model's own layers. What was cached before is the base's: its slots are 0.
+
+    Args:
+        cache: that a forward of the model has filled or will fill.
+        model_layers: how many layers of it are the model's.
+        batch: sequences in it.
+        before: positions that were cached before this model met it.
+        device: of the input.
+
+    Raises:
+        RoutingError: it is not a cache of layers.
     """
-    while len(cache.layers) < num_hidden_layers and cache.layer_class_to_replicate is not None:
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise RoutingError(
+            f"this model keeps its past in a {type(cache).__name__}, which has no place for the slots",
+            hint="use_cache=False, or a transformers cache such as DynamicCache(config=model.config)",
+        )
+    while len(cache.layers) < model_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    if len(cache.layers) == num_hidden_layers:
-        first = cache.layers[0]
-        whole = isinstance(first, StaticLayer) and not first.is_sliding  # a window is shorter than what it has seen
-        layer = StaticSlotLayer(first.max_cache_len) if whole else DynamicSlotLayer()
-        layer.cache = cache
-        layer.is_sliding = first.is_sliding  # or masks would be made for this layer, not for the model's
-        cache.layers.append(layer)
-        before = int(first.get_seq_length())
-        if before:
-            batch, device = first.keys.shape[0], first.keys.device
-            none = torch.zeros(batch, before, dtype=torch.int64, device=device)
-            layer.append(none, none)
-    return cache.layers[num_hidden_layers]
+    whole = [one for one in cache.layers if isinstance(one, StaticLayer) and not getattr(one, "is_sliding", False)]
+    layer: Any = StaticSlotLayer(whole[0].max_cache_len) if whole else DynamicSlotLayer()
+    # masks are sized by the first layer that is sliding, or the first that is not: neither may be this one
+    layer.is_sliding = bool(cache.layers) and getattr(cache.layers[0], "is_sliding", False)
+    layer.cache = weakref.ref(cache)
+    cache.layers.append(layer)
+    if before:
+        none = torch.zeros(batch, before, dtype=torch.int64, device=device)
+        layer.append(none, none)
+    return layer

@@ -1,0 +1,201 @@
+"""The adapters' updates of one linear for a batch whose slots are known on the host: y += s B (A x), in few matmuls.
+
+Tokens are grouped by slot once per forward. A group is a range of the batch, or indices where slots alternate. In a
+mixed decode step every matmul is small and its call costs more than its arithmetic, so the adapters are padded to one
+rank and take one batched matmul for all A and one for all B. Those padded copies are kept with the grouping of that
+decode step and are checked against every parameter before they are used. `core.lora` is the definition.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_FEW = 64  # tokens: a decode step, not a prompt
+_LONG = 16  # tokens: longer runs stay ranges of the batch, since indexing copies
+
+
+class Pair(NamedTuple):
+    """One adapter's update of one linear."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens of one adapter."""
+
+    slot: int
+    rows: slice | Tensor  # of the flattened batch; a tensor is [n] int64
+    tokens: tuple[int, ...] = ()  # the rows as integers, where they are few
+
+
+@dataclass(frozen=True)
+class Padded:
+    """The adapters of a mixed decode step in one linear, padded to one rank and to one number of tokens."""
+
+    key: tuple[object, ...]  # of the parameters that were copied
+    a: Tensor  # [n, in, R]
+    b: Tensor  # [n, R, out], scaled
+    rows: Tensor  # [n * m] int64, the token of each row
+    real: Tensor | None  # [n, m, 1], 0 for rows that pad; None: no row does
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The tokens of a batch that have an adapter, grouped by slot."""
+
+    groups: tuple[Group, ...] = ()
+    tokens: int = 0  # of the whole batch
+    padded: dict[int, Padded] = field(default_factory=dict, compare=False, repr=False)  # by the id of a linear's module
+
+    def to(self, device: torch.device) -> "Groups":
+        """The same on a device, without the copies."""
+        moved = (
+            Group(g.slot, g.rows if isinstance(g.rows, slice) else g.rows.to(device), g.tokens) for g in self.groups
+        )
+        return Groups(tuple(moved), self.tokens)
+
+
+def group(slots: Tensor) -> Groups:
+    """Group the tokens of a batch, [T], by slot, without slot 0. One transfer to the host."""
+    if len(slots) <= _FEW:
+        return grouped(slots.tolist(), slots.device)
+    values, counts = torch.unique_consecutive(slots, return_counts=True)
+    return _grouped(values.tolist(), counts.tolist(), len(slots), slots.device)
+
+
+def grouped(slots: Sequence[int], device: torch.device) -> Groups:
+    """As `group`, of slots that are on the host."""
+    values: list[int] = []
+    counts: list[int] = []
+    for slot in slots:
+        if values and values[-1] == slot:
+            counts[-1] += 1
+        else:
+            values.append(slot)
+            counts.append(1)
+    return _grouped(values, counts, len(slots), device)
+
+
+def _grouped(values: list[int], counts: list[int], tokens: int, device: torch.device) -> Groups:
+    starts = accumulate(counts, initial=0)
+    runs = [(slot, start, start + n) for slot, start, n in zip(values, starts, counts, strict=False) if slot]
+    few = tokens <= _FEW
+    if len({slot for slot, _, _ in runs}) == len(runs) or len(runs) * _LONG <= tokens:
+        rows = (Group(slot, slice(start, stop), tuple(range(start, stop)) if few else ()) for slot, start, stop in runs)
+        return Groups(tuple(rows), tokens)
+    by_slot: dict[int, list[int]] = {}
+    for slot, start, stop in runs:
+        by_slot.setdefault(slot, []).extend(range(start, stop))
+    indexed = (
+        Group(slot, torch.tensor(rows, device=device), tuple(rows) if few else ()) for slot, rows in by_slot.items()
+    )
+    return Groups(tuple(indexed), tokens)
+
+
+def add(x: Tensor, y: Tensor, groups: Groups, pairs: Mapping[int, Pair], owner: int | None = None) -> Tensor:
+    """Add each token's update to a linear's output.
+
+    Args:
+        x: [T, in], the linear's input.
+        y: [T, out], its output; changed in place unless gradients are recorded.
+        groups: of these T tokens.
+        pairs: slot -> its update of this linear; slots without one are left alone.
+        owner: an id of the linear under which copies for mixed decode steps are kept; None: keep none.
+
+    Returns:
+        y with the updates. Rows of slot 0 are what they were, bit for bit.
+    """
+    mine = [g for g in groups.groups if g.slot in pairs]
+    if torch.is_grad_enabled():
+        for g in mine:
+            y = _added(x, y, g.rows, pairs[g.slot], groups.tokens)
+        return y
+    if owner is not None and len(mine) > 1 and groups.tokens <= _FEW:
+        padded = _padded(groups, mine, pairs, owner)
+        if padded is not None:
+            _add_padded(x, y, padded)
+            return y
+    for g in mine:
+        _add_in_place(x, y, g.rows, pairs[g.slot], groups.tokens)
+    return y
+
+
+def _add_in_place(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens: int) -> None:
+    a, b, scale = pair
+    if isinstance(rows, Tensor):
+        y.index_add_(0, rows, _linear(_linear(x.index_select(0, rows), a), b).to(y.dtype), alpha=scale)
+        return
+    if rows.stop - rows.start < tokens:
+        x, y = x[rows], y[rows]
+    hidden = _linear(x, a)
+    if y.dtype == b.dtype:
+        y.addmm_(hidden, b.t(), alpha=scale)
+    else:
+        y.add_(F.linear(hidden, b).to(y.dtype), alpha=scale)
+
+
+def _added(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens: int) -> Tensor:
+    """Out of place, for autograd."""
+    a, b, scale = pair
+    if isinstance(rows, slice):
+        if rows.stop - rows.start == tokens:
+            return y + (F.linear(_linear(x, a), b) * scale).to(y.dtype)
+        rows = torch.arange(rows.start, rows.stop, device=x.device)
+    return y.index_add(0, rows, (F.linear(_linear(x.index_select(0, rows), a), b) * scale).to(y.dtype))
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight)
+
+
+def _padded(groups: Groups, mine: list[Group], pairs: Mapping[int, Pair], owner: int) -> Padded | None:
+    """The padded copies for this linear; None where padding costs more than it saves."""
+    own = [pairs[g.slot] for g in mine]
+    key = tuple([version for a, b, _ in own for version in (a.data_ptr(), _version(a), b.data_ptr(), _version(b))])
+    known = groups.padded.get(owner)
+    if known is None or known.key != key:
+        known = _pad(mine, own, key)
+        if known is not None:
+            groups.padded[owner] = known
+    return known
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _pad(mine: list[Group], own: list[Pair], key: tuple[object, ...]) -> Padded | None:
+    ranks, lengths = [len(a) for a, _, _ in own], [len(g.tokens) for g in mine]
+    rank, length, first = max(ranks), max(lengths), own[0].a
+    wasteful = rank * len(own) > 4 * sum(ranks) or length * len(own) > 2 * sum(lengths) + 32
+    if wasteful or any(p.a.dtype != first.dtype or p.a.device != first.device for p in own):
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        a = first.new_zeros(len(own), rank, first.shape[1])
+        b = first.new_zeros(len(own), rank, len(own[0].b))
+        for i, (pair, r) in enumerate(zip(own, ranks, strict=True)):
+            a[i, :r].copy_(pair.a)
+            b[i, :r].copy_(pair.b.t()).mul_(pair.scale)
+        rows = torch.tensor([g.tokens[j if j < len(g.tokens) else 0] for g in mine for j in range(length)])
+        real = torch.tensor([[float(j < n) for j in range(length)] for n in lengths], dtype=first.dtype)
+        real = None if min(lengths) == length else real[:, :, None].to(first.device)
+        return Padded(key, a.transpose(1, 2), b, rows.to(first.device), real)
+
+
+def _add_padded(x: Tensor, y: Tensor, padded: Padded) -> None:
+    rows = x.index_select(0, padded.rows)
+    if rows.dtype != padded.a.dtype:
+        rows = rows.to(padded.a.dtype)
+    hidden = torch.bmm(rows.view(len(padded.a), -1, x.shape[1]), padded.a)
+    if padded.real is not None:
+        hidden.mul_(padded.real)
+    delta = torch.bmm(hidden, padded.b).flatten(0, 1)
+    y.index_add_(0, padded.rows, delta if delta.dtype == y.dtype else delta.to(y.dtype))
