@@ -6,7 +6,8 @@ base.
 """
 
 import json
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import transformers
@@ -70,13 +71,31 @@ class _Switched:
         return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
 
 
-@cache
+_MADE: dict[str, type[PreTrainedConfig]] = {}
+_LISTENERS: list[Callable[[type[PreTrainedConfig]], None]] = []
+
+
 def config_class(base_model_type: str) -> type[PreTrainedConfig]:
     """The config class of switch models of a base: `Qwen3SwitchConfig` for "qwen3".
 
     Raises:
         CheckpointError: the installed transformers does not know the base.
     """
+    if base_model_type not in _MADE:
+        _MADE[base_model_type] = _make(base_model_type)
+        for listener in _LISTENERS:
+            listener(_MADE[base_model_type])
+    return _MADE[base_model_type]
+
+
+def on_config_class(listener: Callable[[type[PreTrainedConfig]], None]) -> None:
+    """Call a function with every config class that was made or will be."""
+    _LISTENERS.append(listener)
+    for made in list(_MADE.values()):
+        listener(made)
+
+
+def _make(base_model_type: str) -> type[PreTrainedConfig]:
     try:
         base = CONFIG_MAPPING[base_model_type]
     except KeyError:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _FEW = 64  # tokens: a decode step, not a prompt
+_STEP = 8  # tokens: up to so many, one call that scales and adds saves time; it rounds otherwise than PEFT
 _LONG = 16  # tokens: longer runs stay ranges of the batch, since indexing copies
 
 
@@ -131,15 +132,15 @@ def add(x: Tensor, y: Tensor, groups: Groups, pairs: Mapping[int, Pair], owner: 
 def _add_in_place(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens: int) -> None:
     a, b, scale = pair
     if isinstance(rows, Tensor):
-        y.index_add_(0, rows, _linear(_linear(x.index_select(0, rows), a), b).to(y.dtype), alpha=scale)
+        y.index_add_(0, rows, _scaled(F.linear(_linear(x.index_select(0, rows), a), b), scale).to(y.dtype))
         return
     if rows.stop - rows.start < tokens:
         x, y = x[rows], y[rows]
     hidden = _linear(x, a)
-    if y.dtype == b.dtype:
+    if len(x) <= _STEP and y.dtype == b.dtype:
         y.addmm_(hidden, b.t(), alpha=scale)
     else:
-        y.add_(F.linear(hidden, b).to(y.dtype), alpha=scale)
+        y.add_(_scaled(F.linear(hidden, b), scale).to(y.dtype))
 
 
 def _added(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens: int) -> Tensor:
@@ -150,6 +151,10 @@ def _added(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens: int) 
             return y + (F.linear(_linear(x, a), b) * scale).to(y.dtype)
         rows = torch.arange(rows.start, rows.stop, device=x.device)
     return y.index_add(0, rows, (F.linear(_linear(x.index_select(0, rows), a), b) * scale).to(y.dtype))
+
+
+def _scaled(delta: Tensor, scale: float) -> Tensor:
+    return delta if scale == 1 else delta.mul_(scale)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """The transformers backend: importing it registers the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from typing import Any
 
-from granite_switch.config import GraniteSwitchConfig
+from transformers import AutoConfig
+
+from granite_switch import config
+from granite_switch.config import SwitchConfig
+from granite_switch.hf import models
 from granite_switch.hf.conversation import Conversation
-from granite_switch.hf.modeling_granite_switch import (
-    GraniteSwitchForCausalLM,
-    GraniteSwitchModel,
-    GraniteSwitchPreTrainedModel,
-)
 
 __all__ = [
     "Conversation",
@@ -18,6 +17,14 @@ __all__ = [
     "GraniteSwitchPreTrainedModel",
 ]
 
-AutoConfig.register(GraniteSwitchConfig.model_type, GraniteSwitchConfig, exist_ok=True)
-AutoModel.register(GraniteSwitchConfig, GraniteSwitchModel, exist_ok=True)
-AutoModelForCausalLM.register(GraniteSwitchConfig, GraniteSwitchForCausalLM, exist_ok=True)
+
+AutoConfig.register(SwitchConfig.model_type, SwitchConfig, exist_ok=True)
+config.on_config_class(models.register)
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of any base by name: `GraniteSwitchForCausalLM`, `Qwen3SwitchConfig`."""
+    found = getattr(config if name.endswith("Config") else models, name, None) if "Switch" in name else None
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

@@ -52,9 +52,9 @@ class DynamicSlotLayer(_Slots, DynamicLayer):
         """Slot of the last cached position, [B]; None if nothing is cached."""
         return self.keys[:, 0, -1, 0] if self.get_seq_length() else None
 
-    def tokens(self) -> Tensor | None:
-        """Every cached token, [B, K]; None if nothing is cached."""
-        return self.values[:, 0, :, 0] if self.get_seq_length() else None
+    def with_new(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Every cached token and the new ones, [B, K], before those are appended."""
+        return torch.cat([self.values[:, 0, :, 0], tokens], 1) if self.get_seq_length() else tokens
 
 
 class StaticSlotLayer(_Slots, StaticLayer):
@@ -66,9 +66,10 @@ class StaticSlotLayer(_Slots, StaticLayer):
             return None
         return self.keys[:, 0, :, 0].index_select(1, (self.cumulative_length - 1).clamp(min=0).view(1))[:, 0]
 
-    def tokens(self) -> Tensor | None:
-        """Every position of the cache, [B, max_cache_len], those that are not filled too."""
-        return self.values[:, 0, :, 0] if self.is_initialized else None
+    def with_new(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The token of every position of the cache, [B, max_cache_len], the new ones filled in."""
+        seen = self.values[:, 0, :, 0] if self.is_initialized else tokens.new_zeros(len(tokens), self.max_cache_len)
+        return seen.index_copy(1, positions, tokens)
 
 
 SlotLayer = DynamicSlotLayer | StaticSlotLayer

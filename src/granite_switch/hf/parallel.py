@@ -1,11 +1,12 @@
-"""Tensor parallel: how the adapters are split beside projections that transformers' own plan splits.
+"""Tensor parallel: how the adapters are split beside linears that the base's own plan splits.
 
 Column-wise (q, k, v, gate, up) a process holds some rows of W, and so the same rows of B; every process has the whole
 A. Row-wise (o, down) it holds some columns of W and sees that part of the input, so it holds those columns of A and
-the products with A are summed over the processes: rank values for each token, before B.
+A x is summed over the processes: rank values for each token, before B.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-# rules of a tensor-parallel plan, for the modules of adapters
-PLAN = {
-    "layers.*.self_attn.qkv_lora": "switch_colwise",
-    "layers.*.self_attn.o_lora": "switch_rowwise",
-    "layers.*.mlp.gate_up_lora": "switch_colwise",
-    "layers.*.mlp.down_lora": "switch_rowwise",
+from granite_switch.core.layout import SUFFIX
+from granite_switch.errors import RoutingError
+from granite_switch.hf.updates import Site
+
+# how a linear is split -> how its adapters are; None: whole on every process, as the linear's input and output are
+_STYLES = {
+    "colwise": "switch_colwise",
+    "rowwise": "switch_rowwise",
+    "replicate": None,
+    **dict.fromkeys(("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep")),
 }
+
+
+def add_plans(model: Any, sites: Iterable[Site], prefix: str = "") -> None:
+    """Extend a model's tensor-parallel plan by its adapters, linear by linear.
+
+    Args:
+        model: with the base's plan.
+        sites: its linears with adapters.
+        prefix: what the plan's names have before the sites' paths.
+    """
+    plan = model._tp_plan or {}
+    for site in sites:
+        linear = re.sub(r"\d+", "*", prefix + site.path)
+        style = plan.get(linear)
+        if style is not None and (own := _STYLES.get(style, "switch_refused")):
+            plan[linear + SUFFIX] = own
 
 
 class _Split(TensorParallelLayer):
@@ -29,11 +50,11 @@ class _Split(TensorParallelLayer):
     Args:
         matrix: "A" or "B".
         dim: the dimension to split.
-        exchange: what happens to the products with A, given a process group.
+        reduce: what happens to A x, given a process group.
     """
 
-    def __init__(self, matrix: str, dim: int, exchange: Callable[[Tensor, Any], Tensor]) -> None:
-        self.matrix, self.dim, self.exchange = matrix, dim, exchange
+    def __init__(self, matrix: str, dim: int, reduce: Callable[[Tensor, Any], Tensor]) -> None:
+        self.matrix, self.dim, self.reduce = matrix, dim, reduce
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True
@@ -47,7 +68,7 @@ class _Split(TensorParallelLayer):
             module._parameters[param] = nn.Parameter(part, requires_grad=whole.requires_grad)
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
-        module.exchange = partial(self.exchange, group=mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp"))
+        module.reduce = partial(self.reduce, group=mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp"))
         return super().install_forward(module, mesh)
 
 
@@ -86,5 +107,16 @@ def _sum_gradient(x: Tensor, group: Any) -> Tensor:
     return _SumGradient.apply(x, group) if torch.is_grad_enabled() else x
 
 
+class _Refused(TensorParallelLayer):
+    """Of a linear that is split in a way whose adapters nobody has worked out."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        raise RoutingError(
+            f"the base's tensor-parallel plan splits a linear with adapters ({param}) in a way that they cannot follow",
+            hint=f"tp_plan: adapters can follow {', '.join(_STYLES)}",
+        )
+
+
+ALL_PARALLEL_STYLES.register("switch_refused", _Refused())
 ALL_PARALLEL_STYLES.register("switch_colwise", _Split("B", 0, _sum_gradient))
 ALL_PARALLEL_STYLES.register("switch_rowwise", _Split("A", 1, _sum))

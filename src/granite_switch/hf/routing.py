@@ -3,37 +3,45 @@
 `core.routing` is the definition; here it is a cumulative maximum on tensors.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from granite_switch.batched import Grouper, Groups, group
 from granite_switch.core.spec import SwitchSpec
+from granite_switch.eager import Groups, group
 
 
 class Switch(nn.Module):
-    """Reads control tokens and exchanges them.
+    """Look-up tables from token to slot and from token to substitute.
 
-    Its tables are derived from the config and so are no part of a checkpoint: no loader has to fill them. They stand
-    in a module of their own because accelerate plans no place for the buffers of a module that it splits.
+    They are derived from the config and so are no part of a checkpoint: no loader has to fill them. They are in a
+    module of their own because accelerate plans no place for the buffers of a module that it splits.
 
     Args:
         spec: the adapters and their tokens.
-        vocab_size: V.
+        vocab_size: V, at least `spec.rows`.
     """
+
+    adapter_token_ids: Tensor
+    control_to_slot: Tensor
+    control_to_substitute: Tensor
 
     def __init__(self, spec: SwitchSpec, vocab_size: int) -> None:
         super().__init__()
         self.spec = spec
-        self.grouped = Grouper()
+        self.resize(vocab_size, None)
+
+    def resize(self, vocab_size: int, device: torch.device | None) -> None:
+        """Make the tables anew for another size of the vocabulary."""
         for name, size in [
-            ("adapter_token_ids", len(spec.adapters)),
+            ("adapter_token_ids", len(self.spec.adapters)),
             ("control_to_slot", vocab_size),
             ("control_to_substitute", vocab_size),
         ]:
-            self.register_buffer(name, torch.empty(size, dtype=torch.int64), persistent=False)
+            self.register_buffer(name, torch.empty(size, dtype=torch.int64, device=device), persistent=False)
         self.fill()
 
     @torch.no_grad()
@@ -46,17 +54,65 @@ class Switch(nn.Module):
             self.control_to_slot[token] = slot
             self.control_to_substitute[token] = self.spec.substitutes[token]
 
-    def forward(self, input_ids: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, initial: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Slots and embedded tokens.
 
         Args:
             input_ids: [B, S] int64.
             initial: [B] int64, the slots in force before; None for 0.
+            starts: [B, S] bool, where a packed sequence begins; None: nowhere.
 
         Returns:
             The slot of each token, [B, S] int64, and the tokens with substitutes in the place of control tokens.
         """
-        return slots_of(input_ids, self.control_to_slot, initial), self.control_to_substitute[input_ids]
+        return slots_of(input_ids, self.control_to_slot, initial, starts), self.control_to_substitute[input_ids]
+
+
+def slots_of(
+    input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None, starts: Tensor | None = None
+) -> Tensor:
+    """The slot of each token: that of the latest control token at or before it in its sequence.
+
+    Args:
+        input_ids: [B, S] int64.
+        control_to_slot: [V] int64, the slot that a token switches to, -1 where it is no control token.
+        initial: [B] int64, the slots in force before; None for 0.
+        starts: [B, S] bool, where a packed sequence begins at slot 0; None: nowhere.
+
+    Returns:
+        [B, S] int64.
+    """
+    switches = control_to_slot[input_ids]
+    if starts is not None:
+        switches = torch.where(starts & (switches < 0), 0, switches)
+    if input_ids.shape[1] == 1:
+        return torch.where(switches >= 0, switches, 0 if initial is None else initial[:, None])
+    positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    latest = torch.where(switches >= 0, positions, 0).cummax(dim=1).values
+    slots = switches.gather(1, (latest - 1).clamp(min=0))
+    before = torch.zeros_like(slots) if initial is None else initial[:, None].expand_as(slots)
+    return torch.where(latest > 0, slots, before)
+
+
+def sequence_starts(kwargs: dict[str, Any], like: Tensor) -> Tensor | None:
+    """Where packed sequences begin, [B, S] bool, in a forward without mask and past; None where it cannot be packed.
+
+    Args:
+        kwargs: of the forward; `position_ids` that do not go up by one, and `cu_seq_lens_q`, mark a new sequence.
+        like: [B, S], the input.
+    """
+    if kwargs.get("attention_mask") is not None or like.shape[1] < 2:
+        return None
+    starts = None
+    positions, lengths = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        steps = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1
+        starts = steps.to(like.device).expand(like.shape)
+    if isinstance(lengths, Tensor):
+        edges = torch.arange(like.shape[1], device=like.device)[:, None] == lengths.to(like.device)[None, 1:-1]
+        edges = edges.any(1).expand(like.shape)
+        starts = edges if starts is None else starts | edges
+    return starts
 
 
 @dataclass(frozen=True)
@@ -68,40 +124,57 @@ class Routing:
 
     slots: Tensor  # [B, S] int64
     groups: Groups | None  # None: not known on the host
-
-    @property
-    def switched(self) -> bool:
-        """Whether any token may be an adapter's: the base alone calls no module of adapters."""
-        return self.groups is None or bool(self.groups.groups)
+    decode: bool = False  # a decode step, whose grouping outlives the forward
+    called: set[str] = field(default_factory=set)  # paths of the linears whose updates were asked for
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Routing":
         slots = self.slots.to(device, non_blocking=non_blocking)
         if slots is self.slots:
             return self
-        return Routing(slots, None if self.groups is None else self.groups.to(slots.device, non_blocking))
+        groups = None if self.groups is None else self.groups.to(slots.device)
+        return Routing(slots, groups, called=self.called)
 
 
-def slots_of(input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None) -> Tensor:
-    """The slot of each token: that of the latest control token at or before it.
+def route(slots: Tensor, past: Any = None) -> Routing:
+    """Group a batch's tokens by slot. One transfer to the host; none inside a compiled graph.
 
     Args:
-        input_ids: [B, S] int64.
-        control_to_slot: [V] int64, the slot that a token switches to, -1 where it is no control token.
-        initial: [B] int64, the slots in force before; None for 0.
-
-    Returns:
-        [B, S] int64.
+        slots: [B, S] int64.
+        past: the cache's layer of slots, which keeps the grouping of a decode step.
     """
-    switches = control_to_slot[input_ids]
-    if input_ids.shape[1] == 1:
-        return torch.where(switches >= 0, switches, 0 if initial is None else initial[:, None])
-    positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-    latest = torch.where(switches >= 0, positions, 0).cummax(dim=1).values
-    slots = switches.gather(1, (latest - 1).clamp(min=0))
-    before = torch.zeros_like(slots) if initial is None else initial[:, None].expand_as(slots)
-    return torch.where(latest > 0, slots, before)
+    if torch.compiler.is_compiling():
+        return Routing(slots, None)
+    if past is not None and slots.shape[1] == 1 and not torch.is_grad_enabled():
+        return Routing(slots, past.groups(slots[:, 0]), decode=True)
+    if past is not None:
+        past.decode = None
+    return Routing(slots, group(slots.flatten()))
 
 
-def route(slots: Tensor, grouped: Callable[[Tensor], Groups] = group) -> Routing:
-    """Group a batch's tokens by slot. One transfer to the host; none inside a compiled graph."""
-    return Routing(slots, None if torch.compiler.is_compiling() else grouped(slots.flatten()))
+class Scope:
+    """Hands the routing of the current forward to layers and linears, which know nothing else of it.
+
+    A context variable, so that threads do not meet; `torch.compile` cannot trace one, so an attribute inside compiled
+    graphs.
+    """
+
+    _current: ContextVar[Routing | None] = ContextVar("granite_switch_routing", default=None)
+
+    def __init__(self) -> None:
+        self.traced: Routing | None = None
+
+    def get(self) -> Routing | None:
+        return self.traced if torch.compiler.is_compiling() else self._current.get()
+
+    def enter(self, routing: Routing | None) -> Any:
+        """Set the routing; gives what `leave` needs."""
+        if torch.compiler.is_compiling():
+            before, self.traced = self.traced, routing
+            return before
+        return self._current.set(routing)
+
+    def leave(self, token: Any) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = token
+        else:
+            self._current.reset(token)

@@ -22,9 +22,18 @@ from granite_switch.core.checkpoint import (
     write,
     write_index,
 )
-from granite_switch.core.layout import EMBEDDING, EMBEDDINGS, HEAD, AdapterTensor, adapter_file, digest, parse_key
+from granite_switch.core.layout import (
+    EMBEDDINGS,
+    AdapterTensor,
+    adapter_file,
+    digest,
+    parse_key,
+    vocabulary,
+)
 from granite_switch.core.spec import SwitchSpec
+from granite_switch.errors import OutputError
 
+_HUB_OPTIONS = ("repo_id", "token", "private", "commit_message", "commit_description", "create_pr", "revision")
 _FLOATS = {"F32", "F16", "BF16"}
 
 
@@ -37,30 +46,39 @@ def save_switch_model(model: Any, folder: Any, save: Callable[..., None], **opti
         save: transformers' own `save_pretrained`, bound to the model.
         options: of transformers' `save_pretrained`.
     """
-    push, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
-    token, message = options.pop("token", None), options.pop("commit_message", None)
+    push = options.pop("push_to_hub", False)
+    hub = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
     target = Path(folder)
     save(folder, **options)
     if not options.get("is_main_process", True) or not ((target / SINGLE).exists() or (target / INDEX).exists()):
         return
     spec = model.config.switch_spec
     source = Path(model.config._name_or_path)
-    _split(target, spec, source)
+    _split(target, spec, source, model.config.get_text_config().vocab_size)
     if source.is_dir() and source.resolve() != target.resolve():
         _copy_companions(source, target)
     if push:
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repository = api.create_repo(repo_id or target.resolve().name, exist_ok=True).repo_id
-        api.upload_folder(
-            repo_id=repository, folder_path=target, commit_message=message or "Upload Granite Switch model"
-        )
+        _push(target, hub)
 
 
-def _split(folder: Path, spec: SwitchSpec, source: Path) -> None:
+def _push(folder: Path, hub: dict[str, Any]) -> None:
+    """Upload a saved model. `private` and `token` are of the repository, the rest is of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=hub.pop("token", None))
+    name, private = hub.pop("repo_id", None) or folder.resolve().name, hub.pop("private", None)
+    repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repository).private:
+        raise OutputError(f"{repository}: private=True, and the repository is public", hint="choose another name")
+    hub.setdefault("commit_message", "Upload Granite Switch model")
+    api.upload_folder(repo_id=repository, folder_path=folder, **hub)
+
+
+def _split(folder: Path, spec: SwitchSpec, source: Path, rows: int) -> None:
     """Move the adapters' tensors out of transformers' shards."""
     checkpoint = Checkpoint(folder)
+    found = vocabulary(checkpoint.tensors, rows)
+    vocabulary_names = found.names if found else ()
     adapters: dict[str, dict[AdapterTensor, Tensor]] = {name: {} for name in spec.names}
     for name, tensor in checkpoint.tensors.items():
         if key := parse_key(name):
@@ -81,8 +99,8 @@ def _split(folder: Path, spec: SwitchSpec, source: Path) -> None:
     for name, tensors in checkpoint.files.items():
         target = "model-00001-of-00001.safetensors" if name == SINGLE else name
         about = read_header(folder / name)[1]
-        grown = [copy_of(tensors[key]) for key in (EMBEDDING, HEAD) if key in tensors]
-        rest = [copy_of(t) for key, t in tensors.items() if key not in (EMBEDDING, HEAD) and not parse_key(key)]
+        grown = [copy_of(tensors[key]) for key in vocabulary_names if key in tensors]
+        rest = [copy_of(t) for key, t in tensors.items() if key not in vocabulary_names and not parse_key(key)]
         embeddings += grown
         metadata |= about if grown else {}
         if rest:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from granite_switch.core.chat import render
@@ -32,7 +33,7 @@ _CHATS: Sequence[Sequence[Mapping[str, str]]] = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One adapter, composed against PEFT; "base": the switch model without one against plain Granite."""
+    """One adapter, composed against PEFT; "base": the switch model without one against the plain base."""
 
     name: str
     difference: float  # the largest of any logit
@@ -104,14 +105,13 @@ def _prompts(model: Path, spec: SwitchSpec, adapter: AdapterSpec | None) -> list
 
 
 def _base(model: Path, base: Path | None, dtype: str) -> Any:
-    """Plain Granite, of the base's own folder or of the composed model's tensors."""
+    """The plain base, of the base's own folder or of the composed model's tensors."""
     if base:
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="auto").eval()
-    config = read_json(model / "config.json")
-    for key in ("switch", "model_type", "architectures"):
-        del config[key]
-    granite = GraniteConfig(**config)
-    return GraniteForCausalLM.from_pretrained(model, config=granite, dtype=dtype, device_map="auto").eval()
+    spec = SwitchSpec.from_dict(read_json(model / "config.json")["switch"])
+    settings = {k: v for k, v in read_json(model / "config.json").items() if k not in ("switch", "model_type")}
+    config = CONFIG_MAPPING[spec.base_model_type](**{**settings, "architectures": [spec.base_architecture]})
+    return AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, device_map="auto").eval()
 
 
 def _logits(model: Any, ids: list[int]) -> torch.Tensor:

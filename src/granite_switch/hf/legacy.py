@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from granite_switch.config import GraniteSwitchConfig
 from granite_switch.core import legacy
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import CheckpointError
@@ -34,8 +32,15 @@ class Hiding(nn.Module):
         super().__init__()
         self.spec = spec
         groups = len(spec.hiding.groups)
-        for name, rows in [("token_to_group_mask", vocab_size), ("adapter_hiding_matrix", len(spec.adapters) + 1)]:
-            self.register_buffer(name, torch.zeros(rows, groups, dtype=torch.bool), persistent=False)
+        self.register_buffer(
+            "adapter_hiding_matrix", torch.zeros(len(spec.adapters) + 1, groups, dtype=torch.bool), False
+        )
+        self.resize(vocab_size, None)
+
+    def resize(self, vocab_size: int, device: torch.device | None) -> None:
+        """Make the table of tokens anew for another size of the vocabulary."""
+        table = torch.zeros(vocab_size, len(self.spec.hiding.groups), dtype=torch.bool, device=device)
+        self.register_buffer("token_to_group_mask", table, persistent=False)
         self.fill()
 
     @torch.no_grad()
@@ -75,13 +80,12 @@ class Hiding(nn.Module):
 
 
 def masked(
-    config: GraniteSwitchConfig,
+    config: Any,
     suppressed: Tensor,
     members: Tensor,
     new: Tensor,
     attention_mask: Any,
-    cache: Cache | None,
-    **kwargs: Any,
+    kwargs: dict[str, Any],
 ) -> Any:
     """The causal mask without the hidden keys, as the attention in use takes it.
 
@@ -91,8 +95,7 @@ def masked(
         members: [B, K] int64, the groups that a key is in, as bits.
         new: [S] int64, the positions of the queries.
         attention_mask: of padding [B, K], or one that is finished [B, 1, S, K].
-        cache: with the new tokens' slots in it, and not yet their keys.
-        kwargs: of `create_causal_mask`.
+        kwargs: more of `create_causal_mask`: the cache, without the new tokens, `inputs_embeds`, `position_ids`.
 
     Raises:
         CheckpointError: the attention in use takes no mask.
@@ -111,13 +114,11 @@ def masked(
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return suppressed[batch, query] & members[batch, key] == 0
 
-    return create_causal_mask(
-        config, attention_mask=attention_mask, past_key_values=cache, and_mask_function=visible, **kwargs
-    )
+    return create_causal_mask(config, attention_mask=attention_mask, and_mask_function=visible, **kwargs)
 
 
 def state_dict_of(
-    config: GraniteSwitchConfig, state_dict: Mapping[str, Any] | None, files: Sequence[str] | None
+    config: Any, state_dict: Mapping[str, Any] | None, files: Sequence[str] | None
 ) -> Mapping[str, Any] | None:
     """A state dict under format 1's names, where what is to be loaded is of an older generation.
 

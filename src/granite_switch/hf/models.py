@@ -1,0 +1,443 @@
+"""Switch models: a subclass made from any `...ForCausalLM` of transformers and from its decoder.
+
+The decoder's forward reads the slots from the token ids, exchanges control tokens for their substitutes and calls the
+base's forward with everything else as it came; the linears' updates join by hooks (`hf.updates`). The class with a head
+adds what concerns logits and labels. Classes are made on demand, and found again by name when they are unpickled.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import ModelOutput
+
+from granite_switch.config import config_class
+from granite_switch.core.spec import SwitchSpec, architecture
+from granite_switch.errors import CheckpointError, RoutingError
+from granite_switch.hf.cache import add_slots, find_slots
+from granite_switch.hf.legacy import Hiding, masked, state_dict_of
+from granite_switch.hf.loading import load_adapters
+from granite_switch.hf.parallel import add_plans
+from granite_switch.hf.releases import CACHE_NAMES, accepted_arguments, cache_name, parameter_names, record_outputs
+from granite_switch.hf.routing import Scope, Switch, route, sequence_starts
+from granite_switch.hf.saving import save_switch_model
+from granite_switch.hf.updates import Site, Updates, add_updates, wrap_layers
+
+_MARGIN = 128.0  # below a row's largest logit: exp(-128) is 0 in float32, and no arithmetic on logits overflows
+
+
+class SwitchPreTrainedModel:
+    """What all switch models share: initialisation, loading, saving."""
+
+    # older checkpoints hold them; here they are derived from the config
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        r"(^|\.)adapter_token_ids$",
+        r"(^|\.)token_to_group_mask$",
+        r"(^|\.)adapter_hiding_matrix$",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Updates):
+            module.reset_parameters()
+        elif isinstance(module, (Switch, Hiding)):
+            module.fill()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        decoder_of(loaded[0] if isinstance(loaded, tuple) else loaded).attach_adapters()
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers'; a legacy format's tensors go by format 1's names, and adapters' files are read here."""
+        state_dict = state_dict_of(model.config, state_dict, checkpoint_files)
+        loaded: set[str] = set()
+        if state_dict is None and checkpoint_files:
+            checkpoint_files, loaded = load_adapters(model, checkpoint_files, load_config)
+        info, offloaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        info.missing_keys -= loaded
+        return info, offloaded
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write the model as a format-1 checkpoint; as `PreTrainedModel.save_pretrained`."""
+        save_switch_model(self, save_directory, super().save_pretrained, **kwargs)  # type: ignore[misc]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`; rows for control tokens cannot be taken away.
+
+        Raises:
+            CheckpointError: fewer rows than the control tokens need.
+        """
+        spec: SwitchSpec = self.config.switch_spec  # type: ignore[attr-defined]
+        size = args[0] if args else kwargs.get("new_num_tokens")
+        if size is not None and size < spec.rows:
+            raise CheckpointError(
+                f"resize_token_embeddings({size}): control tokens need {spec.rows} rows",
+                hint="`granite-switch remove` takes adapters out of a model",
+            )
+        embedding: nn.Module = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        rows = embedding.weight.shape[0]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, (Switch, Hiding)):
+                module.resize(rows, embedding.weight.device)
+        return embedding
+
+
+class SwitchDecoder:
+    """A decoder with a switch in front and updates beside its linears."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._install(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+
+    def _install(self, prefix: str) -> None:
+        """Give the decoder its switch and updates.
+
+        Args:
+            prefix: what paths in the checkpoint have before the decoder's own.
+        """
+        spec = self.config.switch_spec  # type: ignore[attr-defined]
+        size = self.config.get_text_config().vocab_size  # type: ignore[attr-defined]
+        self.switch = Switch(spec, size)
+        self.hiding = Hiding(spec, size) if spec.hiding else None
+        self.switch_scope = Scope()
+        self.switch_sites: list[Site] = add_updates(self, spec, prefix)  # type: ignore[arg-type]
+        wrap_layers(self, self.switch_sites, self.switch_scope)  # type: ignore[arg-type]
+        add_plans(self, self.switch_sites)
+        record_outputs(self)  # type: ignore[arg-type]
+        self._accepted = accepted_arguments(self)  # type: ignore[arg-type]
+        self.attach_adapters()
+
+    def attach_adapters(self) -> None:
+        """Put the hooks on the linears that are there now. Every forward does it; before `torch.compile`, call it."""
+        for site in self.switch_sites:
+            site.attach(self.switch_scope)
+
+    def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
+        kwargs = self._arguments(args, kwargs)  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling():
+            for site in self.switch_sites:
+                site.check()
+        else:
+            self.attach_adapters()
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if ids is None and (embeds is None or not base_only):
+            raise _no_ids(embeds is not None)
+        name: str = self._cache_name  # type: ignore[attr-defined]
+        past = kwargs.get(name)
+        layer = find_slots(past)
+        if ids is None:
+            ids = slots = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        else:
+            starts = sequence_starts(kwargs, ids) if past is None else None
+            slots, kwargs["input_ids"] = self.switch(ids, layer.last() if layer else None, starts)
+        before = 0 if past is None or layer is not None else _cached(past)
+        layers = self.config.get_text_config().num_hidden_layers  # type: ignore[attr-defined]
+        if self.hiding is not None:
+            if past is not None:
+                layer = layer or add_slots(past, layers, len(slots), before, slots.device)
+            self._hide(ids, slots, layer, kwargs)
+        token = self.switch_scope.enter(route(slots, layer))
+        try:
+            outputs = super().forward(**kwargs)  # type: ignore[misc]
+        finally:
+            self.switch_scope.leave(token)
+        cache = past if past is not None else _cache_of(outputs, name)
+        if cache is not None:
+            layer = layer or add_slots(cache, layers, len(slots), before, slots.device)
+            layer.append(slots, ids)
+        return outputs
+
+    def _hide(self, ids: Tensor, slots: Tensor, layer: Any, kwargs: dict[str, Any]) -> None:
+        """Legacy format 1: an attention mask without the keys that adapters hide, and positions without their gaps."""
+        cache = kwargs.get(self._cache_name)  # type: ignore[attr-defined]
+        past = 0 if cache is None else cache.get_seq_length()
+        new = torch.arange(slots.shape[1], device=slots.device) + past
+        suppressed, members, gaps = self.hiding(layer.with_new(ids, new) if layer else ids, new, slots)
+        if self.config.switch_spec.hiding.groups:  # type: ignore[attr-defined]
+            like = torch.empty((*slots.shape, 0), dtype=self.dtype, device=slots.device)  # type: ignore[attr-defined]
+            mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            kwargs["attention_mask"] = masked(
+                self.config,  # type: ignore[attr-defined]
+                suppressed,
+                members,
+                new,
+                mask,
+                {self._cache_name: cache, "inputs_embeds": like, "position_ids": positions},  # type: ignore[attr-defined]
+            )
+        positions = kwargs.get("position_ids")
+        kwargs["position_ids"] = ((new[None] if positions is None else positions) - gaps).clamp(min=0)
+
+
+class SwitchForCausalLM:
+    """A language model with adapters that control tokens switch."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        spec: SwitchSpec = config.switch_spec
+        decoder = self.base_model  # type: ignore[attr-defined]
+        if not isinstance(decoder, SwitchDecoder):
+            decoder.__class__ = decoder_class(type(decoder))
+            decoder._install(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+        add_plans(self, decoder.switch_sites, f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+        record_outputs(self)  # type: ignore[arg-type]
+        decoder._accepted |= accepted_arguments(self)  # type: ignore[arg-type]
+        self.substitutes = spec.substitutes
+        self.suppressed = tuple(_ranges(spec.suppressed))
+
+    @property
+    def loss_function(self) -> Any:
+        """The base's loss, on logits in which control tokens have no share."""
+        base = super().loss_function  # type: ignore[misc]
+
+        def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._loss_seen = True
+            return base(self._suppress(logits), *args, **kwargs)
+
+        return loss
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self._loss_function = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = self._arguments(args, kwargs)  # type: ignore[attr-defined]
+        for name in ("labels", "shift_labels"):
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs[name] = self._exchanged(kwargs[name])
+        if not kwargs.get("base_only", True):
+            del kwargs["base_only"]
+        with_loss = kwargs.get("labels") is not None
+        if with_loss:
+            self._loss_seen = False
+        outputs = super().forward(**kwargs)  # type: ignore[misc]
+        if with_loss and not self._loss_seen:
+            raise RoutingError(
+                f"{type(self).__name__} computes its loss by itself, with the logits of control tokens in it",
+                hint="pass no labels and compute the loss from the logits",
+            )
+        if not with_loss:
+            self._suppress(outputs.logits if isinstance(outputs, ModelOutput) else outputs[0])
+        return outputs
+
+    def _suppress(self, logits: Tensor) -> Tensor:
+        """Put the logits of control tokens, in place, so far below the largest that their probability is 0.
+
+        Not -inf: guidance, label smoothing and distillation compute with all logits.
+        """
+        if self.suppressed:
+            with torch.no_grad():
+                floor = logits.amax(-1, keepdim=True) - _MARGIN
+            for tokens in self.suppressed:
+                logits[..., tokens] = floor
+        return logits
+
+    def _exchanged(self, labels: Tensor) -> Tensor:
+        """Labels in which a control token counts as its substitute, which is what the model is to predict there."""
+        exchanged = labels
+        for token, substitute in self.substitutes.items():
+            exchanged = exchanged.masked_fill(labels == token, substitute)
+        return exchanged
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """As transformers', and no processor that samples sees a control token. Guidance compares logits before it."""
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        if self.suppressed:
+            guided = bool(processors) and type(processors[0]).__name__.startswith("UnbatchedClassifierFreeGuidance")
+            processors.insert(int(guided), _Suppress(self.suppressed))
+        return processors
+
+    def create_masks_for_generate(self, attention_mask: Any, **kwargs: Any) -> Any:
+        """As transformers', which makes a static cache's masks ahead; where tokens are hidden, `forward` makes them."""
+        if decoder_of(self).hiding is not None:
+            return attention_mask
+        base = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return base(attention_mask=attention_mask, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What `generate_batch` starts with.
+
+        Raises:
+            RoutingError: always. Its paged cache has no place for the slots of what is cached.
+        """
+        raise RoutingError(
+            "`generate_batch` keeps a paged cache, which has no place for the adapters that are on",
+            hint="use `generate`, which takes batches of any mix, or serve the model with vLLM (docs/serving.md)",
+        )
+
+
+class _Arguments:
+    """Reads a forward's arguments as the base names them."""
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name, the cache under the name that this release has for it.
+
+        Raises:
+            TypeError: an argument is given twice, or no part of the model takes it.
+        """
+        if len(args) > len(self._parameters_of_base):  # type: ignore[attr-defined]
+            raise TypeError(f"{type(self).__name__}.forward: {len(args)} positional arguments")
+        for name, value in zip(self._parameters_of_base, args, strict=False):  # type: ignore[attr-defined]
+            if name in kwargs:
+                raise TypeError(f"{type(self).__name__}.forward: {name!r} is given twice")
+            kwargs[name] = value
+        for alias in CACHE_NAMES:
+            if alias in kwargs and alias != self._cache_name:  # type: ignore[attr-defined]
+                value = kwargs.pop(alias)
+                if value is not None and kwargs.get(self._cache_name) is not None:  # type: ignore[attr-defined]
+                    raise TypeError(f"{type(self).__name__}.forward: {' and '.join(CACHE_NAMES)} are the same argument")
+                if value is not None:
+                    kwargs[self._cache_name] = value  # type: ignore[attr-defined]
+        known = decoder_of(self)._accepted  # type: ignore[arg-type]
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}.forward: no part of the model takes {', '.join(map(repr, unknown))}"
+            )
+        return kwargs
+
+
+@cache
+def decoder_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The switch model of a decoder without a head: `GraniteSwitchModel` of `GraniteModel`."""
+    return _made(base, SwitchDecoder, ())
+
+
+@cache
+def causal_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The switch model of a language model: `GraniteSwitchForCausalLM` of `GraniteForCausalLM`."""
+    return _made(base, SwitchForCausalLM, (GenerationMixin,))
+
+
+@cache
+def pretrained_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`GraniteSwitchPreTrainedModel` of `GranitePreTrainedModel`."""
+    name = architecture(base.__name__)
+    return type(name, (SwitchPreTrainedModel, base), {"__module__": __name__, "__qualname__": name})
+
+
+def _made(base: type[PreTrainedModel], part: type, more: tuple[type, ...]) -> type[PreTrainedModel]:
+    name, parameters = architecture(base.__name__), parameter_names(base.forward)
+    root = next(c for c in base.__mro__ if PreTrainedModel in c.__bases__)
+    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
+    body["__doc__"] = f"`{base.__name__}` with adapters that control tokens switch."
+    body |= {"_parameters_of_base": parameters, "_cache_name": cache_name(parameters)}
+    body |= {"forward": _with_signature(part.forward, base.forward)}  # type: ignore[attr-defined]
+    body["config_class"] = config_class(base.config_class.model_type)
+    return type(name, (part, _Arguments, pretrained_class(root), base, *more), body)
+
+
+def _with_signature(forward: Any, base: Any) -> Any:
+    """A forward that tools see with the parameters of the base's, and `base_only`."""
+
+    def switched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(base)
+    parameters = list(signature.parameters.values())
+    extra = inspect.Parameter("base_only", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+    switched.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore[attr-defined]
+    switched.__name__, switched.__qualname__ = "forward", "forward"
+    switched.__annotations__ = {**getattr(base, "__annotations__", {}), "base_only": bool}
+    switched.__doc__ = """As the base's.
+
+    Args:
+        base_only: with `inputs_embeds`, from which no control token can be read: all tokens are the base's.
+
+    Raises:
+        RoutingError: `inputs_embeds` without token ids and without `base_only`.
+        TypeError: an argument that no part of the model takes.
+    """
+    return switched
+
+
+def register(config: type[Any]) -> None:
+    """Have the Auto classes find the models of a config class that `granite_switch.config` made."""
+    base = next(c for c in config.__mro__ if c.__module__.startswith("transformers.models"))
+    for auto, make in ((AutoModel, decoder_class), (AutoModelForCausalLM, causal_class)):
+        if base in auto._model_mapping:
+            model = auto._model_mapping[base]
+            auto.register(config, make(model[0] if isinstance(model, tuple) else model), exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    """Classes by name, so that they can be imported and unpickled."""
+    base = getattr(transformers, name.replace("Switch", "", 1), None) if "Switch" in name else None
+    if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.endswith("PreTrainedModel"):
+        return pretrained_class(base)
+    return causal_class(base) if issubclass(base, GenerationMixin) else decoder_class(base)
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder of a switch model; itself if it has no head."""
+    return model if isinstance(model, SwitchDecoder) else model.base_model
+
+
+class _Suppress(LogitsProcessor):
+    """Gives tokens a score of -inf."""
+
+    def __init__(self, tokens: tuple[slice, ...]) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        for tokens in self.tokens:
+            scores[..., tokens] = float("-inf")
+        return scores
+
+
+def _cache_of(outputs: Any, name: str) -> Any:
+    """The cache that a base's forward made and gives back."""
+    if isinstance(outputs, ModelOutput):
+        return outputs.get(name)
+    return next((one for one in outputs if isinstance(one, Cache)), None)
+
+
+def _cached(past: Any) -> int:
+    """How many positions a cache holds that has not met a switch model; 0 where it does not count them."""
+    try:
+        return int(past.get_seq_length())
+    except ValueError:  # a cache of recurrent states alone
+        return 0
+
+
+def _no_ids(embeds: bool) -> RoutingError:
+    if not embeds:
+        return RoutingError("neither input_ids nor inputs_embeds were given", hint="pass input_ids")
+    return RoutingError(
+        "control tokens are read from `input_ids`, and this forward has `inputs_embeds` alone (`generate` with both "
+        "passes on no ids in its first step, nor does prompt tuning)",
+        hint="pass input_ids alone, or base_only=True if every token of the embeddings is meant for the base model",
+    )
+
+
+def _ranges(tokens: Iterable[int]) -> Iterator[slice]:
+    """Token ids as slices; control tokens are nearly always one."""
+    start = last = None
+    for token in sorted(tokens):
+        if last is None or token != last + 1:
+            if start is not None:
+                yield slice(start, last + 1)
+            start = token
+        last = token
+    if start is not None:
+        yield slice(start, last + 1)
