@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real data beside the checkout, where there is any
@@ -177,7 +177,7 @@ def make_adapter(
         alora_invocation_tokens=tokens,
         **config,
     )
-    model = get_peft_model(GraniteForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

@@ -29,12 +29,9 @@ def tokens(reference):
     return ids
 
 
-@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_decode(model, tokens, row, backend, packed):
+def test_decode(model, tokens, row, backend):
     with torch.no_grad():
-        if packed:
-            model.pack_adapters()
         whole = model(tokens).logits
         cache = StaticCache(config=model.config, max_cache_len=32)
         model(tokens[:, :12], past_key_values=cache)

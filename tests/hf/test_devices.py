@@ -21,7 +21,7 @@ SECTION = "Devices"
 BUFFERS = ("switch.adapter_token_ids", "switch.control_to_slot", "switch.control_to_substitute")
 MIXED = {
     "blocks": {"model.layers.0.self_attn": "cpu", "model.layers.0.mlp": "disk", "model.layers.1": "disk"},
-    "adapters": {"model.layers.0.self_attn.qkv_lora": "disk", "model.layers.1.mlp.down_lora": "disk"},
+    "adapters": {"model.layers.0.self_attn.q_proj_lora": "disk", "model.layers.1.mlp.down_proj_lora": "disk"},
     "layers": {"model.layers": "disk"},
 }
 
@@ -97,6 +97,7 @@ def test_made_up_gpus(composed, gpus):
     for record in config.switch["adapters"]:
         record.pop("rank_pattern", None)
         record.pop("alpha_pattern", None)
+        record["targets"] = [path.replace("[0-1]", "[0-31]") for path in record["targets"]]
     with init_empty_weights(include_buffers=True):
         model = GraniteSwitchForCausalLM(config)
     model.tie_weights()
@@ -253,12 +254,12 @@ def test_persistent_table_is_noticed(composed, tmp_path, monkeypatch, name):
 
 def test_original_error(composed, tmp_path, monkeypatch):
     """A persistent table that stands directly in the model, which accelerate splits, cannot be placed at all."""
-    made = GraniteSwitchModel.__init__
+    made = GraniteSwitchModel._install
 
-    def with_table(self, config):
-        made(self, config)
+    def with_table(self, prefix):
+        made(self, prefix)
         self.register_buffer("adapter_token_ids", torch.zeros(5, dtype=torch.int64), persistent=True)
 
-    monkeypatch.setattr(GraniteSwitchModel, "__init__", with_table)
+    monkeypatch.setattr(GraniteSwitchModel, "_install", with_table)
     with pytest.raises(ValueError, match="adapter_token_ids"):
         _places_all(composed, tmp_path)

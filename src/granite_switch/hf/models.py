@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
@@ -26,7 +28,14 @@ from granite_switch.hf.cache import add_slots, find_slots
 from granite_switch.hf.legacy import Hiding, masked, state_dict_of
 from granite_switch.hf.loading import load_adapters
 from granite_switch.hf.parallel import add_plans
-from granite_switch.hf.releases import CACHE_NAMES, accepted_arguments, cache_name, parameter_names, record_outputs
+from granite_switch.hf.releases import (
+    CACHE_NAMES,
+    accepted_arguments,
+    cache_name,
+    parameter_names,
+    record_outputs,
+    share_conversions,
+)
 from granite_switch.hf.routing import Scope, Switch, route, sequence_starts
 from granite_switch.hf.saving import save_switch_model
 from granite_switch.hf.updates import Site, Updates, add_updates, wrap_layers
@@ -43,6 +52,11 @@ class SwitchPreTrainedModel:
         r"(^|\.)token_to_group_mask$",
         r"(^|\.)adapter_hiding_matrix$",
     ]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: transformers converts the checkpoints of its own models alone, and the base is one of them."""
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -72,6 +86,13 @@ class SwitchPreTrainedModel:
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
         info.missing_keys -= loaded
+        missing = sorted(info.missing_keys - set(model.all_tied_weights_keys))
+        if missing and not (is_fsdp_enabled() or is_deepspeed_zero3_enabled()):
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, which would be random",
+                problems=missing[:10],
+                hint="`granite-switch verify` says what is wrong with its files",
+            )
         return info, offloaded
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -340,7 +361,9 @@ def _made(base: type[PreTrainedModel], part: type, more: tuple[type, ...]) -> ty
     body |= {"_parameters_of_base": parameters, "_cache_name": cache_name(parameters)}
     body |= {"forward": _with_signature(part.forward, base.forward)}  # type: ignore[attr-defined]
     body["config_class"] = config_class(base.config_class.model_type)
-    return type(name, (part, _Arguments, pretrained_class(root), base, *more), body)
+    made = type(name, (part, _Arguments, pretrained_class(root), base, *more), body)
+    share_conversions(base, made)
+    return made
 
 
 def _with_signature(forward: Any, base: Any) -> Any:

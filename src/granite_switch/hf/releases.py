@@ -5,6 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs, _flash_attention_forward
 from transformers.utils import TransformersKwargs
@@ -35,10 +39,16 @@ def cache_name(parameters: Iterable[str]) -> str:
 
 
 def record_outputs(model: PreTrainedModel) -> None:
-    """Have `output_hidden_states` and the like work after the model's class was exchanged: up to 5.23 they are
-    looked up by the class, since then by the model itself."""
-    if isinstance(_CAN_RECORD_REGISTRY, dict):
-        _CAN_RECORD_REGISTRY[str(type(model))] = model._can_record_outputs
+    """Register what `output_hidden_states` and the like record, after the model's class was exchanged."""
+    plain = type(_CAN_RECORD_REGISTRY) is dict  # up to 5.23; since then the registry makes the key of the model
+    _CAN_RECORD_REGISTRY[str(type(model)) if plain else model] = model._can_record_outputs
+
+
+def share_conversions(base: type, made: type) -> None:
+    """Convert a switch model's checkpoint as its base's, where transformers does that by the name of the class."""
+    known = get_checkpoint_conversion_mapping(base.__name__)
+    if known is not None:
+        register_checkpoint_conversion_mapping(made.__name__, known, overwrite=True)
 
 
 def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
