@@ -334,16 +334,14 @@ class _Arguments:
         return kwargs
 
 
-@cache
 def decoder_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The switch model of a decoder without a head: `GraniteSwitchModel` of `GraniteModel`."""
-    return _made(base, SwitchDecoder, ())
+    return _made(base, SwitchDecoder, (), config_class(base.config_class.model_type))
 
 
-@cache
 def causal_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The switch model of a language model: `GraniteSwitchForCausalLM` of `GraniteForCausalLM`."""
-    return _made(base, SwitchForCausalLM, (GenerationMixin,))
+    return _made(base, SwitchForCausalLM, (GenerationMixin,), config_class(base.config_class.model_type))
 
 
 @cache
@@ -353,14 +351,15 @@ def pretrained_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(name, (SwitchPreTrainedModel, base), {"__module__": __name__, "__qualname__": name})
 
 
-def _made(base: type[PreTrainedModel], part: type, more: tuple[type, ...]) -> type[PreTrainedModel]:
+@cache
+def _made(base: type[PreTrainedModel], part: type, more: tuple[type, ...], config: type) -> type[PreTrainedModel]:
     name, parameters = architecture(base.__name__), parameter_names(base.forward)
     root = next(c for c in base.__mro__ if PreTrainedModel in c.__bases__)
     body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
     body["__doc__"] = f"`{base.__name__}` with adapters that control tokens switch."
     body |= {"_parameters_of_base": parameters, "_cache_name": cache_name(parameters)}
     body |= {"forward": _with_signature(part.forward, base.forward)}  # type: ignore[attr-defined]
-    body["config_class"] = config_class(base.config_class.model_type)
+    body["config_class"] = config
     made = type(name, (part, _Arguments, pretrained_class(root), base, *more), body)
     share_conversions(base, made)
     return made
