@@ -53,6 +53,9 @@ _DEFAULTS: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "attention_bias": False,
+    "sliding_window": None,
+    "attention_chunk_size": None,
+    "layer_types": None,
 }
 _MULTIPLIERS: Mapping[str, Any] = {
     "embedding_multiplier": 1.0,
@@ -65,8 +68,9 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "llama.cpp computes silu"),
     "attention_bias": ((False, None), "llama.cpp's architecture has no biases"),
     "mlp_bias": ((False, None), "llama.cpp's architecture has no biases"),
-    "sliding_window": ((None,), "llama.cpp's architecture has no window (transformers' default is 4096)"),
-    "num_local_experts": ((0,), "llama.cpp's architecture has no experts (transformers' default is 8)"),
+    "sliding_window": ((None,), "llama.cpp's architecture has no window (absent, Mistral has one of 4096)"),
+    "attention_chunk_size": ((None,), "llama.cpp's architecture has no chunks"),
+    "num_local_experts": ((0,), "llama.cpp's architecture has no experts (absent, it is 8)"),
     "position_embedding_type": (("rope", "nope", None), "llama.cpp computes rope, or no positions"),
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -90,7 +94,7 @@ DIALECTS: Mapping[str, Dialect] = {
             **_MULTIPLIERS,
             "num_local_experts": 8,
             "position_embedding_type": None,
-            "layer_types": None,
+            "layer_types": ["linear_attention"],
             "shared_intermediate_size": 1024,
         },
         mlp="shared_intermediate_size",
@@ -183,7 +187,7 @@ def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, l
     heads = config["num_attention_heads"]
     head = keys.get("head_dim") or config["hidden_size"] // heads
     positions = keys.get("position_embedding_type", "rope") == "rope"
-    problems = [*_problems(keys, config), *([f"head_dim: {head} is odd"] if head % 2 else [])]
+    problems = [*_problems(keys, config, dialect), *([f"head_dim: {head} is odd"] if head % 2 else [])]
     scaling: Mapping[str, Any] = {}
     try:
         scaling = rope_scaling(config, keys["max_position_embeddings"]) if positions else {}
@@ -212,7 +216,7 @@ def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, l
     return decoder, problems
 
 
-def _problems(keys: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
+def _problems(keys: Mapping[str, Any], config: Mapping[str, Any], dialect: Dialect) -> Iterator[str]:
     """Values of keys with which the base computes something else than the engine."""
     for key, (allowed, reason) in _FIXED.items():
         if key in keys and keys[key] not in allowed:
@@ -225,10 +229,9 @@ def _problems(keys: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[st
             "quantization_config: the base is quantised; compose from the base in full precision and choose "
             "--outtype q8_0"
         )
-    if "layer_types" in keys:
-        types = keys["layer_types"] or config.get("layers_block_type") or ["linear_attention"]
-        if other := sorted({*map(str, types)} - _ATTENTION_LAYERS):
-            yield f"layer_types {', '.join(other)}: llama.cpp's architecture has attention layers only"
+    types = config.get("layer_types") or config.get("layers_block_type") or dialect.defaults["layer_types"] or ()
+    if other := sorted({*map(str, types)} - _ATTENTION_LAYERS):
+        yield f"layer_types {', '.join(other)}: llama.cpp's architecture has layers of full attention only"
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -149,7 +149,7 @@ def _end_tokens(folder: Path, config: Mapping[str, Any]) -> list[int]:
 
 
 def _pre(folder: Path, detected: str | None, chosen: str) -> tuple[str, list[str]]:
-    if chosen and chosen not in NAMES:
+    if chosen and chosen not in NAMES and chosen != detected:
         raise CheckpointError(f"--pre {chosen}: llama.cpp has no such pre-tokenizer", hint="one of " + ", ".join(NAMES))
     if not chosen and not detected:
         raise CheckpointError(

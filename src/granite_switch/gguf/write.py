@@ -11,6 +11,7 @@ from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter, LlamaFileType
 
 from granite_switch.gguf.plan import Plan
 from granite_switch.gguf.tensors import max_rank
+from granite_switch.gguf.vocabulary import Vocabulary
 
 ARCH = "graniteswitch"
 ROUTER_GAIN = 15.0  # llama.cpp's default: another token's weight against the control token's is e^-30
@@ -91,18 +92,26 @@ def _hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
     writer.add_float32(f"{ARCH}.adapters.router_gain", ROUTER_GAIN)
 
 
-def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
-    words = plan.vocabulary
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(plan.pre)
+def write_words(writer: GGUFWriter, words: Vocabulary, pre: str) -> None:
+    """The keys of the tokenizer."""
+    writer.add_tokenizer_model(words.model)
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(words.tokens)
     writer.add_token_types(words.types)
     if words.merges:
         writer.add_token_merges(words.merges)
+    if words.scores:
+        writer.add_token_scores(words.scores)
+        writer.add_add_space_prefix(words.space_prefix)
     for name, index in words.special.items():
         getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(words.add_bos)
     writer.add_add_eos_token(words.add_eos)
+
+
+def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
+    words = plan.vocabulary
+    write_words(writer, words, plan.pre)
     if plan.spec.suppressed:
         writer.add_array("tokenizer.ggml.suppress_tokens", list(plan.spec.suppressed))
     if set(words.templates) == {"default"}:
