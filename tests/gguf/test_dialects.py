@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from dialect_models import DIALECTS, Reference, make_dialect
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from granite_switch.errors import SwitchError
-from granite_switch.gguf import export
+from granite_switch.errors import CheckpointError, SwitchError
+from granite_switch.gguf import dialects, export, prepare
 
 
 @pytest.fixture(scope="module", params=DIALECTS.values(), ids=DIALECTS.keys())
@@ -147,3 +148,75 @@ def test_any_other_config_is_computed_or_refused(which: str, tmp_path: Path) -> 
 def edit(path: Path, mutation: dict[str, Any]) -> None:
     """Change keys; None is written as null."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **mutation}))
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"attention_bias": True}, "attention_bias True"),
+    ("llama", {"mlp_bias": True}, "mlp_bias True"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("llama", {"rope_parameters": ROPES[-2]}, "rope_parameters: type 'llama3' .* rope_freqs"),
+    ("llama", {"rope_scaling": ROPES[-2]}, "rope_scaling: type 'llama3'"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention of type"),
+    ("llama", {"sliding_window": 8}, "sliding_window 8"),
+    ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
+    ("mistral", {"sliding_window": ...}, "sliding_window 4096"),
+    ("mistral", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}}, "llama_4"),
+    ("hybrid", {"num_local_experts": 4}, "num_local_experts 4"),
+    ("hybrid", {"num_local_experts": ...}, "num_local_experts 8"),
+    ("hybrid", {"layer_types": ["mamba", "attention"]}, "layer_types mamba"),
+    ("hybrid", {"layer_types": None}, "layer_types linear_attention"),
+    ("hybrid", {"layer_types": ...}, "layer_types linear_attention"),
+    ("hybrid", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
+    ("hybrid", {"shared_intermediate_size": 40}, "where config.json says"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling 0"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    names = ("granite", "hybrid", "llama", "mistral")
+    return {name: make_dialect(folder / name, DIALECTS[name][0], **DIALECTS[name][1]) for name in names}
+
+
+@pytest.mark.parametrize(("which", "changes", "message"), REFUSED)
+def test_the_key_that_rules_a_base_out(
+    models: dict[str, Path], which: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(models[which], tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    with pytest.raises(CheckpointError) as caught:
+        prepare(tmp_path / "model")
+    assert re.search(message, str(caught.value))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text", "granite_swa", "granitemoe", "unheard_of"])
+def test_other_bases_are_refused(models: dict[str, Path], model_type: str, tmp_path: Path) -> None:
+    shutil.copytree(models["llama"], tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "switch": {**config["switch"], "base_model_type": model_type}}))
+    with pytest.raises(CheckpointError, match=f"model_type '{model_type}'") as caught:
+        prepare(tmp_path / "model")
+    assert "granite, granitemoehybrid, llama, mistral" in caught.value.hint
+
+
+def test_a_head_beside_a_tied_embedding(models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["llama"], tmp_path / "model")
+    edit(tmp_path / "model" / "config.json", {"tie_word_embeddings": True})
+    with pytest.raises(CheckpointError, match="tie_word_embeddings: .* is not the embedding"):
+        prepare(tmp_path / "model")
+
+
+def test_the_defaults_are_those_of_transformers() -> None:
+    for model_type, dialect in dialects.DIALECTS.items():
+        config = CONFIG_MAPPING[model_type]()
+        for key, value in dialect.defaults.items():
+            if key not in ("head_dim", "num_key_value_heads", "layer_types"):  # these follow from others
+                assert getattr(config, key, None) == value, (model_type, key)
+    assert {*CONFIG_MAPPING["granitemoehybrid"]().layer_types} == {"linear_attention"}
+    assert (
+        CONFIG_MAPPING["mistral"]().num_key_value_heads == dialects.DIALECTS["mistral"].defaults["num_key_value_heads"]
+    )

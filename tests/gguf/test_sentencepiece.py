@@ -2,7 +2,6 @@
 
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pretokenizer import TEXTS, write_vocabulary
+from test_pretokenizer import TEXTS
 from tokenizers import Tokenizer
 from transformers.tokenization_utils_base import generate_merges
 
@@ -120,14 +119,31 @@ class Pair:
         assert self.engine.tokenize(text) == wanted, text
 
 
-PARTS = st.lists(
-    st.sampled_from(
-        ["a", "B", "é", "'s", "'", "1", "22", " ", "  ", "    ", "\n", "\r\n", "\t", ".", "!?", "你", "\u00a0", "▁", "s>"]
-        + ["the", " river", "ing", "Straße", "🚀", "<s>", "</s>", "<0x0A>", "日本語", "العربية", "e\u0301", "ﬀ", "\u200b"]
+WORDS = [
+    *"aB1é你▁🚀.'",
+    "'s",
+    "22",
+    "!?",
+    "s>",
+    "the",
+    "ing",
+    "Straße",
+    "<s>",
+    "</s>",
+    "<0x0A>",
+    "日本語",
+    "العربية",
+    "ﬀ",
+]
+PARTS = (
+    st.lists(
+        st.sampled_from([*WORDS, " ", "  ", "    ", " river", "\n", "\r\n", "\t", "\u00a0", "e\u0301", "\u200b"])
+        | st.text(max_size=6),
+        max_size=24,
     )
-    | st.text(max_size=6),
-    max_size=24,
-).map("".join).filter(lambda text: "\0" not in text)  # fmt: skip
+    .map("".join)
+    .filter(lambda text: "\0" not in text)
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +152,7 @@ def llama2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.parametrize("spaces", SPACES.values(), ids=SPACES.keys())
 def test_llama_2(spaces: tuple[Any, Any], llama2: dict[str, Any], tmp_path: Path) -> None:
     pair = Pair({**llama2, "normalizer": spaces[0], "pre_tokenizer": spaces[1]}, tmp_path)
@@ -152,3 +169,83 @@ def test_llama_2(spaces: tuple[Any, Any], llama2: dict[str, Any], tmp_path: Path
     for text in TEXTS:
         pair.check(before + text)
     pair.engine.close()
+
+
+SMALL = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abc"])}
+
+
+def small(pieces: list[tuple[str, str]], **changes: Any) -> dict[str, Any]:
+    """A tokenizer of a few merges."""
+    vocab = {**SMALL, **{left + right: len(SMALL) + i for i, (left, right) in enumerate(pieces)}}
+    data = tokenizer_json({text: i for i, text in enumerate(vocab)}, pieces)
+    return {**data, **changes, "model": {**data["model"], **changes.get("model", {})}}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (small([("a", "b")], normalizer=None, pre_tokenizer=metaspace("always")), "prepend_scheme 'always'"),
+        (small([("a", "b")], normalizer=None, pre_tokenizer=metaspace("first", split=True)), "prepend_scheme 'first'"),
+        (small([("a", "b")], normalizer={"type": "NFKC"}), "normalizer NFKC"),
+        (small([("a", "b"), ("ab", "c"), ("b", "c")]), "'a' and 'bc' are no merge"),
+        (small([("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")]), "alternate"),
+        (
+            small([("a", "b")], model={"vocab": {t: i for t, i in SMALL.items() if t != "<0x07>"}, "merges": []}),
+            "<0x07>",
+        ),
+        (small([("a", "b")], model={"ignore_merges": True}), "ignore_merges"),
+    ],
+)
+def test_what_llama_cpp_would_tokenise_otherwise(data: dict[str, Any], message: str) -> None:
+    assert message in "\n".join(made(data)[1])
+    assert not made(small([("a", "b"), ("ab", "c")]))[1]
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["Llama 3", "SmolLM2"])
+def test_byte_level_tokenizers_as_published(which: str, tmp_path: Path) -> None:
+    pair = Pair(llama_3(tmp_path) if which == "Llama 3" else smollm2(), tmp_path)
+
+    @settings(max_examples=2000)
+    @given(PARTS)
+    def check(text: str) -> None:
+        pair.check(text)
+
+    check()
+    for text in TEXTS:
+        pair.check(text)
+    pair.engine.close()
+
+
+def llama_3(folder: Path) -> dict[str, Any]:
+    """Llama 3's tokenizer.json, from its vocabulary in llama.cpp's sources."""
+    found = {
+        name: field.contents() for name, field in GGUFReader(real("ggml-vocab-llama-bpe.gguf", folder)).fields.items()
+    }
+    vocab = {text: i for i, text in enumerate(found["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in found["tokenizer.ggml.merges"]]
+    data = tokenizer_json({**vocab, "<unk>": 0, "<s>": 0, "</s>": 0}, merges)
+    kinds = found["tokenizer.ggml.token_type"]
+    special = [{**data["added_tokens"][0], "id": i, "content": text} for text, i in vocab.items() if kinds[i] == 3]
+    split = {"type": "Split", "pattern": {"Regex": CL100K}, "behavior": "Isolated", "invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        **data,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            **data["model"], "unk_token": None, "byte_fallback": False, "fuse_unk": False, "ignore_merges": True,
+            "vocab": {text: i for text, i in vocab.items() if kinds[i] != 3},
+        },
+    }  # fmt: skip
+
+
+def smollm2() -> dict[str, Any]:
+    path = SDIST.parent / "real" / "base" / "tokenizer.json"
+    if not path.is_file():
+        pytest.skip("needs the real model: make real")
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
