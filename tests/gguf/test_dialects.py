@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from artefacts import GRANITE_TEMPLATE, ROLES
 from dialect_models import DIALECTS, Reference, make_dialect
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from granite_switch import compose
 from granite_switch.errors import CheckpointError, SwitchError
 from granite_switch.gguf import dialects, export, prepare
 
@@ -206,7 +209,7 @@ def test_other_bases_are_refused(models: dict[str, Path], model_type: str, tmp_p
 def test_a_head_beside_a_tied_embedding(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["llama"], tmp_path / "model")
     edit(tmp_path / "model" / "config.json", {"tie_word_embeddings": True})
-    with pytest.raises(CheckpointError, match="tie_word_embeddings: .* is not the embedding"):
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings: .* is not the embedding"):
         prepare(tmp_path / "model")
 
 
@@ -220,3 +223,36 @@ def test_the_defaults_are_those_of_transformers() -> None:
     assert (
         CONFIG_MAPPING["mistral"]().num_key_value_heads == dialects.DIALECTS["mistral"].defaults["num_key_value_heads"]
     )
+
+
+@pytest.mark.engine
+def test_a_template_that_writes_the_first_token(models: dict[str, Path], tmp_path: Path) -> None:
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+    from llama_engine import Engine
+    from tokenizers.processors import TemplateProcessing
+
+    shutil.copytree(models["llama"].parent, tmp_path / "llama")
+    base = tmp_path / "llama" / "base"
+    words = Tokenizer.from_file(str(base / "tokenizer.json"))
+    words.post_processor = TemplateProcessing(single=f"{ROLES[0]} $A", special_tokens=[(ROLES[0], 0)])
+    words.save(str(base / "tokenizer.json"))
+    (base / "chat_template.jinja").write_text("{{ bos_token }}" + GRANITE_TEMPLATE)
+    model = tmp_path / "composed"
+    compose(base, [tmp_path / "llama" / "adapters"], model)
+    plan = export(model, tmp_path / "model.gguf")
+    assert not plan.vocabulary.add_bos
+    assert "not rendered has to begin" in plan.warnings[0]
+    engine, tokenizer = Engine(tmp_path / "model.gguf"), PreTrainedTokenizerFast.from_pretrained(model)
+    llm = Llama(str(tmp_path / "model.gguf"), n_ctx=64, verbose=False, vocab_only=True)
+    template = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], eos_token=ROLES[0], bos_token=ROLES[0])
+    messages = [{"role": "user", "content": "Where does Anna live? <rewrite>"}]
+    for name in ("base", "check", "cite"):
+        options = {"adapter_name": name, "add_generation_prompt": True}
+        wanted = tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        assert wanted[0] == (plan.spec.adapter("check").token_id if name == "check" else 0)
+        assert engine.tokenize(text, around=True) == wanted
+        assert template(messages=messages, adapter_name=name).prompt == text
+    engine.close()
+    llm.close()

@@ -9,8 +9,10 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import Tokenizer
 
+from granite_switch.core.chat import render
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer
+from granite_switch.errors import TemplateError
 from granite_switch.gguf import sentencepiece
 
 
@@ -64,6 +66,13 @@ def vocabulary(
     ends = dict.fromkeys([*_one(special.get("eos")), *end_tokens])
     special |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
     add_bos, add_eos, warnings = _added_around(data, special)
+    if add_bos and _template_writes(tokenizer, tokens[special["bos"]]):
+        # llama.cpp would put it before a LoRA's control token too, which is in its place
+        add_bos = False
+        warnings.append(
+            f"the chat template writes {tokens[special['bos']]}, so llama.cpp is told to add none: a prompt that is "
+            "not rendered has to begin with it"
+        )
     space_prefix, more = (sentencepiece.prefix(data) if pieces else None) or (False, [])
     warnings += more
     if data.get("normalizer") and not pieces:
@@ -132,6 +141,17 @@ def _added_around(data: Mapping[str, Any], special: Mapping[str, int]) -> tuple[
             if whole == [*around, *_one(special.get("eos") if add_eos else None)]:
                 return add_bos, add_eos, []
     return False, False, ["the tokenizer puts special tokens around a text that llama.cpp cannot add"]
+
+
+def _template_writes(tokenizer: BaseTokenizer, text: str) -> bool:
+    """Whether rendered prompts begin with a token's text."""
+    if "default" not in tokenizer.templates:
+        return False
+    try:
+        messages = [{"role": "user", "content": "a"}]
+        return render(tokenizer.templates["default"], messages, **tokenizer.special_tokens).startswith(text)
+    except TemplateError:
+        return False
 
 
 def _one(value: int | None) -> list[int]:
