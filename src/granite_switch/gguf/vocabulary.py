@@ -15,6 +15,8 @@ from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import TemplateError
 from granite_switch.gguf import sentencepiece
 
+_NO_BOS = "the chat template writes {}: llama.cpp is told to add none, and a prompt not rendered has to begin with it"
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -69,10 +71,7 @@ def vocabulary(
     if add_bos and _template_writes(tokenizer, tokens[special["bos"]]):
         # llama.cpp would put it before a LoRA's control token too, which is in its place
         add_bos = False
-        warnings.append(
-            f"the chat template writes {tokens[special['bos']]}, so llama.cpp is told to add none: a prompt that is "
-            "not rendered has to begin with it"
-        )
+        warnings.append(_NO_BOS.format(tokens[special["bos"]]))
     space_prefix, more = (sentencepiece.prefix(data) if pieces else None) or (False, [])
     warnings += more
     if data.get("normalizer") and not pieces:
