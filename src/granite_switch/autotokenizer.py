@@ -17,7 +17,7 @@ from granite_switch.core.spec import SwitchSpec
 _TEXTS: Sequence[str] = (
     "",
     " ",
-    'Ada said:\n\n"It\'s 1871!"\n- see (Tarn), x=12345;\n\n\tHugo\'s harp',
+    "Ada said:\n\n\"It's 1871!\"\n- see (Tarn), x=12345;\n\n\tHugo's harp",
     "We'LL see: I'VE 1,234,567.89 reasons (12345678901) — “quoted”, 'single', `code`…",
     "  two  spaces   three\t\ttabs \t mixed \r\n\r\n\n\n lines \u00a0\u2003\u3000 end  ",
     "naïve café e\u0301 ﬁ Ⅻ ½ ²³ straße İstanbul",

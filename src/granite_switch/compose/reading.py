@@ -155,9 +155,7 @@ def _merged(known: Any, more: Any) -> Any:
     return [*known, *(token for token in more if token not in known)]
 
 
-def _pipeline(
-    rebuilt: _Rebuilt, data: Settings, settings: Settings, name: str, folder: Path
-) -> dict[str, Any]:
+def _pipeline(rebuilt: _Rebuilt, data: Settings, settings: Settings, name: str, folder: Path) -> dict[str, Any]:
     """The parts of tokenizer.json that the class does not take from it."""
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
