@@ -19,7 +19,10 @@ _CORPUS = [
     "Where does Anna live? Anna lives in Oslo, near the old harbour. 0123456789 12 345 6789",
     "naïve café Ελληνικά кириллица 日本語 中文  \n\n\n\t\tdef f(x):\n    return {'a': 1}\n\n-- \"It's\" 'I'VE'",
 ]
-_GRANITE_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GRANITE_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def write_composed(folder: Path, base: Path) -> Path:
         base_token_id=first,
         base_substitute_token_id=0,
         base_model="base",
+        base_model_type=config["model_type"],
     )
     tokens = {spec.base_token: first, **{a.token: a.token_id for a in spec.adapters}}
     data = extended(tokenizer, tokens, first + 20)

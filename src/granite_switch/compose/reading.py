@@ -25,18 +25,60 @@ _WHOLE = "TokenizersBackend"  # the class that takes tokenizer.json as it is
 # tokenizer classes by `model_type`, for decoders; a model type that is not here has none
 _REGISTERED = {
     **dict.fromkeys(
-        "arctic deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 ernie4_5 ernie4_5_moe flex_olmo glm glm4 glm4_moe glm4_moe_lite gpt_bigcode granite granitemoe "
-        "granitemoehybrid granitemoeshared hyperclovax internlm2 internlm3 iquestcoder jamba kimi_linear mimo_v2_flash minicpm3 minimax_m2 "
-        "ministral ministral3 mistral mixtral modernbert-decoder nemotron olmo2 olmo3 olmo_hybrid persimmon phi3 "
-        "phimoe stablelm".split(),
+        [
+            "arctic",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "deepseek_v4",
+            "ernie4_5",
+            "ernie4_5_moe",
+            "flex_olmo",
+            "glm",
+            "glm4",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "gpt_bigcode",
+            "granite",
+            "granitemoe",
+            "granitemoehybrid",
+            "granitemoeshared",
+            "hyperclovax",
+            "internlm2",
+            "internlm3",
+            "iquestcoder",
+            "jamba",
+            "kimi_linear",
+            "mimo_v2_flash",
+            "minicpm3",
+            "minimax_m2",
+            "ministral",
+            "ministral3",
+            "mistral",
+            "mixtral",
+            "modernbert-decoder",
+            "nemotron",
+            "olmo2",
+            "olmo3",
+            "olmo_hybrid",
+            "persimmon",
+            "phi3",
+            "phimoe",
+            "stablelm",
+        ],
         _WHOLE,
     ),
-    **dict.fromkeys("codegen dbrx gpt2 gpt_neo gptj jais2 opt phi starcoder2".split(), "GPT2Tokenizer"),
-    **dict.fromkeys("falcon_mamba gpt_neox mamba mamba2 mpt olmo olmoe rwkv xlstm".split(), "GPTNeoXTokenizer"),
-    **dict.fromkeys("qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next".split(), "Qwen2Tokenizer"),
-    **dict.fromkeys("qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen4_exp".split(), "Qwen3_5Tokenizer"),
     **dict.fromkeys(
-        "gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text recurrent_gemma zaya".split(), "GemmaTokenizer"
+        ["codegen", "dbrx", "gpt2", "gpt_neo", "gptj", "jais2", "opt", "phi", "starcoder2"], "GPT2Tokenizer"
+    ),
+    **dict.fromkeys(
+        ["falcon_mamba", "gpt_neox", "mamba", "mamba2", "mpt", "olmo", "olmoe", "rwkv", "xlstm"], "GPTNeoXTokenizer"
+    ),
+    **dict.fromkeys(["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"], "Qwen2Tokenizer"),
+    **dict.fromkeys(["qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen4_exp"], "Qwen3_5Tokenizer"),
+    **dict.fromkeys(
+        ["gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "recurrent_gemma", "zaya"],
+        "GemmaTokenizer",
     ),
     **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
 }

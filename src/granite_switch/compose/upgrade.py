@@ -15,8 +15,8 @@ from typing import Any
 from granite_switch.compose.adapters import Adapter, check_name
 from granite_switch.compose.base import Base
 from granite_switch.compose.plan import Plan, assemble
-from granite_switch.compose.sources import model_folder
 from granite_switch.compose.reading import as_read, joined
+from granite_switch.compose.sources import model_folder
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import write_model
 from granite_switch.core import legacy
