@@ -37,24 +37,35 @@ def differences(folder: Path, base: Path | None = None) -> list[str]:
         folder: a composed model's folder; its tokenizer's files and config.json are enough.
         base: the base's folder.
     """
-    composed = _load(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    spec = SwitchSpec.from_dict(config["switch"])
     file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    problems = list(_control_problems(folder, composed))
-    for text in [*_TEXTS, *_specials(composed)]:
-        for add in (True, False):
-            ids = composed.encode(text, add_special_tokens=add)
-            problems += _difference("its tokenizer.json", text, ids, file.encode(text, add_special_tokens=add).ids)
-    return [*problems, *(_base_problems(composed, _load(base)) if base else ())]
+    reference = _load(base) if base else None
+    problems: list[str] = []
+    for kind in ("", spec.base_model_type):  # where `granite_switch` is not registered, and where it is
+        composed = _load(folder, kind)
+        problems += _control_problems(spec, composed)
+        for text in [*_TEXTS, *_specials(composed)]:
+            for add in (True, False):
+                ids = composed.encode(text, add_special_tokens=add)
+                problems += _difference("its tokenizer.json", text, ids, file.encode(text, add_special_tokens=add).ids)
+        problems += _base_problems(composed, reference) if reference else ()
+    return list(dict.fromkeys(problems))
 
 
-def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+def _load(folder: Path, kind: str | None = None) -> Any:
+    """The tokenizer; with a config of that `model_type` in memory, where one is given."""
+    from transformers import AutoTokenizer, PreTrainedConfig
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        options = {}
+        if kind is not None:
+            options["config"] = PreTrainedConfig()
+            options["config"].model_type = kind
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     finally:
         logging.set_verbosity(verbosity)
 
@@ -77,10 +88,8 @@ def _base_problems(composed: Any, base: Any) -> Iterator[str]:
             yield f"{name} is {ours}, the base's {theirs}"
 
 
-def _control_problems(folder: Path, composed: Any) -> Iterator[str]:
+def _control_problems(spec: SwitchSpec, composed: Any) -> Iterator[str]:
     """Every control token must come out as one special token, wherever it stands."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    spec = SwitchSpec.from_dict(config["switch"])
     tokens = {spec.base_token: spec.base_token_id, **{a.token: a.token_id for a in spec.adapters}}
     for text, index in tokens.items():
         for around in (text, f"a{text}b", f" {text} {text}\n"):
