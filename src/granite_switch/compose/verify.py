@@ -64,9 +64,9 @@ def find_problems(folder: Path, *, deep: bool = False) -> list[str]:
         if deep:
             problems += _deep_problems(checkpoint, spec, config)
     if tokenizer:
-        problems += _token_problems(tokenizer, spec)
+        found = _token_problems(tokenizer, spec)
+        problems += found or [f"AutoTokenizer: {line}" for line in differences(start_proof(folder))]
         problems += _template_problems(folder, tokenizer, spec)
-        problems += [f"AutoTokenizer: {line}" for line in differences(start_proof(folder))]
     return problems + _client_problems(folder, spec)
 
 
