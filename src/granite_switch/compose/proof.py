@@ -45,9 +45,8 @@ def start_proof(folder: Path, base: Path | None = None) -> Proof | None:
     process = None
     if "transformers" not in sys.modules:
         command = [sys.executable, "-m", _PROGRAM, str(folder), *([str(base)] if base else [])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        process = subprocess.Popen(command, text=True, env=environment, **pipes)
+        process = subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return Proof(folder, base, process)
 
 

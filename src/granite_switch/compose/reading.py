@@ -205,7 +205,7 @@ def _pipeline(rebuilt: _Rebuilt, data: Settings, settings: Settings, name: str, 
             f"{folder / 'tokenizer.json'}: a {model.get('type')} model cannot be read as {name}",
             hint="set tokenizer_class to the class that it was saved by, or to TokenizersBackend",
         )
-    flags = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    flags: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     flags |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     parts = {"model": {**flags, **rebuilt.model(settings), "vocab": model["vocab"], "merges": model["merges"]}}
     parts |= {key: _json(part) for key, part in rebuilt.splitting(settings).items()}
