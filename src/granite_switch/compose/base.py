@@ -6,11 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from granite_switch.compose.reading import read_as_base
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
 from granite_switch.core.layout import Vocabulary, decoder_config, natural, vocabulary
 from granite_switch.core.linears import Shape, linears
 from granite_switch.core.spec import MODEL_TYPE
-from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
+from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import BaseModelError, CheckpointError
 
 _CAUSAL = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -69,7 +70,7 @@ def read_base(folder: Path) -> Base:
         checkpoint = Checkpoint(folder)
     except CheckpointError as error:
         raise BaseModelError(error.message, problems=error.problems, hint=error.hint) from None
-    base = Base(folder, config, checkpoint, read_tokenizer(folder))
+    base = Base(folder, config, checkpoint, read_as_base(folder, config))
     check_base(base)
     return base
 

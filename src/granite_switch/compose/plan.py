@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import Adapter, Retired, read_adapter, read_retired
 from granite_switch.compose.base import Base, read_base
+from granite_switch.compose.reading import UNREGISTERED
 from granite_switch.compose.sources import Found
 from granite_switch.compose.tokenizer import extended
 from granite_switch.core.chat import Placement, wrap
@@ -60,7 +61,7 @@ class Plan:
             base["vocab_size"] = self.vocab_size
         else:
             base["text_config"] = {**decoder_config(base), "vocab_size": self.vocab_size}
-        return {**base, **head, "switch": self.spec.to_dict()}
+        return {**base, **head, **UNREGISTERED, "switch": self.spec.to_dict()}
 
     @property
     def grown(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import io_problem, nonfinite
 from granite_switch.compose.composed import read_config, tensor_problems, unwrapped
+from granite_switch.compose.proof import differences, start_proof
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.write import adapter_index, io_config
 from granite_switch.core.chat import wrap
@@ -63,7 +64,8 @@ def find_problems(folder: Path, *, deep: bool = False) -> list[str]:
         if deep:
             problems += _deep_problems(checkpoint, spec, config)
     if tokenizer:
-        problems += _token_problems(tokenizer, spec)
+        found = _token_problems(tokenizer, spec)
+        problems += found or [f"AutoTokenizer: {line}" for line in differences(start_proof(folder))]
         problems += _template_problems(folder, tokenizer, spec)
     return problems + _client_problems(folder, spec)
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from granite_switch.core.checkpoint import read_json
 from granite_switch.errors import BaseModelError, CheckpointError
 
-_SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class BaseTokenizer:
 
     @cached_property
     def library(self) -> Tokenizer:
-        """The object to tokenise with."""
-        return Tokenizer.from_str(json.dumps(self.data))
+        """The object to tokenise with. It gives every id of a text: what the file says of truncation and padding is
+        left from training (cut off, a control token would be lost without a word)."""
+        return Tokenizer.from_str(json.dumps({**self.data, "truncation": None, "padding": None}))
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -51,12 +52,12 @@ def read_tokenizer(folder: Path) -> BaseTokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise BaseModelError(
             f"{folder}: there is no tokenizer.json",
-            hint="load the tokenizer with transformers and save_pretrained it to get one",
+            hint=_conversion(folder),
         )
     try:
         data = read_json(folder / "tokenizer.json")
         config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        specials = {key: _text(config[key]) for key in _SPECIALS if config.get(key)}
+        specials = {key: token_text(config[key]) for key in SPECIALS if config.get(key)}
         tokenizer = BaseTokenizer(data, config, _templates(folder, config), specials)
         tokenizer.library  # noqa: B018  (a bad file is an error here, not at the first use)
     except CheckpointError as error:
@@ -66,7 +67,15 @@ def read_tokenizer(folder: Path) -> BaseTokenizer:
     return tokenizer
 
 
-def _text(token: Any) -> str:
+def _conversion(folder: Path) -> str:
+    """How to get a tokenizer.json from what there is."""
+    script = f"from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r}).save_pretrained('NEW')"
+    needs = " (with sentencepiece and protobuf installed)" if any(folder.glob("*.model")) else ""
+    return f'make one{needs} and copy what is in NEW into the folder: python -c "{script}"'
+
+
+def token_text(token: Any) -> str:
+    """The text of a special token as a config holds it: a string or a record."""
     return token["content"] if isinstance(token, dict) else str(token)
 
 
