@@ -47,7 +47,12 @@ def extended(base: BaseTokenizer, tokens: Mapping[str, int], size: int) -> dict[
 
 
 def _placeholders(ids: range) -> dict[str, int]:
-    return {f"<|unused_{index}|>": index for index in ids}
+    return {unused_token(index): index for index in ids}
+
+
+def unused_token(index: int) -> str:
+    """The text of a token that means nothing: a padding row's, or one in reserve."""
+    return f"<|unused_{index}|>"
 
 
 def extended_config(base: BaseTokenizer, data: Mapping[str, Any]) -> dict[str, Any]:
