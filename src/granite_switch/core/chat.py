@@ -25,8 +25,8 @@ _TEMPLATE = files("granite_switch.core").joinpath("templates/switch.jinja")
 _BEFORE = "{%- set switch_rendered %}\n"
 _AFTER = "{{ '' }}{% endset -%}\n"
 _RESERVED = "<|unused_"  # begins the text of every row in reserve and of padding rows
-# transformers notes where `{% generation %}` stands in the output, so it may stand only where output is written: in the
-# base's template a call of a macro takes its place, which leaves a mark. Two tabs tell its end from that of other calls.
+# transformers notes where `{% generation %}` stands in the output, so it may stand only where output is written. In the
+# base's template a call of a macro takes its place, which leaves a mark; two tabs tell its end from other calls'.
 _GENERATION = (re.compile(r"({%[-+]?\s*)generation(\s*[-+]?%})"), r"\1call switch_generation()\2")
 _ENDGENERATION = (re.compile(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})"), "\\1endcall\t\t\\2")
 _HINT = "rename what it calls `switch_...`"
