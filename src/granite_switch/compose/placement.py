@@ -11,10 +11,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.compose.tokenizer import unused_token
-from granite_switch.core.chat import Placement, Return, reserved, wrap
+from granite_switch.core.chat import Placement, Return, wrap
 from granite_switch.core.limits import render_limited as render
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
+from granite_switch.core.tokenizer import added_texts
 from granite_switch.errors import AdapterError, BaseModelError, TemplateError
 
 _TOOL = {
@@ -156,22 +156,6 @@ def prove(
         )
 
 
-def controls(spec: SwitchSpec, tokenizer: Tokenizer) -> list[str]:
-    """The text of every token that composing added: control tokens, retired ones too, and those in reserve.
-
-    Raises:
-        BaseModelError: the base has a special token with a space in it, which users' text could be made to hold.
-    """
-    texts = [spec.base_token, *(adapter.token for adapter in spec.adapters)]
-    added = tokenizer.get_added_tokens_decoder()
-    unused = [token.content for index, token in sorted(added.items()) if token.content == unused_token(index)]
-    known = {token.content for token in added.values()} - {*unused, *texts}
-    spaced = [repr(text) for text in sorted(known) if " " in text.strip()]
-    if spaced:
-        raise BaseModelError("the base's tokenizer has special tokens with a space in them", problems=spaced)
-    return reserved(texts, unused, known)
-
-
 def templates(
     bases: Mapping[str, str], spec: SwitchSpec, placements: Sequence[Placement], tokenizer: Tokenizer
 ) -> dict[str, str]:
@@ -183,8 +167,12 @@ def templates(
         placements: of each adapter.
         tokenizer: with the control tokens in it.
     """
-    opens = tokenizer.decode([spec.base_substitute_token_id], skip_special_tokens=False)
-    back, texts = Return(spec.base_token, opens), controls(spec, tokenizer)
+    added = tokenizer.get_added_tokens_decoder().values()
+    spaced = sorted(repr(token.content) for token in added if " " in token.content.strip())
+    if spaced:  # users' text could be made to hold them, where a control token becomes a space
+        raise BaseModelError("the base's tokenizer has special tokens with a space in them", problems=spaced)
+    opening = tokenizer.decode([spec.base_substitute_token_id], skip_special_tokens=False)
+    back, texts = Return(spec.base_token, opening), added_texts(spec, tokenizer)
     return {name: wrap(base, placements, back, texts) for name, base in bases.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.core.tokenizer import BaseTokenizer
+from granite_switch.core.tokenizer import BaseTokenizer, unused_token
 from granite_switch.errors import BaseModelError
 
 
@@ -48,11 +48,6 @@ def extended(base: BaseTokenizer, tokens: Mapping[str, int], size: int) -> dict[
 
 def _placeholders(ids: range) -> dict[str, int]:
     return {unused_token(index): index for index in ids}
-
-
-def unused_token(index: int) -> str:
-    """The text of a token that means nothing: a padding row's, or one in reserve."""
-    return f"<|unused_{index}|>"
 
 
 def extended_config(base: BaseTokenizer, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Rendering here follows transformers' environment, to prove placements without im
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -24,7 +24,6 @@ from granite_switch.errors import TemplateError
 _TEMPLATE = files("granite_switch.core").joinpath("templates/switch.jinja")
 _BEFORE = "{%- set switch_rendered %}\n"
 _AFTER = "{{ '' }}{% endset -%}\n"
-_RESERVED = "<|unused_"  # begins the text of every row in reserve and of padding rows
 # transformers notes where `{% generation %}` stands in the output, so it may stand only where output is written. In the
 # base's template a call of a macro takes its place, which leaves a mark; two tabs tell its end from other calls'.
 _GENERATION = (re.compile(r"({%[-+]?\s*)generation(\s*[-+]?%})"), r"\1call switch_generation()\2")
@@ -78,7 +77,7 @@ def wrap(base: str, placements: Sequence[Placement], back: Return, controls: Seq
     parts = {
         "ADAPTERS": _json(adapters),
         "RETURN": _json({"key": "#0;", **asdict(back)}),
-        "TEXTS": _json(list(controls)),
+        "TEXTS": _json([{"head": text[:-2], "tail": text[-2:]} for text in controls]),
         "MASKS": _json(masked != base),
         "OUTPUT": _TEXT if masked == base else _MASKED,
         "BASE": masked,
@@ -96,18 +95,6 @@ def unwrap(template: str) -> str | None:
     base, after, _ = rest.rpartition(_AFTER)
     base = base.replace("call switch_generation()", "generation").replace("endcall\t\t", "endgeneration")
     return base + "\n" if before and after else None
-
-
-def reserved(controls: Sequence[str], unused: Sequence[str], known: Iterable[str]) -> list[str]:
-    """What may not stand in a prompt: of tokens in reserve, which can be hundreds, what they all begin with.
-
-    Args:
-        controls: the text of every control token, retired ones too.
-        unused: the text of every token that is in reserve or stands for a padding row.
-        known: the base's own tokens. If one of them begins alike, each token in reserve is named.
-    """
-    alike = any(_RESERVED in token for token in known) or not all(text.startswith(_RESERVED) for text in unused)
-    return [*controls, *(unused if alike else [_RESERVED])]
 
 
 def _record(placement: Placement, key: int) -> dict[str, str]:
