@@ -52,11 +52,11 @@ def test_messages_give_the_ids_that_a_conversation_keeps(switch: Path) -> None:
         messages: list[dict[str, Any]] = [dict(m) for m in talk.messages]
         for number, (text, adapter, answer) in enumerate(script):
             text = text + " <rewrite>" if adapter == "tag" else text
-            if switch.name == "llama" and number and adapter in ("whole", "other"):
-                if messages[-2].get("adapter") != adapter:
-                    with pytest.raises(TemplateError, match="acts from the prompt's first token"):
-                        talk.ask(text, adapter)
-                    return
+            first = switch.name == "llama" and number and adapter in ("whole", "other")
+            if first and messages[-2].get("adapter") != adapter:
+                with pytest.raises(TemplateError, match="acts from the prompt's first token"):
+                    talk.ask(text, adapter)
+                return
             turn = talk.ask(text, adapter)
             messages.append({"role": "user", "content": text, "adapter": adapter})
             for marked, more in ((messages, {}), ([*plain(messages)], {"message_adapters": marks(messages)})):

@@ -52,7 +52,8 @@ class Conversation(conversation.Conversation):
         """
         turn = self.ask(text, adapter, keep=keep, aside=aside)
         try:
-            self._fit(turn.reused)
+            several = any(options.get(name, 1) != 1 for name in ("num_beams", "num_return_sequences"))
+            self._fit(0 if several else turn.reused)  # the cache has one row
             ids = torch.tensor([turn.ids], device=self.model.device)
             output = self.model.generate(
                 ids,
@@ -80,7 +81,7 @@ class Conversation(conversation.Conversation):
         try:
             if surplus:
                 self._cache.crop(-surplus)
-        except RuntimeError:  # a window has dropped what would be needed
+        except (RuntimeError, ValueError):  # a window has dropped what would be needed
             return self._start()
         return None if _length(self._cache) == length else self._start()
 
