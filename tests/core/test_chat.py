@@ -228,5 +228,5 @@ def test_whatever_goes_wrong_is_a_template_error(template: str, words: str) -> N
 )
 def test_templates_of_others_are_stopped(template: str, words: str) -> None:
     with pytest.raises(TemplateError, match=words):
-        render_limited(template, seconds=2, messages=[])
-    assert render_limited("{{ messages[0].content }}é", seconds=9, messages=[user("\u2028x")]) == "\u2028xé"
+        render_limited(template, seconds=2 if "99999" in template else 60, messages=[])
+    assert render_limited("{{ messages[0].content }}é", seconds=60, messages=[user("\u2028x")]) == "\u2028xé"
