@@ -56,6 +56,7 @@ class AdapterSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
     invocation_text: str = ""
+    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a message that lacks the text gets it
     source: str = ""
     sha256: str = ""  # of the source's adapter_model.safetensors
     digest: str = ""  # of the tensors themselves, whatever file they stand in
@@ -216,6 +217,8 @@ class SwitchSpec:
         for adapter in self.adapters:
             elsewhere = sorted({*adapter.rank_pattern, *adapter.alpha_pattern} - set(adapter.targets))
             problems += [f"{adapter.name}: {linear!r} has a pattern and is no target" for linear in elsewhere[:10]]
+            if adapter.invocation_placement not in ("", "prefix", "suffix"):
+                problems.append(f"{adapter.name}: unknown invocation_placement {adapter.invocation_placement!r}")
             if adapter.technology not in ("lora", "alora"):
                 problems.append(f"{adapter.name}: unknown technology {adapter.technology!r}")
         if problems:

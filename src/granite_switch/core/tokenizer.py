@@ -13,8 +13,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from granite_switch.core.checkpoint import read_json
+from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import BaseModelError, CheckpointError
 
+UNUSED = "<|unused_"
 SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -41,6 +43,24 @@ class BaseTokenizer:
     def size(self) -> int:
         """One more than the largest token id."""
         return max(self.tokens.values()) + 1
+
+
+def unused_token(index: int) -> str:
+    """The text of a token that means nothing: a padding row's, or one in reserve."""
+    return f"{UNUSED}{index}|>"
+
+
+def added_texts(spec: SwitchSpec, tokenizer: Tokenizer) -> list[str]:
+    """What may not stand in a prompt where users wrote it: the text of every token that composing added.
+
+    Tokens in reserve and of padding rows can be hundreds; what they all begin with stands for them, unless a token of
+    the base's own begins alike.
+    """
+    controls = [spec.base_token, *(adapter.token for adapter in spec.adapters)]
+    added = tokenizer.get_added_tokens_decoder()
+    unused = [token.content for index, token in sorted(added.items()) if token.content == unused_token(index)]
+    own = {token.content for token in added.values()} - {*unused, *controls}
+    return [*controls, *(unused if any(UNUSED in text for text in own) else [UNUSED])]
 
 
 def read_tokenizer(folder: Path) -> BaseTokenizer:
