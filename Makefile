@@ -11,12 +11,12 @@ LLAMA_SDIST := .cache/sdist/llama_cpp_python-$(LLAMA).tar.gz
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF \
   -DLLAMA_BUILD_SERVER=OFF -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF
 LLAMA_WHEEL := .cache/wheels/llama_cpp_python-$(LLAMA)-py3-none-linux_$(shell uname -m).whl
-MATRIX := 5.16.1 5.17.0 5.23.0
+MATRIX := 5.16.1 5.19.0 5.24.0
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix soak check format sample real bench bench-full bench-setup clean
+.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix test-newest soak check format sample real bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,7 +25,8 @@ help:
 	@echo "make test-fast  the part of it that takes under two minutes"
 	@echo "make test-vllm  the vLLM backend, in an environment of its own (part of make test)"
 	@echo "make test-gguf  builds llama.cpp once and tests the export in it"
-	@echo "make test-matrix  the transformers backend on several releases"
+	@echo "make test-matrix  the transformers backend on the oldest, a middle and the newest release"
+	@echo "make test-newest  the same with the newest release of every dependency, in an environment of its own"
 	@echo "make soak       two hundred kills, many random sequences of changes"
 	@echo "make check      format, lint, types, import arrows"
 	@echo "make sample     train the sample model and its adapters anew (about an hour)"
@@ -101,15 +102,25 @@ $(LLAMA_SDIST): | .venv/.stamp
 soak: setup
 	SOAK=1 $(BIN)/python -m pytest tests/maintain -q
 
-# The fast transformers suite on the oldest, a common and the newest release.
+# The fast transformers suite on the oldest, a middle and the newest release.
 test-matrix: $(addprefix test-tf-,$(MATRIX))
 
 test-tf-%: setup
 	test -x .venv-tf-$*/bin/python || $(PYTHON) -m venv .venv-tf-$*
 	.venv-tf-$*/bin/pip install --quiet torch==2.13.0
-	grep -v '^transformers==' constraints.txt > .venv-tf-$*/constraints.txt
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-tf-$*/constraints.txt
 	.venv-tf-$*/bin/pip install --quiet --constraint .venv-tf-$*/constraints.txt --editable '.[dev]' transformers==$*
-	.venv-tf-$*/bin/python -m pytest tests/hf tests/compose -n $(WORKERS) -q -m "not slow"
+	.venv-tf-$*/bin/python -m pytest tests/hf tests/compose tests/legacy -n $(WORKERS) -q -m "not slow"
+
+# The transformers suite with whatever pip gives today; only torch is pinned, to its CPU build.
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet torch==2.13.0
+	echo torch==2.13.0 > .venv-newest/constraints.txt
+	.venv-newest/bin/pip install --quiet --constraint .venv-newest/constraints.txt --editable '.[dev]'
+	.venv-newest/bin/pip freeze | grep -iE '^(torch|transformers|peft|accelerate|safetensors|tokenizers|huggingface_hub)='
+	.venv-newest/bin/python -m pytest tests/hf tests/compose tests/legacy -n $(WORKERS) -q
 
 check: setup
 	$(BIN)/ruff format --check .
