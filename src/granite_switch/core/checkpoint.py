@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from granite_switch.core.records import read_json as read_json
+from granite_switch.core.records import write_json as write_json
 from granite_switch.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -282,20 +284,6 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     weight_map = {key: name for name, tensors in files.items() for key in tensors}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file, or say which file is not one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
