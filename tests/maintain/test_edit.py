@@ -203,7 +203,8 @@ def test_io_yaml_on_demand(recipe: Recipe, model: Path, pool: Path, base: Path) 
     (lambda m, p: rename(m, "x", "y"), ["no adapter x"]),
     (lambda m, p: extract(m, "x", p / "never"), ["no adapter 'x'"]),
     (lambda m, p: add(p / "one", [p / "two"]), ["config.json"]),
-    (lambda m, p: add(p / "nowhere", [p / "two"]), ["neither a folder here nor a hub id"]),
+    (lambda m, p: add(p / "nowhere", [p / "two"]), ["is no folder here", "--output"]),
+    (lambda m, p: add("some/model", [p / "two"]), ["is no folder here", "--output"]),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_and_changes_nothing(change, words: list[str], model: Path, pool: Path) -> None:  # type: ignore[no-untyped-def]
     before = contents(model.parent)

@@ -105,21 +105,27 @@ def inside(folder: Path, name: str | Path) -> Path:
     """
     path = folder / name
     real = path.resolve()
-    if not real.is_relative_to(folder.resolve()) and not _in_hub_cache(folder, real):
+    if not real.is_relative_to(folder.resolve()) and not _linked_by_the_hub(folder, real):
         raise CheckpointError(f"{path}: leads out of its folder, to {real}", hint="copy the file there")
     if real.exists() and not stat.S_ISREG(real.stat().st_mode):
         raise CheckpointError(f"{path}: is not a plain file")
     return path
 
 
-def _in_hub_cache(folder: Path, real: Path) -> bool:
+def _linked_by_the_hub(folder: Path, real: Path) -> bool:
     """Whether a file is one that the hub's cache keeps for its snapshots, which are folders of links."""
     resolved = folder.resolve()
-    if resolved.parent.name == "snapshots" and real.is_relative_to(resolved.parent.parent / "blobs"):
-        return True
+    for snapshot in (resolved, *resolved.parents):
+        if snapshot.parent.name == "snapshots" and real.is_relative_to(snapshot.parent.parent / "blobs"):
+            return True
+    return in_hub_cache(real)
+
+
+def in_hub_cache(path: Path) -> bool:
+    """Whether a file or folder is in the hub library's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return real.is_relative_to(Path(HF_HUB_CACHE).resolve())
+    return path.resolve().is_relative_to(Path(HF_HUB_CACHE).resolve())
 
 
 T = TypeVar("T")

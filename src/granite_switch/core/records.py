@@ -11,17 +11,20 @@ import reprlib
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import regex
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from granite_switch.core.files import inside
 from granite_switch.errors import AdapterError, CheckpointError, SwitchError
 
 _LIMIT = 2**31
 _SECONDS = 0.25  # for one pattern on one module's path; microseconds are usual
 _UNALIKE = re.compile(r"\[\[|\{[^\d,]")  # what the `regex` package reads otherwise than `re`
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 240
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -36,6 +39,14 @@ def _pattern(key: str) -> str:
     return key
 
 
+def _name(name: str) -> str:
+    try:
+        check_name(name)
+    except AdapterError as error:
+        raise ValueError(error.message) from None
+    return name
+
+
 def _file_name(name: str) -> str:
     if not re.fullmatch(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*\.safetensors", name):
         raise ValueError(f"{shown(name)} is not the bare name of a safetensors file")
@@ -43,10 +54,10 @@ def _file_name(name: str) -> str:
 
 
 Count = Annotated[int, Field(gt=0, lt=_LIMIT)]
-Index = Annotated[int, Field(ge=0, lt=_LIMIT)]
-TokenId = Index
+TokenId = Annotated[int, Field(ge=0, lt=_LIMIT)]
 Number = Annotated[int | float, Field(gt=0, lt=_LIMIT, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+Name = Annotated[str, AfterValidator(_name)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 
 R = TypeVar("R", bound="Record")
@@ -96,10 +107,9 @@ def _problem(item: Mapping[str, Any]) -> str:
     """One line: the key, what it must be, what it is."""
     if not item["loc"]:
         return "is not an object with keys" if item["type"].endswith("_type") else item["msg"]
-    parts = [part for part in item["loc"][1:] if part not in _MEMBERS and not str(part).startswith(("list[", "dict["))]
-    key = str(item["loc"][0]) + "".join(f"[{shown(part)}]" for part in parts)
-    if item["type"] == "missing":
-        return f"{key} is missing"
+    key = _key(item["loc"])
+    if item["type"] in ("missing", "extra_forbidden"):
+        return f"{key} is missing" if item["type"] == "missing" else f"unknown key {key}"
     if item["type"] == "value_error":
         return f"{key}: {item['msg'].removeprefix('Value error, ')}"
     if item["type"] in ("int_type", "float_type"):
@@ -107,14 +117,25 @@ def _problem(item: Mapping[str, Any]) -> str:
     return f"{key} {item['msg'].replace('Input should', 'must')}; it is {shown(item['input'])}"
 
 
-_MEMBERS = ("int", "float", "str", "bool", "[key]")  # as pydantic calls a union's members
+_MEMBERS = re.compile(r"int|float|str|bool|\[key\]|list\[.*|dict\[.*|constrained-\w+|[A-Z]\w+|function-.*")  # of unions
+
+
+def _key(location: tuple[str | int, ...]) -> str:
+    """`adapters[0].rank`, `rank_pattern['q.*']`."""
+    result = ""
+    for part in location:
+        if isinstance(part, str) and _MEMBERS.fullmatch(part):
+            continue
+        plain = isinstance(part, str) and part.isidentifier() and len(part) < 60
+        result += (f".{part}" if result else str(part)) if plain else f"[{shown(part)}]"
+    return result
 
 
 def shown(value: Any) -> str:
     """A value of unknown size and kind for an error, as JSON spells it, cut short."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return reprlib.repr(value).encode("utf-8", "backslashreplace").decode()
+    return _SHORT.repr(value).encode("utf-8", "backslashreplace").decode()
 
 
 def read_json(path: Path) -> Any:
@@ -299,6 +320,27 @@ class ShardIndex(Record):
     metadata: dict[str, Any] | None = None
 
 
+class ManifestEntry(Record):
+    """An adapter in a YAML manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    path: Annotated[str, Field(min_length=1)]
+    name: Name | None = None
+    revision: str | None = None
+    retired: Literal[False] | None = None
+
+
+class RetiredEntry(Record):
+    """A removed adapter in a YAML manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    name: Name
+    retired: Literal[True]
+    substitute_token_id: TokenId | None = None
+
+
 class IoConfig(Record):
     """io.yaml: how clients such as Mellea call an adapter. They want these keys, null or not."""
 
@@ -328,7 +370,179 @@ class AdapterIndex(Record):
     adapters: list[IndexedAdapter] = []
 
 
+def read_adapter_index(folder: Path) -> AdapterIndex:
+    """A model's adapter_index.json; an empty one where there is none."""
+    path = inside(folder, "adapter_index.json")
+    return read(path, AdapterIndex) if path.is_file() else AdapterIndex()
+
+
 class GenerationConfig(Record):
     """generation_config.json."""
 
     eos_token_id: TokenId | list[TokenId] | None = None
+
+
+class Quantisation(Record):
+    """`quantization_config` of config.json."""
+
+    quant_method: str | None = None
+    bits: Annotated[int, Field(gt=0, le=32)] | None = None
+    w_bit: Annotated[int, Field(gt=0, le=32)] | None = None
+
+
+class DecoderConfig(Record):
+    """A decoder's part of config.json: what composing uses of it, and what it must have."""
+
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
+    vocab_size: Count
+    layer_types: list[str] | None = None
+    tie_word_embeddings: bool | None = None
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    max_position_embeddings: Count | None = None
+
+
+class ModelConfig(Record):
+    """config.json of a base or of a composed model: what composing uses beside the decoder's part."""
+
+    model_type: str
+    architectures: list[str] | None = None
+    text_config: dict[str, Any] | None = None
+    quantization_config: Quantisation | None = None
+    is_encoder_decoder: bool | None = None
+    tie_word_embeddings: bool | None = None
+
+
+def read_config(path: Path, error: type[SwitchError] = CheckpointError, hint: str = "") -> dict[str, Any]:
+    """Read a model's config.json; the keys that are used are checked, the others stay as they are."""
+    try:
+        config = read_json(path)
+    except CheckpointError as problem:
+        raise error(problem.message, hint=hint) from None
+    checked(ModelConfig, config, path, error, hint)
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "vocab_size" in inner:
+        checked(DecoderConfig, inner, f"{path}: text_config", error, hint)
+    else:
+        checked(DecoderConfig, config, path, error, hint)
+    return dict(config)
+
+
+class AddedToken(Record):
+    """A token in tokenizer_config.json, with its settings."""
+
+    content: str
+
+
+class NamedTemplate(Record):
+    """One of several chat templates; its name is that of a file, too."""
+
+    name: Name
+    template: str
+
+
+Token = str | AddedToken | None
+
+
+class TokenizerConfig(Record):
+    """tokenizer_config.json: special tokens and chat templates."""
+
+    bos_token: Token = None
+    eos_token: Token = None
+    pad_token: Token = None
+    unk_token: Token = None
+    sep_token: Token = None
+    cls_token: Token = None
+    mask_token: Token = None
+    additional_special_tokens: list[str | AddedToken] | None = None
+    extra_special_tokens: list[str | AddedToken] | dict[str, Any] | None = None
+    added_tokens_decoder: dict[str, Any] | None = None
+    chat_template: str | list[NamedTemplate] | dict[Name, str] | None = None
+
+
+class TokenizerToken(Record):
+    """One of `added_tokens` of tokenizer.json."""
+
+    id: TokenId
+    content: str
+    special: bool = False
+
+
+class TokenizerModel(Record):
+    """`model` of tokenizer.json."""
+
+    type: str | None = None
+    merges: list[str | list[str]] | None = None
+    byte_fallback: bool | None = None
+
+
+class TokenizerData(Record):
+    """tokenizer.json, as far as the tokenizers library is not left to check it."""
+
+    added_tokens: list[TokenizerToken] = []
+    model: TokenizerModel
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
+
+
+class ChatTemplate(Record):
+    """chat_template.json."""
+
+    chat_template: str
+
+
+class AdapterRecord(Record):
+    """One of `switch.adapters` in config.json (docs/format.md)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    name: Name
+    technology: Literal["lora", "alora"]
+    token: str
+    token_id: TokenId
+    substitute_token_id: TokenId
+    rank: Annotated[int, Field(ge=0, lt=_LIMIT)]
+    alpha: Annotated[int | float, Field(ge=0, lt=_LIMIT, allow_inf_nan=False)]
+    targets: list[str]
+    use_rslora: bool = False
+    rank_pattern: dict[str, Count] = {}
+    alpha_pattern: dict[str, Number] = {}
+    invocation_tokens: list[TokenId] = []
+    invocation_text: str = ""
+    source: str = ""
+    sha256: str = ""
+    digest: str = ""
+    retired: bool = False
+
+
+class HidingRecord(Record):
+    """`switch.hiding`."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    groups: list[list[TokenId]]
+    policy: list[list[Annotated[int, Field(ge=0, lt=62)]]]
+
+
+class SwitchRecord(Record):
+    """The `switch` object of config.json (docs/format.md)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    adapters: list[AdapterRecord]
+    base_token: str
+    base_token_id: Annotated[int, Field(ge=-1, lt=_LIMIT)]
+    base_substitute_token_id: Annotated[int, Field(ge=-1, lt=_LIMIT)]
+    base_model: str = ""
+    base_model_type: str = "granite"
+    base_architecture: str = "GraniteForCausalLM"
+    generatable: bool = False
+    reserved: Annotated[int, Field(ge=0, lt=65536)] = 0
+    format_version: int = 1
+    hiding: HidingRecord | None = None
