@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, natural, parse_key
+from granite_switch.core.records import LegacyConfig, checked, read_config
 from granite_switch.core.spec import (
     BASE_TOKEN,
     MODEL_TYPE,
@@ -172,7 +174,7 @@ def read(folder: Path) -> Old:
     Raises:
         CheckpointError: it is of no older generation, or its files contradict its config.
     """
-    old = read_json(folder / "config.json")
+    old = read_config(inside(folder, "config.json"))
     number = generation(old)
     if not number:
         raise CheckpointError(f"{folder}: is not a checkpoint of an older generation")
@@ -309,6 +311,7 @@ def _hiding(config: Mapping[str, Any], tokens: Mapping[str, int]) -> Hiding:
 
 def _check(config: Mapping[str, Any]) -> None:
     """Refuse what format 1 cannot hold, all at once."""
+    checked(LegacyConfig, config, "config.json")
     count = config.get("num_adapters") or 0
     problems = [
         f"unknown key {key!r}" for key in config if key.startswith(_SWITCH_PREFIXES) and key not in _SWITCH_KEYS
@@ -327,6 +330,8 @@ def _check(config: Mapping[str, Any]) -> None:
         problems.append("it has more than 62 hiding groups")
     if other := sorted(set(config.get("layer_types") or ()) - {"attention", "full_attention"}):
         problems.append(f"its base has layers of type {', '.join(other)}")
+    if config["num_hidden_layers"] <= _extra_layers(config):
+        problems.append(f"num_hidden_layers {config['num_hidden_layers']} leaves no layer for the decoder")
     problems += [f"unknown target module {m!r}" for m in config.get("lora_target_modules") or () if m not in _TARGETS]
     for key in ("adapter_names", "adapter_ranks", "adapter_token_ids", "adapter_substitute_token_ids"):
         value = config.get(key)

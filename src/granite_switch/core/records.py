@@ -521,6 +521,30 @@ class AdapterRecord(Record):
     retired: bool = False
 
 
+class LegacyConfig(Record):
+    """config.json of the legacy formats."""
+
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
+    vocab_size: Count
+    hidden_size: Count
+    num_attention_heads: Count
+    intermediate_size: Count | None = None
+    shared_intermediate_size: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    projection_head_dim: Count | None = None
+    num_local_experts: int | None = None
+    layer_types: list[str] | None = None
+    num_adapters: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    adapter_names: list[Name] | None = None
+    adapter_ranks: list[Count] | None = None
+    adapter_token_ids: list[TokenId] | None = None
+    adapter_substitute_token_ids: list[TokenId] | None = None
+    lora_target_modules: list[str] | None = None
+    hiding_groups: dict[str, list[str]] | None = None
+    hiding_policy: dict[str, list[str]] | None = None
+
+
 class HidingRecord(Record):
     """`switch.hiding`."""
 
