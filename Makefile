@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix soak check format sample bench bench-full bench-setup clean
+.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix soak fuzz check format sample bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test-gguf  builds llama.cpp once and tests the export in it"
 	@echo "make test-matrix  the transformers backend on several releases"
 	@echo "make soak       two hundred kills, many random sequences of changes"
+	@echo "make fuzz       every command on 20,000 damaged files (minutes)"
 	@echo "make check      format, lint, types, import arrows"
 	@echo "make sample     train the sample model and its adapters anew (about an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
@@ -99,6 +100,11 @@ $(LLAMA_SDIST): | .venv/.stamp
 # Two hundred kills and many random sequences of changes to a model.
 soak: setup
 	SOAK=1 $(BIN)/python -m pytest tests/maintain -q
+
+# Every command on damaged files: a result or an error, nothing left over, memory under 1 GB.
+fuzz: setup
+	rm -rf $(OUT)/fuzz && mkdir -p $(OUT)/fuzz
+	$(BIN)/python tests/fuzz/fuzz.py $(OUT)/fuzz/material --cases 20000 --workers $(WORKERS)
 
 # The fast transformers suite on the oldest, a common and the newest release.
 test-matrix: $(addprefix test-tf-,$(MATRIX))

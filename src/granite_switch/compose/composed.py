@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, Retired
+from granite_switch.compose.adapters import Adapter, Retired, io_problem
 from granite_switch.compose.base import Base
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import io_config
@@ -170,6 +170,8 @@ def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint, spec: Swit
         same = adapter.substitute_token_id == spec.base_substitute_token_id
         return Retired(adapter.name, None if same else adapter.substitute_token_id)
     file, io_yaml = adapter_file(adapter.name), folder / io_config(adapter.name)
+    if io_yaml.is_file() and (problem := io_problem(io_yaml)):
+        raise CheckpointError(problem, hint=f"{VERIFY} {folder}")
     tensors: dict[AdapterTensor, Tensor] = {}
     for name, tensor in checkpoint.files[file].items():
         if key := parse_key(name):

@@ -175,13 +175,17 @@ def _first_control(old: legacy.Old, tokenizer: BaseTokenizer) -> int:
 def _invocations(old: legacy.Old, tokenizer: BaseTokenizer) -> Mapping[str, str]:
     """The invocation text of every adapter, "" for a LoRA, from the table with which old templates begin."""
     found = _ADAPTER_MAP.search(tokenizer.templates.get("default", ""))
-    table = ast.literal_eval(found[1]) if found else {}
-    if missing := [name for name in old.spec.names if name not in table]:
+    try:
+        table = ast.literal_eval(found[1]) if found else {}
+        triggers = {name: table[name].get("invocation_text") or "" for name in old.spec.names if name in table}
+    except (ValueError, SyntaxError, TypeError, AttributeError, RecursionError, MemoryError):
+        triggers = {}
+    if missing := [name for name in old.spec.names if not isinstance(triggers.get(name), str)]:
         raise CheckpointError(
             f"{old.checkpoint.folder}: its chat template does not say what turns on {', '.join(missing)}",
             hint="the old composer's template begins with a table of adapters; put it back as it was published",
         )
-    return {name: record.get("invocation_text") or "" for name, record in table.items()}
+    return triggers
 
 
 def _check_substitutes(old: legacy.Old, new: Plan) -> None:

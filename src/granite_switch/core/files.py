@@ -104,7 +104,10 @@ def inside(folder: Path, name: str | Path) -> Path:
         CheckpointError: it is a link that leads out of the folder and out of the hub's cache, or no plain file.
     """
     path = folder / name
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path}: is a link to itself") from None
     if not real.is_relative_to(folder.resolve()) and not _linked_by_the_hub(folder, real):
         raise CheckpointError(f"{path}: leads out of its folder, to {real}", hint="copy the file there")
     if real.exists() and not stat.S_ISREG(real.stat().st_mode):
