@@ -1,7 +1,9 @@
 """The border: what others wrote comes back checked, or as an error that names the file and the key."""
 
 import json
+import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,14 @@ def test_what_is_no_yaml(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(AdapterError, match=r"a\.yaml: cannot be read as YAML"):
         read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_what_is_no_plain_file(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(SwitchError, match="no plain file"):
+            read(path)
 
 
 @given(st.text(max_size=12))

@@ -141,7 +141,7 @@ def shown(value: Any) -> str:
 def read_json(path: Path) -> Any:
     """Parse a JSON file, or say which file is not one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
         value = json.loads(text)
         _check_depth(value)
         if _SURROGATE.search(text):  # half a character can be read but not written
@@ -151,6 +151,12 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({shown(str(error))})") from None
+
+
+def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no plain file")  # to read a pipe would be to wait for ever
+    return path.read_text(encoding="utf-8")
 
 
 def _check_depth(value: Any) -> None:
@@ -171,7 +177,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_yaml(path: Path) -> Any:
     """Parse a YAML file without running anything in it, or say which file is not one."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(_text(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError, AttributeError, LookupError) as error:
         raise AdapterError(f"{path}: cannot be read as YAML ({str(error)[:300]})") from None
 
@@ -272,7 +278,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     path = folder / "adapter_config.json"
     hint = "a PEFT adapter folder holds adapter_config.json"
     try:
-        data = read_json(path)
+        data = read_json(inside(folder, path.name))
     except CheckpointError as error:
         raise AdapterError(error.message, hint=hint) from None
     if not isinstance(data, dict):
