@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_switch.core.records import AdapterConfig, check_name, read_adapter_config, read_json, read_yaml
+from granite_switch.core.border import check_name, read_json, read_yaml
+from granite_switch.core.records import AdapterConfig, read_adapter_config
 from granite_switch.errors import AdapterError, CheckpointError, SwitchError
 
 

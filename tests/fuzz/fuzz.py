@@ -137,8 +137,8 @@ def work(arguments: argparse.Namespace, first: int, step: int) -> int:
     kinds: collections.Counter[str] = collections.Counter()
     for number in range(first, arguments.cases, step):
         with tempfile.TemporaryDirectory(dir=arguments.place) as place:
-            if arguments.verbose:
-                print(number, flush=True)
+            if number // 500 > (number - step) // 500:
+                print(f"{number} of {arguments.cases}", file=sys.stderr, flush=True)
             done, problem = run(number, arguments.seed, arguments.material, Path(place))
         if problem:
             kind = problem.splitlines()[0]
@@ -166,7 +166,6 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--place", type=Path, help="where temporary folders are made; on the material's disk")
     parser.add_argument("--case", type=int)
-    parser.add_argument("--verbose", action="store_true", help="print the number of each case")
     arguments = parser.parse_args()
     arguments.material = arguments.material.resolve()
     arguments.place = arguments.place or arguments.material.parent

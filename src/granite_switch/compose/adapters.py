@@ -14,20 +14,11 @@ import numpy as np
 
 from granite_switch.compose.base import Base
 from granite_switch.compose.sources import PROVENANCE, Found
+from granite_switch.core.border import check_name, checked, read, read_yaml, shown
 from granite_switch.core.checkpoint import CHUNK, Tensor, read_header, sha256, to_float32
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, digest, natural
-from granite_switch.core.records import (
-    AdapterConfig,
-    IoConfig,
-    Provenance,
-    check_name,
-    checked,
-    read,
-    read_adapter_config,
-    read_yaml,
-    shown,
-)
+from granite_switch.core.records import AdapterConfig, IoConfig, Provenance, read_adapter_config
 from granite_switch.errors import AdapterError, CheckpointError, SwitchError
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")

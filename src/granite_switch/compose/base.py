@@ -6,11 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from granite_switch.core.border import shown
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
 from granite_switch.core.layout import Vocabulary, decoder_config, natural, vocabulary
 from granite_switch.core.linears import Shape, linears
-from granite_switch.core.records import read_config, shown
+from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import BaseModelError, CheckpointError

@@ -18,9 +18,9 @@ from granite_switch.compose.composed import VERIFY, Composed, read_composed, rea
 from granite_switch.compose.plan import Plan, assemble, read_slots
 from granite_switch.compose.sources import Found, Selection, find, model_folder
 from granite_switch.compose.write import write_model
+from granite_switch.core.border import check_name
 from granite_switch.core.files import in_hub_cache, inside
 from granite_switch.core.layout import adapter_file
-from granite_switch.core.records import check_name
 from granite_switch.core.staging import check_target, held, link_or_copy, restore, staged
 from granite_switch.errors import AdapterError, CheckpointError, OutputError
 

@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.core.records import ManifestEntry, RetiredEntry, checked, read_adapter_config, read_yaml
+from granite_switch.core.border import checked, read_yaml
+from granite_switch.core.records import ManifestEntry, RetiredEntry, read_adapter_config
 from granite_switch.errors import AdapterError, BaseModelError, CheckpointError
 
 TECHNOLOGIES = ("alora", "lora")  # in order of preference

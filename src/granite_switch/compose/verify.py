@@ -13,11 +13,12 @@ from granite_switch.compose.adapters import io_problem, nonfinite
 from granite_switch.compose.composed import read_config, tensor_problems, unwrapped
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.write import adapter_index, io_config
+from granite_switch.core.border import read, read_json
 from granite_switch.core.chat import wrap
 from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor
 from granite_switch.core.files import inside, steady
 from granite_switch.core.layout import AdapterTensor, decoder_config, digest, parse_key, vocabulary
-from granite_switch.core.records import ShardIndex, read, read_json
+from granite_switch.core.records import ShardIndex
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError, SwitchError

@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from granite_switch.core.border import read
+from granite_switch.core.border import read_json as read_json
+from granite_switch.core.border import write_json as write_json
 from granite_switch.core.files import copy_bytes, inside, sync_file
-from granite_switch.core.records import ShardIndex, read
-from granite_switch.core.records import read_json as read_json
-from granite_switch.core.records import write_json as write_json
+from granite_switch.core.records import ShardIndex
 from granite_switch.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
+from granite_switch.core.border import checked, shown
 from granite_switch.core.layout import AdapterTensor, fold, unfold
 from granite_switch.core.lora import scaling
-from granite_switch.core.records import SwitchRecord, checked, shown
+from granite_switch.core.records import SwitchRecord
 from granite_switch.errors import CheckpointError
 
 FORMAT_VERSION = 1

@@ -12,8 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from granite_switch.core.border import checked, read, read_json, shown
 from granite_switch.core.files import inside
-from granite_switch.core.records import ChatTemplate, TokenizerConfig, TokenizerData, checked, read, read_json, shown
+from granite_switch.core.tokenizer_records import ChatTemplate, TokenizerConfig, TokenizerData
 from granite_switch.errors import BaseModelError, CheckpointError
 
 _SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
