@@ -74,6 +74,8 @@ class Tensor:
         if not index or all(part == slice(None) for part in index):
             return self
         first, rest = index[0], index[1:]
+        if 0 in self.shape:
+            raise CheckpointError(f"{self.path}: {self.name} is empty: {list(self.shape)}")
         size = self.nbytes // self.shape[0]
         if isinstance(first, int):
             return replace(self, shape=self.shape[1:], start=self.start + first * size, nbytes=size)[rest]

@@ -182,7 +182,7 @@ def read(folder: Path) -> Old:
     config = format_1_config(old)
     checkpoint = Checkpoint(folder)
     spec = SwitchSpec.from_dict(config["switch"])
-    _check_stacks(checkpoint, spec)
+    _check_stacks(checkpoint, spec, _rows(config))
     return Old(number, config, spec, checkpoint, dict(_renamed(checkpoint, config)))
 
 
@@ -348,12 +348,15 @@ def _check(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_stacks(checkpoint: Checkpoint, spec: SwitchSpec) -> None:
-    """Every stack must hold every adapter, at its rank."""
+def _check_stacks(checkpoint: Checkpoint, spec: SwitchSpec, rows: Mapping[str, int]) -> None:
+    """Every stack must hold every adapter, at its rank, and every fused weight the rows of its linears."""
     count, rank = len(spec.adapters), max((a.rank for a in spec.adapters), default=0)
     problems = []
     for name, tensor in checkpoint.tensors.items():
         found = _FUSED_TENSOR.fullmatch(name)
+        if found and found[4] and len(paths := _FUSED[found[2]]) > 1:
+            if tensor.shape[:1] != (whole := sum(rows[path] for path in paths),):
+                problems.append(f"{name}: {list(tensor.shape)}; config.json says {whole} rows")
         if found and found[5]:
             have = tensor.shape[-2 if found[5] == "A" else -1] if len(tensor.shape) == 4 else 0
             if len(tensor.shape) != 4 or tensor.shape[0] != count or have < rank:
