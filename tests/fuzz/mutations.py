@@ -35,7 +35,7 @@ def node(data: Any, draw: Random) -> tuple[Any, Any] | None:
     """A random place in nested data: its container and its key."""
     places: list[tuple[Any, Any]] = []
     level = [data]
-    while level:
+    for _ in range(600):  # YAML can refer to itself
         items = [item for item in level if isinstance(item, dict | list)]
         level = []
         for item in items:

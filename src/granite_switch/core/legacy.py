@@ -354,9 +354,9 @@ def _check_stacks(checkpoint: Checkpoint, spec: SwitchSpec, rows: Mapping[str, i
     problems = []
     for name, tensor in checkpoint.tensors.items():
         found = _FUSED_TENSOR.fullmatch(name)
-        if found and found[4] and len(paths := _FUSED[found[2]]) > 1:
-            if tensor.shape[:1] != (whole := sum(rows[path] for path in paths),):
-                problems.append(f"{name}: {list(tensor.shape)}; config.json says {whole} rows")
+        paths = _FUSED[found[2]] if found and found[4] else ()
+        if len(paths) > 1 and tensor.shape[:1] != (sum(rows[path] for path in paths),):
+            problems.append(f"{name}: {list(tensor.shape)}; config.json says {sum(rows[path] for path in paths)} rows")
         if found and found[5]:
             have = tensor.shape[-2 if found[5] == "A" else -1] if len(tensor.shape) == 4 else 0
             if len(tensor.shape) != 4 or tensor.shape[0] != count or have < rank:
