@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix soak fuzz check format sample bench bench-full bench-setup clean
+.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix soak fuzz check format sample real bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make fuzz       every command on 20,000 damaged files (minutes)"
 	@echo "make check      format, lint, types, import arrows"
 	@echo "make sample     train the sample model and its adapters anew (about an hour)"
+	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine (half an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
 
 setup: .venv/.stamp
@@ -55,7 +56,7 @@ test-fast: setup
 # behind in their process, so each file gets one of its own, and is told apart in the output when it is done.
 test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp
 	mkdir -p $(OUT)
-	printf '%s\n' tests/vllm/test_*.py | VLLM_CPU_KVCACHE_SPACE=1 xargs -P $(WORKERS) -I FILE sh -c \
+	printf '%s\n' tests/vllm/test_*.py tests/compose/test_tokenizers.py | VLLM_CPU_KVCACHE_SPACE=1 xargs -P $(WORKERS) -I FILE sh -c \
 	  'log=$(OUT)/$$(basename FILE).log; .venv-vllm/bin/python -m pytest FILE -q >$$log 2>&1; code=$$?; cat $$log; exit $$code'
 
 .venv-vllm/.stamp: pyproject.toml
@@ -128,6 +129,10 @@ format: setup
 
 sample: setup
 	$(BIN)/python sample/train.py
+
+# In vLLM and llama.cpp too, where they have been set up (make test-vllm, make test-gguf).
+real: setup
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python examples/real_model.py
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py --quick

@@ -63,10 +63,11 @@ def make_library(folder: Path, base: Path, size: str, name: str) -> None:
     from safetensors.torch import save_file
     from tokenizers import Tokenizer
 
-    from granite_switch.core import layout
+    from granite_switch.core.checkpoint import Checkpoint
+    from granite_switch.core.linears import linears
 
     config = json.loads((base / "config.json").read_text())
-    shapes, dtype = layout.shapes(config), getattr(torch, DTYPES[size])
+    shapes, dtype = linears(Checkpoint(base).tensors, config), getattr(torch, DTYPES[size])
     invocation = Tokenizer.from_file(str(base / "tokenizer.json")).encode(INVOCATION, add_special_tokens=False).ids
     count, ranks = name.split("-")
     for number in range(int(count)):
@@ -76,18 +77,16 @@ def make_library(folder: Path, base: Path, size: str, name: str) -> None:
         LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
-            target_modules=list(shapes),
+            target_modules=sorted({path.rpartition(".")[2] for path in shapes}),
             task_type="CAUSAL_LM",
             alora_invocation_tokens=invocation if is_alora(number) else None,
         ).save_pretrained(path)
         draw = torch.Generator().manual_seed(number)
         tensors = {}
-        for layer in range(config["num_hidden_layers"]):
-            for row in layout.GRANITE:
-                out, width = shapes[row.name]
-                for matrix, shape in (("A", (rank, width)), ("B", (out, rank))):
-                    key = f"base_model.model.model.layers.{layer}.{row.path}.lora_{matrix}.weight"
-                    tensors[key] = torch.empty(shape, dtype=dtype).normal_(std=0.06, generator=draw)
+        for linear, (out, width) in shapes.items():
+            for matrix, shape in (("A", (rank, width)), ("B", (out, rank))):
+                key = f"base_model.model.{linear}.lora_{matrix}.weight"
+                tensors[key] = torch.empty(shape, dtype=dtype).normal_(std=0.06, generator=draw)
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
         (path / "io.yaml").write_text(IO_YAML)
 

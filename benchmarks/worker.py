@@ -141,6 +141,11 @@ def _name(number: int | None) -> str:
     return f"adapter{number:02}"
 
 
+def cache_of(output: Any) -> Any:
+    """The cache in a forward's output: `cache` since transformers 5.24."""
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
 class Prefill:
     """One forward over the whole prompt."""
 
@@ -162,7 +167,7 @@ class Decode:
     def __init__(self, model: Model, traffic: str, batch: int, length: int, steps: int = 6, **_: Any) -> None:
         self.model, self.traffic, self.batch, self.length = model, traffic, batch, length
         prompt = model.prompt(traffic, batch, length)
-        self.cache = model.forward(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+        self.cache = cache_of(model.forward(input_ids=prompt, use_cache=True, logits_to_keep=1))
         self.next = tokens(batch, steps + 1, seed=1).to(model.device)
         self.logits = self._step(0)[:, -1]
 
@@ -255,7 +260,7 @@ class Flow:
                     use_cache=True,
                     logits_to_keep=1,
                 )
-                cache = output.past_key_values
+                cache = cache_of(output)
                 output.logits.argmax().item()
                 first.append(time.perf_counter() - begin)
                 for position in range(start + self.TURN, start + self.TURN + self.ANSWER):

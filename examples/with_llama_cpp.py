@@ -59,13 +59,18 @@ def answer(
     """Render, generate greedily, and give the text. The rendered prompt holds the adapter's control token."""
     template = Jinja2ChatFormatter(
         llm.metadata["tokenizer.chat_template"],
-        eos_token=llm.detokenize([llm.token_eos()], special=True).decode(),
-        bos_token="",
+        eos_token=token_text(llm, llm.token_eos()),
+        bos_token=token_text(llm, llm.token_bos()),  # Llama's templates write it
     )
     prompt = template(messages=list(messages), adapter_name=adapter, documents=documents).prompt
     tokens = llm.tokenize(prompt.encode(), add_bos=False, special=True)
     result = llm.create_completion(tokens, max_tokens=max_tokens, temperature=0)
     return result["choices"][0]["text"]
+
+
+def token_text(llm: Llama, token: int) -> str:
+    """The text of a special token; empty where the model has none."""
+    return llm.detokenize([token], special=True).decode() if token >= 0 else ""
 
 
 def sample_example(name: str) -> Any:

@@ -5,6 +5,7 @@ anew, which is what an adapter saw in training. No engine is needed here: turns 
 OpenAI-compatible server. `granite_switch.hf.Conversation` runs them in transformers.
 """
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -14,13 +15,11 @@ from typing import Any
 
 from granite_switch.core.chat import render
 from granite_switch.core.checkpoint import read_json
-from granite_switch.core.spec import AdapterSpec, SwitchSpec
-from granite_switch.core.tokenizer import read_tokenizer
+from granite_switch.core.spec import SwitchSpec
+from granite_switch.core.tokenizer import added_texts, read_tokenizer
 from granite_switch.errors import SwitchError, TemplateError
 
 Message = Mapping[str, Any]
-
-_ANSWER = "granite-switch-stands-for-the-answer"
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,23 @@ class Turn:
         return {"model": model, "prompt": list(self.ids), "return_token_ids": True, **options}
 
     def chat(self, model: str, **options: Any) -> dict[str, Any]:
-        """The payload for /v1/chat/completions, where the server renders.
+        """The payload for /v1/chat/completions, where the server renders: the ids are those of `completion` wherever
+        the text of earlier answers is tokenised as it was generated.
 
         Raises:
-            SwitchError: the turn keeps ids that no rendering gives.
+            SwitchError: an adapter answered without a user message, which no list of messages can say.
         """
-        if not self.rendered:
+        if any("adapter" in message and message["role"] != "user" for message in self.messages):
             raise SwitchError(
-                "this turn keeps the ids that were sent, which a server that renders messages cannot",
-                hint="send completion() to /v1/completions, or ask with keep=False",
+                "an adapter of this conversation answered without a user message",
+                hint="send completion() to /v1/completions, or ask such questions aside",
             )
-        payload = {"model": model, "messages": list(self.messages), **self.variables}
-        return {**payload, "chat_template_kwargs": {"adapter_name": self.adapter}, **options}
+        names = [message.get("adapter") for message in self.messages if message["role"] == "user"]
+        messages = [{k: v for k, v in message.items() if k != "adapter"} for message in self.messages]
+        named = {} if self.rendered else {"message_adapters": names}
+        arguments = {"adapter_name": self.adapter, **named}
+        payload = {"model": model, "messages": messages, **self.variables}
+        return {**payload, "chat_template_kwargs": arguments, **options}
 
 
 class Conversation:
@@ -87,11 +91,12 @@ class Conversation:
         if "default" not in tokenizer.templates:
             raise TemplateError(f"{folder}: there is no chat template")
         self.spec = SwitchSpec.from_dict(read_json(folder / "config.json").get("switch") or {})
-        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []  # with `adapter`s
         self.ids: tuple[int, ...] = ()  # of the conversation so far, answers included
         self.keep = keep
         self._tokenizer = tokenizer
         self._library = tokenizer.library
+        self._added = added_texts(self.spec, tokenizer.library)
         self._template = tokenizer.templates["default"]
         self._variables = {k: list(v) for k, v in (("documents", documents), ("tools", tools)) if v}
         self._computed: list[tuple[int, ...]] = []  # sequences of which an engine can have the keys and values
@@ -114,11 +119,13 @@ class Conversation:
         if self._turn and not self._turn.aside:
             raise SwitchError("the last turn has no answer yet", hint="give it to answer()")
         self.spec.slot(adapter)
-        new: list[Message] = [{"role": "user", "content": text}] if text is not None else []
+        new: list[Message] = [{"role": "user", "content": text, "adapter": adapter}] if text is not None else []
         rendered = not self.ids or not (self.keep if keep is None else keep)
-        ids = self._render(new, adapter) if rendered else (*self.ids, *self._continue(new, adapter))
-        reused = max((_common(ids, before) for before in self._computed), default=0)
-        messages = (*self.messages, *new)
+        # what is rendered anew is one prompt, whoever answered earlier
+        before = [_unmarked(message) for message in self.messages] if rendered else self.messages
+        ids = self._render([*before, *new], adapter) if rendered else (*self.ids, *self._continue(new, adapter))
+        reused = max((_common(ids, earlier) for earlier in self._computed), default=0)
+        messages = (*before, *new)
         self._turn = Turn(adapter, ids, min(reused, len(ids) - 1), rendered, aside, messages, self._variables)
         return self._turn
 
@@ -135,21 +142,25 @@ class Conversation:
         if turn is None:
             raise SwitchError("nothing was asked", hint="ask() first")
         if isinstance(output, str):
-            ids, text = tuple(i for i in self._encode(output) if i not in self.spec.control_slots), output
+            text = output
+            for added in self._added:
+                text = text.replace(added, " ")
+            ids = self._encode(text)
         else:
             ids, text = tuple(output), self._library.decode(list(output), skip_special_tokens=True)
         sequence = (*turn.ids, *ids)
         self._computed.append(sequence[:-1])  # nothing was computed for the last token yet
         if not turn.aside:
-            self.messages = [*turn.messages, {"role": "assistant", "content": text}]
+            unasked = {} if turn.messages and turn.messages[-1]["role"] == "user" else {"adapter": turn.adapter}
+            self.messages = [*turn.messages, {"role": "assistant", "content": text, **unasked}]
             self.ids = sequence
         self._turn = None
         return text
 
-    def _render(self, new: Sequence[Message], adapter: str) -> tuple[int, ...]:
-        return self._encode(self._text([*self.messages, *new], adapter))
+    def _render(self, messages: Sequence[Message], adapter: str) -> tuple[int, ...]:
+        return self._encode(self._text([_unmarked(message) for message in messages], adapter))
 
-    def _text(self, messages: Sequence[Message], adapter: str = "base") -> str:
+    def _text(self, messages: Sequence[Message], adapter: str) -> str:
         variables = {**self._tokenizer.special_tokens, **self._variables}
         return render(self._template, messages, add_generation_prompt=True, adapter_name=adapter, **variables)
 
@@ -157,47 +168,16 @@ class Conversation:
         return tuple(self._library.encode(text, add_special_tokens=False).ids)
 
     def _continue(self, new: Sequence[Message], adapter: str) -> tuple[int, ...]:
-        """The ids that follow the last answer: what the template writes behind it, with the control tokens."""
+        """The ids that follow the last answer: what the template writes after it, with the control tokens."""
         *before, last = self.messages
-        text = self._text([*before, {**last, "content": _ANSWER}, *new])
-        _, found, tail = text.rpartition(_ANSWER)
+        answer = secrets.token_hex(16)  # which nobody can have written
+        text = self._text([*before, {**last, "content": answer}, *new], adapter)
+        _, found, tail = text.rpartition(answer)
         if not found:
             raise TemplateError("the chat template leaves earlier answers out", hint="ask with keep=False")
-        slots = self.spec.control_slots
-        switched = next((slots[token] for token in reversed(self.ids) if token in slots), 0) != 0
-        ids = self._encode(self._place(tail, adapter, switched))
+        ids = self._encode(tail)
         # the token that ends an answer stands in the template's text too, and has been generated
         return ids[1:] if ids[:1] == self.ids[-1:] and self._is_special(ids[0]) else ids
-
-    def _place(self, tail: str, adapter: str, switched: bool) -> str:
-        """Put control tokens into the text of a new turn: back to base where it opens, then the adapter's."""
-        spec = None if adapter == "base" else self.spec.adapter(adapter)
-        opening = self._decode(self.spec.base_substitute_token_id)
-        start = tail.find(opening)
-        if spec and spec.technology == "alora":
-            at = self._invocation(tail, spec)
-            head = self._decode(spec.invocation_tokens[0])
-            tail = tail[:at] + spec.token + tail[at + len(head) :]
-            if not switched or start >= at:
-                return tail
-        if not spec and not switched:
-            return tail
-        if start < 0:
-            raise TemplateError(f"the new turn does not open with {opening!r}", hint="ask with keep=False")
-        token = spec.token if spec and spec.technology == "lora" else self.spec.base_token
-        return tail[:start] + token + tail[start + len(opening) :]
-
-    def _invocation(self, tail: str, spec: AdapterSpec) -> int:
-        at = tail.rfind(spec.invocation_text)
-        if at < 0:
-            raise TemplateError(
-                f"{spec.name} acts from its invocation text, which the new turn does not contain",
-                hint=f"add {spec.invocation_text!r} to what the user says",
-            )
-        return at
-
-    def _decode(self, token: int) -> str:
-        return self._library.decode([token], skip_special_tokens=False)
 
     def _is_special(self, token: int) -> bool:
         return not self._library.decode([token], skip_special_tokens=True)
@@ -213,6 +193,10 @@ def _folder(model: str | PathLike[str]) -> Path:
     except Exception as error:  # which HTTP client's errors these are depends on the hub library's version
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SwitchError(f"{model}: is not a folder here, and the hub says: {reason}") from None
+
+
+def _unmarked(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "adapter"}
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -20,15 +20,14 @@ from tokenizers.models import WordPiece
 
 from granite_switch import compose
 from granite_switch.core.checkpoint import read_json
-from granite_switch.core.layout import GRANITE, AdapterTensor, widths
+from granite_switch.core.layout import AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import CheckpointError, OutputError, SwitchError
 from granite_switch.gguf import export, prepare, write
+from granite_switch.gguf.dialects import linear, read_decoder
 from granite_switch.gguf.inspect import describe
 from granite_switch.gguf.vocabulary import vocabulary
-
-STEMS = {row.name: row.gguf for row in GRANITE}
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -55,35 +54,34 @@ def halves(rows: np.ndarray, head: int) -> np.ndarray:
 def unpacked(path: Path, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The file's tensors under the checkpoint's names with the rotary order undone, and what was to be zero."""
     config = read_json(folder / "config.json")
-    spec, sizes = SwitchSpec.from_dict(config["switch"]), widths(config)
-    head = sizes["query"] // config["num_attention_heads"]
-    tensors, result, zeros = read(path), {}, {}
+    spec, decoder = SwitchSpec.from_dict(config["switch"]), read_decoder(config, "granite")[0]
+    sizes, tensors, result, zeros = decoder.sizes, read(path), {}, {}
     result["model.embed_tokens.weight"] = tensors["token_embd.weight"]
     if "output.weight" in tensors:
         result["lm_head.weight"] = tensors["output.weight"]
     result["model.norm.weight"] = tensors["output_norm.weight"]
-    for i in range(config["num_hidden_layers"]):
+    for i in range(decoder.layers):
         layer = f"model.layers.{i}"
         result[f"{layer}.input_layernorm.weight"] = tensors[f"blk.{i}.attn_norm.weight"]
         result[f"{layer}.post_attention_layernorm.weight"] = tensors[f"blk.{i}.ffn_norm.weight"]
         cuts = np.cumsum([sizes["query"], sizes["key"]])
         q, k, v = np.split(tensors[f"blk.{i}.attn_qkv.weight"], cuts)
-        weights = {"q_proj": halves(q, head), "k_proj": halves(k, head), "v_proj": v}
-        for row in GRANITE:
-            weight = weights[row.name] if row.name in weights else tensors[f"blk.{i}.{row.gguf}.weight"]
-            result[f"{layer}.{row.path}.weight"] = weight
-            stacks = {m: tensors[f"blk.{i}.{row.gguf}.lora_{m.lower()}"] for m in "AB"}
+        weights = {"attn_q": halves(q, decoder.head), "attn_k": halves(k, decoder.head), "attn_v": v}
+        for row in decoder.rows:
+            weight = weights[row.stem] if row.stem in weights else tensors[f"blk.{i}.{row.stem}.weight"]
+            path_ = linear(i, row)
+            result[f"{path_}.weight"] = weight
+            stacks = {m: tensors[f"blk.{i}.{row.stem}.lora_{m.lower()}"] for m in "AB"}
             for slot in range(len(spec.active) + 1):
                 a, b = stacks["A"][slot], stacks["B"][slot]
-                if row.name in ("q_proj", "k_proj"):
-                    b = halves(b, head)
-                rank = spec.active[slot - 1].rank_of(row.name, i) if slot else 0
-                zeros[f"{i}.{row.name}.{slot}"] = np.concatenate([a[rank:].ravel(), b[:, rank:].ravel()])
+                if row.stem in ("attn_q", "attn_k"):
+                    b = halves(b, decoder.head)
+                rank = spec.active[slot - 1].ranks.get(path_, 0) if slot else 0
+                zeros[f"{path_}.{slot}"] = np.concatenate([a[rank:].ravel(), b[:, rank:].ravel()])
                 if rank:
-                    scale = spec.active[slot - 1].scale_of(row.name, i)
-                    name = spec.active[slot - 1].name
-                    result[AdapterTensor(name, i, row.name, "A").key] = a[:rank]
-                    result[AdapterTensor(name, i, row.name, "B").key] = b[:, :rank] / np.float32(scale)
+                    scale, name = spec.active[slot - 1].scale_of(path_), spec.active[slot - 1].name
+                    result[AdapterTensor(name, path_, "A").key] = a[:rank]
+                    result[AdapterTensor(name, path_, "B").key] = b[:, :rank] / np.float32(scale)
     return result, zeros
 
 
@@ -96,7 +94,7 @@ def test_every_tensor_reads_back(which: str, request: pytest.FixtureRequest, tmp
     assert found.keys() == wanted.keys()
     head = "lm_head.weight" if which == "wide" else "model.embed_tokens.weight"
     spec = SwitchSpec.from_dict(read_json(folder / "config.json")["switch"])
-    controls = sorted(spec.silent)
+    controls = sorted(spec.suppressed)
     assert {*spec.control_slots, len(wanted[head]) - 1} < {*controls}
     assert not found[head][controls].any()
     assert wanted[head][controls].any(axis=1).all()
@@ -284,12 +282,13 @@ def change(folder: Path, target: Path, config: Mapping[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"attention_bias": True, "mlp_bias": True}, "attention_bias: .*\n.*mlp_bias: "),
+        ({"attention_bias": True, "mlp_bias": True}, "attention_bias True: .*\n.*mlp_bias True: "),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "type 'llama3'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "no beta_fast"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
-        ({"num_hidden_layers": 3}, "rewrite: rank_pattern of k_proj has 2 entries for 3 layers"),
+        ({"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight: missing"),
+        ({"num_hidden_layers": 1}, r"check: llama\.cpp's architecture has no adapters on model\.layers\.1\."),
         ({"intermediate_size": 64}, "where config.json says"),
         ({"tie_word_embeddings": False}, "lm_head.weight: missing"),
     ],

@@ -171,18 +171,13 @@ def write_vocabulary(tokenizer: Tokenizer, pre: str, path: Path) -> None:
 
     from granite_switch.core.spec import SwitchSpec
     from granite_switch.gguf.vocabulary import vocabulary
+    from granite_switch.gguf.write import write_words
 
     known = BaseTokenizer(data_of(tokenizer), {}, {}, {"eos_token": "<|end_of_text|>"})
     words, problems, _ = vocabulary(known, known.size, SwitchSpec((), "", -1, -1))
     assert not problems
     writer = GGUFWriter(path, "graniteswitch")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    writer.add_token_merges(words.merges)
-    writer.add_add_bos_token(words.add_bos)
-    writer.add_eos_token_id(words.special["eos"])
+    write_words(writer, words, pre)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -14,9 +14,11 @@ from gguf import GGUFReader
 from safetensors.numpy import load_file, save_file
 
 from granite_switch.core.checkpoint import read_json
-from granite_switch.core.layout import PROJECTIONS, AdapterTensor, shapes
+from granite_switch.core.layout import AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.gguf import OUTTYPES, export
+from granite_switch.gguf.dialects import linear, read_decoder
+from granite_switch.gguf.tensors import max_rank
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / ".cache" / "llama.cpp"
@@ -49,18 +51,19 @@ def convert(folder: Path, output: Path) -> Path:
 def in_the_old_layout(model: Path, target: Path) -> None:
     """Rewrite a composed model as the second older generation had it: fused, stacked, padded, B scaled."""
     config = read_json(model / "config.json")
-    spec, sizes, layers = SwitchSpec.from_dict(config["switch"]), shapes(config), config["num_hidden_layers"]
+    spec, decoder = SwitchSpec.from_dict(config["switch"]), read_decoder(config, "granite")[0]
+    layers, rank = decoder.layers, max_rank(spec)
+    rows = {row.path.rpartition(".")[2]: row for row in decoder.rows}
     tensors = {name: t for file in model.glob("*.safetensors") for name, t in load_file(file).items()}
-    rank = max(a.rank_of(name, i) for a in spec.adapters for name in PROJECTIONS for i in range(layers))
 
     def stack(layer: int, name: str, matrix: str) -> np.ndarray:
-        out, width = sizes[name]
+        (out, width), path = decoder.shape(rows[name]), linear(layer, rows[name])
         shape = (rank, width) if matrix == "A" else (out, rank)
         result = np.zeros((len(spec.adapters), 1, *shape), np.float32)
         for i, adapter in enumerate(spec.adapters):
-            if adapter.rank_of(name, layer):
-                values = tensors[AdapterTensor(adapter.name, layer, name, matrix).key]
-                scale = np.float32(adapter.scale_of(name, layer) if matrix == "B" else 1)
+            if path in adapter.ranks:
+                values = tensors[AdapterTensor(adapter.name, path, matrix).key]
+                scale = np.float32(adapter.scale_of(path) if matrix == "B" else 1)
                 result[i, 0, : values.shape[0], : values.shape[1]] = values * scale
         return result
 
@@ -68,7 +71,7 @@ def in_the_old_layout(model: Path, target: Path) -> None:
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         for fused, names in FUSED.items():
-            weights = [tensors[f"{prefix}.{PROJECTIONS[name].path}.weight"] for name in names]
+            weights = [tensors[f"{prefix}.{rows[name].path}.weight"] for name in names]
             old[f"{prefix}.{fused}.base_layer.weight"] = np.concatenate(weights)
             for matrix in "AB":
                 for i, name in enumerate(names):
@@ -114,7 +117,7 @@ def test_both_layouts_of_one_model(model: Path, tmp_path: Path) -> None:
     for outtype in OUTTYPES:
         wanted = GGUFReader(theirs / f"{outtype}.gguf")
         export(model, tmp_path / "new.gguf", outtype=outtype, force=True)
-        same(GGUFReader(tmp_path / "new.gguf"), wanted, spec.silent)
+        same(GGUFReader(tmp_path / "new.gguf"), wanted, spec.suppressed)
         export(tmp_path / "old", tmp_path / "old.gguf", outtype=outtype, force=True)
         # it knows no return to the base, and no rows in reserve
         same(GGUFReader(tmp_path / "old.gguf"), wanted, controls[1:])

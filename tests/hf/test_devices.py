@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from granite_switch.core.spec import SwitchSpec
+from granite_switch.errors import CheckpointError
 from granite_switch.hf import GraniteSwitchConfig, GraniteSwitchForCausalLM, GraniteSwitchModel
 from granite_switch.hf.routing import Switch
 
@@ -248,7 +249,7 @@ def test_persistent_table_is_noticed(composed, tmp_path, monkeypatch, name):
         made(self, buffer, tensor, persistent=persistent or name.endswith(buffer))
 
     monkeypatch.setattr(Switch, "register_buffer", persistent)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, CheckpointError)):
         _places_all(composed, tmp_path)
 
 
@@ -261,5 +262,5 @@ def test_original_error(composed, tmp_path, monkeypatch):
         self.register_buffer("adapter_token_ids", torch.zeros(5, dtype=torch.int64), persistent=True)
 
     monkeypatch.setattr(GraniteSwitchModel, "_install", with_table)
-    with pytest.raises(ValueError, match="adapter_token_ids"):
+    with pytest.raises((ValueError, CheckpointError), match="adapter_token_ids"):
         _places_all(composed, tmp_path)

@@ -31,7 +31,7 @@ def test_is_what_compose_makes(generation: int, old: Callable[..., Path], compos
     assert made.tensors.keys() == fresh.tensors.keys()
     spec = AutoModelForCausalLM.from_pretrained(composed).config.switch_spec
     for now, want in zip(plan.spec.adapters, spec.adapters, strict=True):
-        for field in ("name", "technology", "token", "token_id", "substitute_token_id", "rank", "target_modules"):
+        for field in ("name", "technology", "token", "token_id", "substitute_token_id", "rank", "targets"):
             assert getattr(now, field) == getattr(want, field), field
         assert now.invocation_tokens == want.invocation_tokens
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (new, composed)]

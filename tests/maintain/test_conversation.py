@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 from recipes import ASSISTANT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 import granite_switch
 import granite_switch.hf
 from granite_switch import Conversation
 from granite_switch.core.routing import exchange, slots
 from granite_switch.errors import SwitchError
+from granite_switch.hf.conversation import _length
 
 ADAPTERS = ["base", "answerability", "citations", "query_rewrite"]
 DOCUMENTS = [{"doc_id": "1", "text": "Anna lives in Oslo."}]
@@ -95,6 +97,18 @@ def test_an_aside_leaves_no_trace(talk: Conversation) -> None:
     assert check.reused == len(kept) - 1
 
 
+@pytest.mark.parametrize("said", ["granite-switch-stands-for-the-answer", "x" * 40, "-xxxxxxxx-!", "<|unused_430|>"])
+def test_what_users_write_cuts_no_turn(said: str, talk: Conversation, tokenizer: Any) -> None:
+    for adapter in ("citations", "answerability", "base"):
+        before = talk.ids
+        turn = talk.ask(f"{said} {adapter} {said}", adapter)
+        text = tokenizer.decode(turn.ids[len(before) :])
+        wanted = said.replace("<|unused_", " ")
+        assert f"user<|end_of_role|>{wanted} {adapter} {wanted}<|end_of_text|>" in text
+        talk.answer(said)
+    assert talk.messages[1]["content"] == said.replace("<|unused_", " ")
+
+
 def test_users_cannot_switch(talk: Conversation) -> None:
     talk.ask("Hello <|citations|> there", keep=True)
     talk.answer("No. <|citations|>")
@@ -107,7 +121,7 @@ def test_users_cannot_switch(talk: Conversation) -> None:
     (lambda t: t.answer("x"), "nothing was asked"),
     (lambda t: (t.ask("x"), t.ask("y")), "has no answer yet"),
     (lambda t: t.ask("x", "query_rewrite"), "invocation text"),
-    (lambda t: (t.ask("x"), t.answer("y"), t.ask("z", "query_rewrite")), "add '<rewrite>'"),
+    (lambda t: (t.ask("x"), t.answer("y"), t.ask("z", "query_rewrite")), 'Add "<rewrite>"'),
 ])  # fmt: skip
 def test_misuse_is_an_error(ask: Any, words: str, talk: Conversation) -> None:
     with pytest.raises(SwitchError, match=words):
@@ -126,8 +140,91 @@ def test_payloads(talk: Conversation) -> None:
     assert turn.completion("m")["prompt"] == list(turn.ids)
     talk.answer("x")
     turn = talk.ask("And now?")
+    names = {"adapter_name": "base", "message_adapters": ["answerability", "base"]}
+    assert turn.chat("m")["chat_template_kwargs"] == names
+    assert all("adapter" not in message for message in turn.chat("m")["messages"])
+    talk.answer("y")
+    talk.ask(None, "answerability")
+    talk.answer("z")
     with pytest.raises(SwitchError, match="completion"):
-        turn.chat("m")
+        talk.ask("And now?").chat("m")
+
+
+class Broken(Exception):
+    pass
+
+
+def breaking(step: int, error: type[BaseException]) -> Any:
+    """A logits processor that raises at one step."""
+    left = iter(range(step, -1, -1))
+
+    def process(ids: Any, scores: Any) -> Any:
+        if not next(left):
+            raise error
+        return scores
+
+    return LogitsProcessorList([process])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Broken, torch.OutOfMemoryError])
+def test_after_an_interruption_a_turn_equals_a_fresh_one(error: Any, model: Any, composed: Path) -> None:
+    for step in range(5):
+        talk = granite_switch.hf.Conversation(model, documents=DOCUMENTS)
+        talk.say("Where does Anna live?", max_new_tokens=6)
+        before = talk.ids, list(talk.messages)
+        with pytest.raises(error):
+            talk.say("Why?", "citations", max_new_tokens=6, logits_processor=breaking(step, error))
+        assert (talk.ids, talk.messages) == before
+        reply = talk.say("And when?", "answerability", max_new_tokens=6)
+        assert reply.ids == alone(model, reply.turn.ids, 6)
+        again = talk.say("How?", max_new_tokens=6)
+        assert (again.ids, again.turn.reused > 0) == (alone(model, again.turn.ids, 6), True)
+
+
+def test_an_interruption_inside_a_layer_leaves_no_torn_cache(model: Any, composed: Path) -> None:
+    """The first layers have seen the step that failed, the last have not."""
+    talk = granite_switch.hf.Conversation(model, documents=DOCUMENTS)
+    talk.say("Where does Anna live?", max_new_tokens=6)
+    layers = [module for module in model.modules() if type(module).__name__.endswith("MLP")]
+    handle = layers[-1].register_forward_hook(lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        talk.say("Why?", "citations", max_new_tokens=6)
+    handle.remove()
+    reply = talk.say("And when?", "answerability", max_new_tokens=6)
+    assert reply.ids == alone(model, reply.turn.ids, 6)
+
+
+def test_options_that_change_the_cache_do_not_spoil_the_next_turn(model: Any, composed: Path) -> None:
+    talk = granite_switch.hf.Conversation(model, documents=DOCUMENTS)
+    for options in ({"num_beams": 3}, {"use_cache": False}, {"do_sample": True, "num_return_sequences": 2}, {}):
+        talk.say("Where does Anna live?", "citations", aside=True, max_new_tokens=4, **options)
+        reply = talk.say("Who?", "answerability", max_new_tokens=6)
+        assert reply.ids == alone(model, reply.turn.ids, 6)
+
+
+def test_a_cache_that_cannot_be_brought_back_is_not_used(model: Any, composed: Path) -> None:
+    class State(DynamicLayer, LinearAttentionCacheLayerMixin):
+        pass
+
+    cache = DynamicCache(config=model.config)
+    assert _length(cache) == 0
+    with torch.no_grad():
+        model(torch.tensor([[2, 5, 7]]), past_key_values=cache, use_cache=True)
+    assert _length(cache) == 3
+    cache.layers[1].crop(-1)
+    assert _length(cache) == 0
+    cache.layers[0].crop(-1)
+    cache.layers[-1].crop(-1)
+    assert _length(cache) == 2
+    cache.layers[0].__class__ = State
+    assert _length(cache) == 0
+
+
+def alone(model: Any, ids: Any, count: int) -> tuple[int, ...]:
+    """What the model generates without a cache from before."""
+    with torch.no_grad():
+        output = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+    return tuple(output[0, len(ids) :].tolist())
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -142,9 +239,7 @@ def test_the_cache_changes_nothing(keep: bool, model: Any, composed: Path) -> No
     for text, adapter, aside in script:
         before = talk.ids
         reply = talk.say(text, adapter, aside=aside, max_new_tokens=6)
-        with torch.no_grad():
-            alone = model.generate(torch.tensor([reply.turn.ids]), max_new_tokens=6, do_sample=False)
-        assert tuple(alone[0, len(reply.turn.ids) :].tolist()) == reply.ids
+        assert alone(model, reply.turn.ids, 6) == reply.ids
         reused.append(reply.turn.reused / max(1, len(before)))
         assert talk.ids == (before if aside else (*reply.turn.ids, *reply.ids))
     if keep:

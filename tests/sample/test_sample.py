@@ -48,7 +48,7 @@ def test_four_adapters_of_both_technologies_and_different_ranks(model) -> None:
     assert spec.names == ADAPTERS
     assert [a.technology for a in spec.adapters] == ["alora", "lora", "lora", "alora"]
     assert len({a.rank for a in spec.adapters}) > 1
-    assert len({a.target_modules for a in spec.adapters}) > 1
+    assert len({a.targets for a in spec.adapters}) > 1
 
 
 @pytest.mark.slow

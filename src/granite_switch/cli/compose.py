@@ -33,6 +33,10 @@ def compose(
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repositories.")] = None,
     generatable: Annotated[bool, typer.Option(help="Let the model generate control tokens.")] = False,
     create_io_yaml: Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")] = False,
+    place: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=prefix|suffix", help="Where a missing invocation text is written; repeat."),
+    ] = None,
     push: Annotated[str, typer.Option(help="Hub repository to upload it to; --output can then be left out.")] = "",
     private: Annotated[bool, typer.Option("--private", help="Make that repository private, if it is made.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
@@ -46,6 +50,9 @@ def compose(
 
     if technology not in ("", "lora", "alora"):
         raise typer.BadParameter("is alora or lora", param_hint="--technology")
+    if unclear := [option for option in place or () if "=" not in option]:
+        raise typer.BadParameter(f"{unclear[0]}: write NAME=prefix or NAME=suffix", param_hint="--place")
+    places = {option.partition("=")[0]: option.partition("=")[2] for option in place or ()}
     sources = [*adapters, *(more or ())]
     if list_:
         show_sources(sources, revision)
@@ -64,6 +71,7 @@ def compose(
         technology=technology,
         generatable=generatable,
         create_io_yaml=create_io_yaml,
+        place=places,
     )
     for warning in plan.warnings:
         warn(warning)

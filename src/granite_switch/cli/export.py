@@ -67,9 +67,7 @@ def _modelfiles(plan: "Plan", output: Path) -> dict[Path, str]:
         warn("no Modelfile: the model has no chat template")
         return {}
     special = {f"{name}_token": words.tokens[index] for name, index in words.special.items()}
-    texts = modelfiles(
-        output.name, words.templates["default"], plan.spec.names, special, plan.config["max_position_embeddings"]
-    )
+    texts = modelfiles(output.name, words.templates["default"], plan.spec.names, special, plan.decoder.context)
     for name in plan.spec.names:
         if name not in texts:
             warn(f"no Modelfile for {name}: its invocation text is the user's to write")

@@ -298,12 +298,17 @@ def _matched(
 def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: str) -> None:
     try:
         import granite_switch.hf  # noqa: F401  (registers the Auto classes)
+        from granite_switch.compose.proof import differences, start_proof
         from granite_switch.hf.verify import compare
     except ImportError as error:
         raise CheckpointError(
             f"--against needs torch, transformers and peft ({error.name} is missing)",
             hint="pip install granite-switch[hf] peft",
         ) from None
+    if problems := differences(start_proof(folder, base)):
+        raise CheckpointError(
+            f"{folder}: its tokenizer is not read as the base's", problems=problems[:8], hint="compose the model anew"
+        )
     results = compare(folder, adapters, base, dtype)
     table = Table(title=f"composed against PEFT, {dtype}", title_justify="left")
     for heading in ("adapter", "largest difference", "largest logit", "adapter moves logits by", ""):

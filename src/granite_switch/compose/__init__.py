@@ -1,14 +1,14 @@
 """Compose a base model and adapters into one checkpoint, as a stream of files."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from granite_switch.compose.plan import Plan, plan
-from granite_switch.compose.sources import Selection, base_folder, find, own_name
+from granite_switch.compose.sources import Selection, base_folder, find, own_name, placed
 from granite_switch.compose.write import write_model
 from granite_switch.core.staging import check_target, staged
 
@@ -60,6 +60,7 @@ def prepare(
     technology: str = "",
     generatable: bool = False,
     create_io_yaml: bool = False,
+    place: Mapping[str, str] | None = None,
 ) -> Plan:
     """Read and check everything, and write nothing.
 
@@ -73,11 +74,12 @@ def prepare(
         technology: "alora" or "lora", where only one is wanted. Of both, aLoRA is preferred.
         generatable: let the model generate control tokens.
         create_io_yaml: write a minimal io.yaml for adapters without one.
+        place: adapter's name -> "prefix" or "suffix": where the chat template writes a missing invocation text.
     """
     folder = base_folder(str(base), revision)
     name = base_name or own_name(str(base), folder)
     selection = Selection(name, tuple(include), tuple(exclude), technology)
-    found = find([str(source) for source in adapters], selection, revision)
+    found = placed(find([str(source) for source in adapters], selection, revision), place or {})
     label = name if Path(base).exists() else str(base)
     return plan(
         folder, found, base_name=name, base_source=label, generatable=generatable, create_io_yaml=create_io_yaml

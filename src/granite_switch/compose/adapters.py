@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class Adapter:
     sha256: str
     digest: str
     io_yaml: Path | None
+    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text is written
     file: Path | None = None  # of a composed model, where it holds these tensors under this adapter's name
 
     @property
@@ -91,6 +92,8 @@ def read_adapter(found: Found, base: Base) -> Adapter:
     rank, rank_pattern = _compact(ranks, config.r)
     alpha, alpha_pattern = _alphas(ranks, config)
     invocation = _invocation(where, config, base.vocab_size)
+    if found.invocation_placement and not invocation:
+        raise AdapterError(f"{found.name}: has no invocation text to place; it is a LoRA and acts from the first token")
     io_yaml = found.folder / "io.yaml"
     if io_yaml.is_file() and (problem := io_problem(io_yaml)):
         raise AdapterError(problem, hint="clients could not load it; add the keys (null will do), or remove the file")
@@ -111,6 +114,7 @@ def read_adapter(found: Found, base: Base) -> Adapter:
         sha256=file_hash,
         digest=contents,
         io_yaml=io_yaml if io_yaml.is_file() else None,
+        invocation_placement=found.invocation_placement,
     )
 
 

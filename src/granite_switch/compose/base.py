@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from granite_switch.compose.reading import read_as_base
 from granite_switch.core.border import shown
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
@@ -13,7 +14,7 @@ from granite_switch.core.layout import Vocabulary, decoder_config, natural, voca
 from granite_switch.core.linears import Shape, linears
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE
-from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
+from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import BaseModelError, CheckpointError
 
 _MOST_MISSING_ROWS = 65536  # tokens without a row in the embedding; they get one
@@ -73,7 +74,7 @@ def read_base(folder: Path) -> Base:
         checkpoint = Checkpoint(folder)
     except CheckpointError as error:
         raise BaseModelError(error.message, problems=error.problems, hint=error.hint) from None
-    base = Base(folder, config, checkpoint, read_tokenizer(folder))
+    base = Base(folder, config, checkpoint, read_as_base(folder, config))
     check_base(base)
     return base
 

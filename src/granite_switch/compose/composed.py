@@ -191,5 +191,6 @@ def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint, spec: Swit
         sha256=adapter.sha256,
         digest=adapter.digest,
         io_yaml=inside(folder, io_config(adapter.name)) if io_yaml.is_file() else None,
+        invocation_placement=adapter.invocation_placement,
         file=folder / file,
     )

@@ -1,7 +1,7 @@
 """Work out how the chat template places each adapter's control token, and prove it on sample chats.
 
 Proof: rendered, tokenised and exchanged, the ids hold the adapter's invocation sequence intact at the control token
-(aLoRA), or are the base's own ids (LoRA).
+(aLoRA), or are the base's own ids (LoRA). The templates are somebody else's, so they are rendered within limits.
 """
 
 import json
@@ -11,8 +11,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.core.chat import Placement, render
+from granite_switch.core.chat import Placement, Return, wrap
+from granite_switch.core.limits import render_limited as render
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
+from granite_switch.core.tokenizer import added_texts
 from granite_switch.errors import AdapterError, BaseModelError, TemplateError
 
 _TOOL = {
@@ -20,6 +22,7 @@ _TOOL = {
     "function": {"name": "clock", "description": "The time.", "parameters": {"type": "object", "properties": {}}},
 }
 _USER = {"role": "user", "content": "Where does the river end?"}
+_ANSWER = "In the cold grey sea."
 _CHATS: Sequence[Mapping[str, Any]] = (
     {"messages": [_USER]},
     {"messages": [{"role": "system", "content": "Answer briefly."}, _USER]},
@@ -60,8 +63,16 @@ def chats(template: str, special_tokens: Mapping[str, str]) -> list[Chat]:
     return result
 
 
-def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> tuple[str, int]:
-    """Text and id of the token with which every prompt begins.
+@dataclass(frozen=True)
+class Token:
+    """A token, as text that can be replaced in a prompt."""
+
+    text: str
+    id: int
+
+
+def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
+    """The token with which every prompt begins.
 
     Raises:
         BaseModelError: prompts begin with different tokens, so a LoRA's control token has no fixed substitute.
@@ -71,13 +82,28 @@ def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> tuple[str, int]:
         encoding = tokenizer.encode(sample.text, add_special_tokens=False)
         if not encoding.ids:
             raise BaseModelError("the base's chat template renders an empty prompt")
-        starts.add((sample.text[: encoding.offsets[0][1]], encoding.ids[0]))
+        starts.add(Token(sample.text[: encoding.offsets[0][1]], encoding.ids[0]))
     if len(starts) > 1:
         raise BaseModelError(
-            "the base's chat template begins prompts with different tokens: " + ", ".join(repr(s) for s, _ in starts),
+            "the base's chat template begins prompts with different tokens: " + ", ".join(repr(s.text) for s in starts),
             hint="a LoRA adapter's control token replaces the first one, which must always be the same",
         )
     return starts.pop()
+
+
+def turn(template: str, samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
+    """The token that opens a turn, whose place return-to-base takes: the prompt's first or, where that is a
+    beginning-of-sequence token that no later turn holds, the one after it."""
+    sample = samples[0]
+    encoding = tokenizer.encode(sample.text, add_special_tokens=False)
+    spans = list(zip(encoding.ids, encoding.offsets, strict=True))[:2]
+    first, *more = [Token(sample.text[start:end], token) for token, (start, end) in spans]
+    answered = [*sample.variables["messages"], {"role": "assistant", "content": _ANSWER}, _USER]
+    try:
+        later = render(template, **{**sample.variables, "messages": answered}).rpartition(_ANSWER)[2]
+    except TemplateError:  # of one turn only
+        return first
+    return next((token for token in (first, *more) if token.text and token.text in later), first)
 
 
 def placement(adapter: AdapterSpec, opening_text: str, tokenizer: Tokenizer) -> Placement:
@@ -92,7 +118,7 @@ def placement(adapter: AdapterSpec, opening_text: str, tokenizer: Tokenizer) -> 
             f"first token ({head!r}) cannot be replaced as text",
             hint="train with an invocation sequence that is the tokenisation of a text",
         )
-    return Placement(adapter.name, adapter.token, invocation=text, rest=text[len(head) :])
+    return Placement(adapter.name, adapter.token, text, text[len(head) :], place=adapter.invocation_placement)
 
 
 def prove(
@@ -130,9 +156,24 @@ def prove(
         )
 
 
-def controls(spec: SwitchSpec) -> list[str]:
-    """The text of every control token, retired ones too."""
-    return [spec.base_token, *(adapter.token for adapter in spec.adapters)]
+def templates(
+    bases: Mapping[str, str], spec: SwitchSpec, placements: Sequence[Placement], tokenizer: Tokenizer
+) -> dict[str, str]:
+    """The composed chat templates by name.
+
+    Args:
+        bases: the base's chat templates by name.
+        spec: the adapters.
+        placements: of each adapter.
+        tokenizer: with the control tokens in it.
+    """
+    added = tokenizer.get_added_tokens_decoder().values()
+    spaced = sorted(repr(token.content) for token in added if " " in token.content.strip())
+    if spaced:  # users' text could be made to hold them, where a control token becomes a space
+        raise BaseModelError("the base's tokenizer has special tokens with a space in them", problems=spaced)
+    opening = tokenizer.decode([spec.base_substitute_token_id], skip_special_tokens=False)
+    back, texts = Return(spec.base_token, opening), added_texts(spec, tokenizer)
+    return {name: wrap(base, placements, back, texts) for name, base in bases.items()}
 
 
 def _prove_one(

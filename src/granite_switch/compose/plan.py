@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import Adapter, Retired, read_adapter, read_retired
 from granite_switch.compose.base import Base, read_base
+from granite_switch.compose.reading import UNREGISTERED
 from granite_switch.compose.sources import Found
 from granite_switch.compose.tokenizer import extended
-from granite_switch.core.chat import Placement, wrap
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.layout import decoder_config
 from granite_switch.core.spec import BASE_TOKEN, MODEL_TYPE, AdapterSpec, SwitchSpec, architecture, control_token
@@ -60,7 +60,7 @@ class Plan:
             base["vocab_size"] = self.vocab_size
         else:
             base["text_config"] = {**decoder_config(base), "vocab_size": self.vocab_size}
-        return {**base, **head, "switch": self.spec.to_dict()}
+        return {**base, **head, **UNREGISTERED, "switch": self.spec.to_dict()}
 
     @property
     def grown(self) -> dict[str, Tensor]:
@@ -123,22 +123,22 @@ def assemble(
     warnings = []
     if template is None:
         samples: list[place.Chat] = []
-        text, opening_id = "", _first_token(base.config, base.tokenizer)
+        first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))
         warnings.append(
             f"{base.folder}: there is no chat template; `adapter_name` needs one. Place control tokens by hand: "
             "a LoRA's first, an aLoRA's in the place of its invocation sequence's first token"
         )
     else:
         samples = place.chats(template, base.tokenizer.special_tokens)
-        text, opening_id = place.opening(samples, library)
-    if kept:
-        opening_id = kept.base_substitute_token_id
+        first_token = place.opening(samples, library)
+        turn_token = place.turn(template, samples, library)
+    opening_id = kept.base_substitute_token_id if kept and template is None else first_token.id
     first = kept.base_token_id if kept else base.size
     spec = SwitchSpec(
         adapters=_records(slots, first, opening_id, library, kept),
         base_token=kept.base_token if kept else BASE_TOKEN,
         base_token_id=first,
-        base_substitute_token_id=opening_id,
+        base_substitute_token_id=kept.base_substitute_token_id if kept else turn_token.id,
         base_model=base_model,
         base_model_type=base.config["model_type"],
         base_architecture=base.architecture,
@@ -149,10 +149,9 @@ def assemble(
     templates: dict[str, str] = {}
     if template is not None:
         library = Tokenizer.from_str(json.dumps(data))
-        placements = [place.placement(adapter, text, library) for adapter in spec.active]
-        composed = wrap(template, placements, place.controls(spec))
-        place.prove(spec, placements, composed, template, samples, library)
-        templates = _wrap_all(base.tokenizer.templates, placements, spec)
+        placements = [place.placement(adapter, first_token.text, library) for adapter in spec.active]
+        templates = place.templates(base.tokenizer.templates, spec, placements, library)
+        place.prove(spec, placements, templates["default"], template, samples, library)
     return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings))
 
 
@@ -233,6 +232,7 @@ def _record(slot: Adapter | Retired, token: str, token_id: int, opening_id: int,
         source=slot.source,
         sha256=slot.sha256,
         digest=slot.digest,
+        invocation_placement=slot.invocation_placement,
     )
 
 
@@ -248,7 +248,3 @@ def _new_tokens(spec: SwitchSpec, tokenizer: BaseTokenizer) -> dict[str, int]:
             hint="give the adapter another name in a YAML manifest",
         )
     return tokens
-
-
-def _wrap_all(templates: Mapping[str, str], placements: Sequence[Placement], spec: SwitchSpec) -> dict[str, str]:
-    return {name: wrap(template, placements, place.controls(spec)) for name, template in templates.items()}

@@ -4,12 +4,12 @@ Finds what there is and fetches only the files needed; reading and checking an a
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from granite_switch.core.border import checked, read_yaml
 from granite_switch.core.records import ManifestEntry, RetiredEntry, read_adapter_config
@@ -30,6 +30,7 @@ class Found:
     source: str  # for the record: a hub id with its path, or the folder's own name
     technology: str = ""  # as the library's folder has it; "" where the adapter's config decides
     base_name: str = ""  # as the library's folder has it; "" for a plain adapter folder
+    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text goes
     retired: bool = False  # a removed adapter, whose slot is to stay taken
     substitute_token_id: int | None = None  # of a removed adapter; None for the base's
 
@@ -107,6 +108,19 @@ def find(sources: Sequence[str], selection: Selection, revision: str | None = No
     return found
 
 
+def placed(found: Sequence[Found], places: Mapping[str, str]) -> list[Found]:
+    """The same adapters, some with a place for their invocation text.
+
+    Raises:
+        AdapterError: a place that is neither "prefix" nor "suffix", or of an adapter that is not there.
+    """
+    names = [one.name for one in found]
+    if missing := [name for name in places if name not in names]:
+        raise AdapterError(f"there is no adapter {', '.join(missing)} to place", hint=f"adapters: {', '.join(names)}")
+    where = {name: check_placement(name, value) for name, value in places.items()}
+    return [replace(one, invocation_placement=where.get(one.name, one.invocation_placement)) for one in found]
+
+
 def scan(sources: Sequence[str], revision: str | None = None) -> list[Found]:
     """Everything that the sources hold, for every base and technology (`--list`)."""
     return [found for source in sources for found in _scan(source, Selection(base_name="*"), revision)]
@@ -173,7 +187,9 @@ def _folder(path: Path, label: str) -> Iterable[Found]:
 
 
 def _manifest(path: Path, selection: Selection) -> Iterable[Found]:
-    """A YAML list of {name, path, revision}, also under the key `adapters`; paths are relative to the file.
+    """A YAML list of {name, path, revision, invocation_placement}, also under the key `adapters`.
+
+    Paths are relative to the file.
 
     An entry {name, retired: true, substitute_token_id} keeps a removed adapter's slot and token taken.
     """
@@ -205,7 +221,16 @@ def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) 
             hint="give the path of one adapter's folder",
         )
     name = entry.name or here[0].name
-    return Found(name, here[0].folder, here[0].source, here[0].technology)
+    where_to = check_placement(where, entry.invocation_placement)
+    return Found(name, here[0].folder, here[0].source, here[0].technology, invocation_placement=where_to)
+
+
+def check_placement(who: str, where: Any) -> Literal["", "prefix", "suffix"]:
+    """Where a missing invocation text is written: "prefix", "suffix" or nowhere."""
+    if where not in ("", "prefix", "suffix"):
+        raise AdapterError(f"{who}: an invocation text is placed as `prefix` or `suffix`, not {where!r}")
+    result: Literal["", "prefix", "suffix"] = where
+    return result
 
 
 def _fetch(

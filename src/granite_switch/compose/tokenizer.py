@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.core.tokenizer import BaseTokenizer
+from granite_switch.core.tokenizer import BaseTokenizer, unused_token
 from granite_switch.errors import BaseModelError
 
 
@@ -47,7 +47,7 @@ def extended(base: BaseTokenizer, tokens: Mapping[str, int], size: int) -> dict[
 
 
 def _placeholders(ids: range) -> dict[str, int]:
-    return {f"<|unused_{index}|>": index for index in ids}
+    return {unused_token(index): index for index in ids}
 
 
 def extended_config(base: BaseTokenizer, data: Mapping[str, Any]) -> dict[str, Any]:

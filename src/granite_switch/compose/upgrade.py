@@ -15,11 +15,12 @@ from typing import Any
 from granite_switch.compose.adapters import Adapter
 from granite_switch.compose.base import Base
 from granite_switch.compose.plan import Plan, assemble
+from granite_switch.compose.reading import as_read, joined
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import write_model
 from granite_switch.core import legacy
-from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json, write_json
+from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, Vocabulary, digest, parse_key, vocabulary
 from granite_switch.core.records import AdapterIndex, read_adapter_index
@@ -86,9 +87,6 @@ def prepare(folder: Path) -> Plan:
 def carry_out(planned: Plan, folder: Path, on_bytes: Callable[[int], Any] | None = None) -> None:
     """Write the planned model into an empty folder."""
     write_model(planned, folder, on_bytes)
-    path = folder / "special_tokens_map.json"  # copied as it was: without the tokens that are no more
-    if path.is_file():
-        write_json(path, _without_tokens(read_json(path), planned.base.tokenizer.tokens))
 
 
 def _base(old: legacy.Old, tokenizer: BaseTokenizer, first: int) -> Base:
@@ -104,7 +102,8 @@ def _base(old: legacy.Old, tokenizer: BaseTokenizer, first: int) -> Base:
     config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "vocab_size": first}
     plain = without(tokenizer, first)
     templates = {name: _WITHOUT_ADAPTER + text for name, text in tokenizer.templates.items()}
-    plain = replace(plain, config=_without_tokens(tokenizer.config, plain.tokens), templates=templates)
+    settings = _without_tokens(joined(tokenizer, old.checkpoint.folder).config, plain.tokens)
+    plain = as_read(replace(plain, config=settings, templates=templates), config, old.checkpoint.folder)
     checkpoint: Checkpoint = old.checkpoint.of({name: tensors for name, tensors in files.items() if tensors})
     return Base(old.checkpoint.folder, config, checkpoint, plain)
 

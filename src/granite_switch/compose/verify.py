@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import io_problem, nonfinite
 from granite_switch.compose.composed import read_config, tensor_problems, unwrapped
+from granite_switch.compose.proof import differences, start_proof
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.write import adapter_index, io_config
 from granite_switch.core.border import read, read_json
-from granite_switch.core.chat import wrap
 from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor
 from granite_switch.core.files import inside, steady
 from granite_switch.core.layout import AdapterTensor, decoder_config, digest, parse_key, vocabulary
@@ -66,7 +66,8 @@ def find_problems(folder: Path, *, deep: bool = False) -> list[str]:
         if deep:
             problems += _deep_problems(checkpoint, spec, config)
     if tokenizer:
-        problems += _token_problems(tokenizer, spec)
+        found = _token_problems(tokenizer, spec)
+        problems += found or [f"AutoTokenizer: {line}" for line in differences(start_proof(folder))]
         problems += _template_problems(folder, tokenizer, spec)
     return problems + _client_problems(folder, spec)
 
@@ -145,14 +146,12 @@ def _prove(
 ) -> None:
     """Every adapter's placement on sample chats, with the template as it stands."""
     samples = place.chats(bases["default"], tokenizer.special_tokens)
-    text, opening_id = place.opening(samples, tokenizer.library)
-    if opening_id != spec.base_substitute_token_id:
-        problems.append(
-            f"the template opens prompts with token {opening_id}; config.json says {spec.base_substitute_token_id}"
-        )
-    placements = [place.placement(adapter, text, tokenizer.library) for adapter in spec.active]
-    for name, base in bases.items():
-        if wrap(base, placements, place.controls(spec)) != tokenizer.templates[name]:
+    first, turn = place.opening(samples, tokenizer.library), place.turn(bases["default"], samples, tokenizer.library)
+    if turn.id != spec.base_substitute_token_id:
+        problems.append(f"the template opens turns with token {turn.id}; config.json: {spec.base_substitute_token_id}")
+    placements = [place.placement(adapter, first.text, tokenizer.library) for adapter in spec.active]
+    for name, wrapped in place.templates(bases, spec, placements, tokenizer.library).items():
+        if wrapped != tokenizer.templates[name]:
             problems.append(f"chat template {name}: does not place the adapters of config.json as compose writes it")
     place.prove(spec, placements, tokenizer.templates["default"], bases["default"], samples, tokenizer.library)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from granite_switch.compose.card import model_card
 from granite_switch.compose.plan import Plan
+from granite_switch.compose.proof import finish_proof, start_proof
 from granite_switch.compose.tokenizer import extended_config
 from granite_switch.core.checkpoint import (
     INDEX,
@@ -33,7 +34,7 @@ Progress = Callable[[int], Any]
 
 # base files that are written anew, or that speak of the base's own packaging
 _REPLACED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
-_REPLACED |= {"README.md", INDEX, "added_tokens.json", "adapter_index.json"}
+_REPLACED |= {"README.md", INDEX, "added_tokens.json", "special_tokens_map.json", "adapter_index.json"}
 _KEPT = {".json", ".txt", ".model"}
 
 # `model.safetensors` would be taken for the whole model; a base's own shard may be called as ours
@@ -52,6 +53,8 @@ def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, s
         on_bytes: called with the number of bytes after each piece that is copied.
         same_rows: the base's files are of a composed model whose embedding has the rows that this one is to have.
     """
+    _write_small_files(plan, folder)
+    proof = start_proof(folder, plan.base.folder)  # beside the copying
     files: dict[str, Mapping[str, Tensor]] = {}
     grown: list[Entry] = []
     metadata: dict[str, str] = {}
@@ -82,7 +85,7 @@ def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, s
             write(folder / target, adapter_entries(adapter, weights.tensors), on_bytes)
         files[target] = read_header(folder / target)[0]
     write_index(folder, files)
-    _write_small_files(plan, folder)
+    finish_proof(proof)
 
 
 def _link(source: Path, target: Path, header: Mapping[str, Tensor], on_bytes: Progress | None) -> Mapping[str, Tensor]:

@@ -5,8 +5,9 @@ Rendering here follows transformers' environment, to prove placements without im
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import lru_cache
 from importlib.resources import files
@@ -23,6 +24,18 @@ from granite_switch.errors import TemplateError
 _TEMPLATE = files("granite_switch.core").joinpath("templates/switch.jinja")
 _BEFORE = "{%- set switch_rendered %}\n"
 _AFTER = "{{ '' }}{% endset -%}\n"
+# transformers notes where `{% generation %}` stands in the output, so it may stand only where output is written. In the
+# base's template a call of a macro takes its place, which leaves a mark; two tabs tell its end from other calls'.
+_GENERATION = (re.compile(r"({%[-+]?\s*)generation(\s*[-+]?%})"), r"\1call switch_generation()\2")
+_ENDGENERATION = (re.compile(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})"), "\\1endcall\t\t\\2")
+_HINT = "rename what it calls `switch_...`"
+_TEXT = "{{- switch.text -}}"
+_MASKED = """\
+{%- for piece in switch.text.split(switch.cut) -%}
+    {%- if loop.first -%}{{- piece -}}
+    {%- elif piece[:1] == '(' -%}{%- generation -%}{{- piece[1:] -}}{%- endgeneration -%}
+    {%- else -%}{{- piece[1:] -}}{%- endif -%}
+{%- endfor -%}"""
 
 
 @dataclass(frozen=True)
@@ -34,35 +47,65 @@ class Placement:
     invocation: str = ""  # aLoRA: the text whose last occurrence turns the adapter on
     rest: str = ""  # aLoRA: that text without its first token's
     opening: str = ""  # LoRA: the text of the prompt's first token
+    place: str = ""  # aLoRA: "prefix" or "suffix", where a message that lacks the text gets it; "": an error
 
 
-def wrap(base: str, placements: Sequence[Placement], controls: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class Return:
+    """How the template places the return-to-base token: in the place of what opens a turn."""
+
+    token: str
+    opening: str
+
+
+def wrap(base: str, placements: Sequence[Placement], back: Return, controls: Sequence[str]) -> str:
     """The composed template.
 
     Args:
         base: the base model's template.
         placements: of the adapters that can be named.
-        controls: the text of every control token, also of retired ones; removed from what users write.
+        back: to the base model.
+        controls: the text of every token that composing added; a space where users write it.
+
+    Raises:
+        TemplateError: the base's template cannot be wrapped.
     """
-    adapters = {p.name: _record(p) for p in placements}
-    text = _TEMPLATE.read_text(encoding="utf-8").removesuffix("\n")
-    text = text.replace("@@ADAPTERS@@", json.dumps(adapters, ensure_ascii=False))
-    text = text.replace("@@CONTROLS@@", json.dumps(list(controls), ensure_ascii=False))
     # jinja drops one newline at a template's end; inside the wrapper it would stay
-    return text.replace("@@BASE@@", base.removesuffix("\n").removesuffix("\r"))
+    base = base.removesuffix("\n").removesuffix("\r")
+    masked = _ENDGENERATION[0].sub(_ENDGENERATION[1], _GENERATION[0].sub(_GENERATION[1], base))
+    adapters = {p.name: _record(p, key) for key, p in enumerate(placements, 1)}
+    parts = {
+        "ADAPTERS": _json(adapters),
+        "RETURN": _json({"key": "#0;", **asdict(back)}),
+        "TEXTS": _json([{"head": text[:-2], "tail": text[-2:]} for text in controls]),
+        "MASKS": _json(masked != base),
+        "OUTPUT": _TEXT if masked == base else _MASKED,
+        "BASE": masked,
+    }
+    text = _TEMPLATE.read_text(encoding="utf-8").removesuffix("\n")
+    wrapped = re.sub("@@([A-Z]+)@@", lambda found: parts[found[1]], text)
+    if unwrap(wrapped) != base + "\n":
+        raise TemplateError("the base's chat template holds what marks its place in a composed one", hint=_HINT)
+    return wrapped
 
 
 def unwrap(template: str) -> str | None:
     """The base's template inside a composed one, with the newline at its end that jinja drops; None if not composed."""
     _, before, rest = template.partition(_BEFORE)
     base, after, _ = rest.rpartition(_AFTER)
+    base = base.replace("call switch_generation()", "generation").replace("endcall\t\t", "endgeneration")
     return base + "\n" if before and after else None
 
 
-def _record(placement: Placement) -> dict[str, str]:
+def _record(placement: Placement, key: int) -> dict[str, str]:
+    record = {"key": f"#{key};", "token": placement.token, "invocation": placement.invocation}
     if placement.invocation:
-        return {"token": placement.token, "invocation": placement.invocation, "rest": placement.rest}
-    return {"token": placement.token, "invocation": "", "opening": placement.opening}
+        return {**record, "rest": placement.rest, "place": placement.place}
+    return {**record, "opening": placement.opening, "place": ""}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -79,8 +122,10 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     try:
         variables = {"tools": None, "documents": None, "add_generation_prompt": False} | variables
         return _compile(template).render(messages=messages, **variables)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    except jinja2.TemplateError as error:
         raise TemplateError(f"chat template: {error}") from None
+    except Exception as error:  # a template can divide by zero, recurse without end, fill memory
+        raise TemplateError(f"chat template: {type(error).__name__}: {error}") from None
 
 
 @lru_cache(maxsize=16)

@@ -155,6 +155,7 @@ class ManifestEntry(Record):
     path: Annotated[str, Field(min_length=1)]
     name: Name | None = None
     revision: str | None = None
+    invocation_placement: Literal["", "prefix", "suffix"] = ""
     retired: Literal[False] | None = None
 
 
@@ -278,6 +279,7 @@ class AdapterRecord(Record):
     alpha_pattern: dict[str, Number] = {}
     invocation_tokens: list[TokenId] = []
     invocation_text: str = ""
+    invocation_placement: Literal["", "prefix", "suffix"] = ""
     source: str = ""
     sha256: str = ""
     digest: str = ""

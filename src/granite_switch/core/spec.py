@@ -58,6 +58,7 @@ class AdapterSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
     invocation_text: str = ""
+    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a message that lacks the text gets it
     source: str = ""
     sha256: str = ""  # of the source's adapter_model.safetensors
     digest: str = ""  # of the tensors themselves, whatever file they stand in

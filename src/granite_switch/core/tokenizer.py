@@ -14,10 +14,12 @@ from tokenizers import Tokenizer
 
 from granite_switch.core.border import checked, read, read_json, shown
 from granite_switch.core.files import inside
+from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer_records import ChatTemplate, TokenizerConfig, TokenizerData
 from granite_switch.errors import BaseModelError, CheckpointError
 
-_SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+UNUSED = "<|unused_"
+SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class BaseTokenizer:
 
     @cached_property
     def library(self) -> Tokenizer:
-        """The object to tokenise with."""
-        return Tokenizer.from_str(json.dumps(self.data))
+        """The object to tokenise with. It gives every id of a text: what the file says of truncation and padding is
+        left from training (cut off, a control token would be lost without a word)."""
+        return Tokenizer.from_str(json.dumps({**self.data, "truncation": None, "padding": None}))
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -44,6 +47,24 @@ class BaseTokenizer:
         return max(self.tokens.values()) + 1
 
 
+def unused_token(index: int) -> str:
+    """The text of a token that means nothing: a padding row's, or one in reserve."""
+    return f"{UNUSED}{index}|>"
+
+
+def added_texts(spec: SwitchSpec, tokenizer: Tokenizer) -> list[str]:
+    """What may not stand in a prompt where users wrote it: the text of every token that composing added.
+
+    Tokens in reserve and of padding rows can be hundreds; what they all begin with stands for them, unless a token of
+    the base's own begins alike.
+    """
+    controls = [spec.base_token, *(adapter.token for adapter in spec.adapters)]
+    added = tokenizer.get_added_tokens_decoder()
+    unused = [token.content for index, token in sorted(added.items()) if token.content == unused_token(index)]
+    own = {token.content for token in added.values()} - {*unused, *controls}
+    return [*controls, *(unused if any(UNUSED in text for text in own) else [UNUSED])]
+
+
 def read_tokenizer(folder: Path) -> BaseTokenizer:
     """Read a model's tokenizer files.
 
@@ -53,7 +74,7 @@ def read_tokenizer(folder: Path) -> BaseTokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise BaseModelError(
             f"{folder}: there is no tokenizer.json",
-            hint="load the tokenizer with transformers and save_pretrained it to get one",
+            hint=_conversion(folder),
         )
     try:
         data = read_json(inside(folder, "tokenizer.json"))
@@ -61,7 +82,7 @@ def read_tokenizer(folder: Path) -> BaseTokenizer:
         path = inside(folder, "tokenizer_config.json")
         config = read_json(path) if path.is_file() else {}
         checked(TokenizerConfig, config, path, BaseModelError)
-        specials = {key: _text(config[key]) for key in _SPECIALS if config.get(key)}
+        specials = {key: token_text(config[key]) for key in SPECIALS if config.get(key)}
         tokenizer = BaseTokenizer(data, config, _templates(folder, config), specials)
     except CheckpointError as error:
         raise BaseModelError(error.message, problems=error.problems, hint=error.hint) from None
@@ -76,7 +97,15 @@ def read_tokenizer(folder: Path) -> BaseTokenizer:
     return tokenizer
 
 
-def _text(token: Any) -> str:
+def _conversion(folder: Path) -> str:
+    """How to get a tokenizer.json from what there is."""
+    script = f"from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r}).save_pretrained('NEW')"
+    needs = " (with sentencepiece and protobuf installed)" if any(folder.glob("*.model")) else ""
+    return f'make one{needs} and copy what is in NEW into the folder: python -c "{script}"'
+
+
+def token_text(token: Any) -> str:
+    """The text of a special token as a config holds it: a string or a record."""
     return token["content"] if isinstance(token, dict) else str(token)
 
 

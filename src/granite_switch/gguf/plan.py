@@ -4,7 +4,6 @@ What the engine does not check is checked here: src/models/granite-switch.cpp lo
 without a word.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -13,35 +12,25 @@ from typing import Any
 
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
-from granite_switch.core.layout import EMBEDDING, HEAD, widths
 from granite_switch.core.spec import MODEL_TYPE, SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import CheckpointError
+from granite_switch.gguf.dialects import Decoder, read_decoder
 from granite_switch.gguf.pretokenizer import NAMES, detect
-from granite_switch.gguf.tensors import TYPES, Target, expected, max_rank, targets
+from granite_switch.gguf.tensors import EMBEDDING, HEAD, TYPES, Target, expected, max_rank, same, targets
 from granite_switch.gguf.vocabulary import Vocabulary, vocabulary
 
 MOST_ADAPTERS = MOST_RANKS = 4096
 OUTTYPES = tuple(TYPES)
+_UNUSED = ".rotary_emb.inv_freq"  # a table that old checkpoints hold and that follows from the config
 _OWN = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-# transformers' GraniteConfig, for what a config.json leaves out
-_DEFAULTS: Mapping[str, Any] = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "embedding_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "rope_theta": 10000.0,
-}
 
 
 @dataclass(frozen=True)
 class Plan:
     """An export that can be written."""
 
-    config: Mapping[str, Any]
+    decoder: Decoder
     spec: SwitchSpec
     targets: tuple[Target, ...]
     vocabulary: Vocabulary
@@ -71,21 +60,19 @@ def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> 
     if outtype not in ("", *OUTTYPES):
         raise CheckpointError(f"outtype {outtype!r} is none of {', '.join(OUTTYPES)}")
     config, spec, tensors = _read(folder)
-    config = {**_DEFAULTS, **config}
-    if problems := list(_pattern_problems(config, spec)):
-        raise CheckpointError(f"{folder}: config.json contradicts itself", problems=problems)
-    problems = [*_base_problems(config), *_switch_problems(config, spec), *_tensor_problems(config, spec, tensors)]
+    decoder, problems = read_decoder(config, spec.base_model_type)
+    problems += [*_switch_problems(decoder, spec), *_tensor_problems(decoder, spec, tensors)]
     tokenizer = read_tokenizer(folder)
-    words, more, warnings = vocabulary(tokenizer, config["vocab_size"], spec, _end_tokens(folder, config))
+    words, more, warnings = vocabulary(tokenizer, decoder.vocab_size, spec, _end_tokens(folder, config))
     problems += more
     if problems:
         raise CheckpointError(f"{folder}: cannot be exported to llama.cpp", problems=problems)
     outtype = outtype or _OWN[tensors[EMBEDDING].dtype]
     pre, doubt = _pre(folder, detect(tokenizer.data), pre)
     return Plan(
-        config=config,
+        decoder=decoder,
         spec=spec,
-        targets=tuple(targets(config, spec, tensors, outtype)),
+        targets=tuple(targets(decoder, spec, tensors, outtype)),
         vocabulary=words,
         pre=pre,
         outtype=outtype,
@@ -121,27 +108,9 @@ def _with_technologies(folder: Path, spec: SwitchSpec) -> SwitchSpec:
     return replace(spec, adapters=adapters)
 
 
-def _base_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """What of the base `graniteswitch` cannot express."""
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            yield f"{key}: llama.cpp's architecture has no biases"
-    if config["hidden_act"] != "silu":
-        yield f"hidden_act {config['hidden_act']!r}: llama.cpp computes silu"
-    if config.get("quantization_config"):
-        yield "the base is quantised: compose from the base in full precision and choose --outtype q8_0"
-    head = widths(config)["query"] // config["num_attention_heads"]
-    if head % 2:
-        yield f"head size {head} is odd"
-    try:
-        rope_scaling(config)
-    except ValueError as error:
-        yield f"rotary embeddings: {error}"
-
-
-def _switch_problems(config: Mapping[str, Any], spec: SwitchSpec) -> Iterator[str]:
+def _switch_problems(decoder: Decoder, spec: SwitchSpec) -> Iterator[str]:
     """What the engine would load without a word, or fail on later."""
-    size, rank = config["vocab_size"], max_rank(spec, config["num_hidden_layers"])
+    size, rank = decoder.vocab_size, max_rank(spec)
     if not spec.active:
         yield "it has no adapters: export the base itself with llama.cpp's convert_hf_to_gguf.py"
     if len(spec.active) > MOST_ADAPTERS or rank > MOST_RANKS:
@@ -155,25 +124,21 @@ def _switch_problems(config: Mapping[str, Any], spec: SwitchSpec) -> Iterator[st
             yield f"{adapter.name}: control token {adapter.token_id} belongs to another adapter too"
 
 
-def _pattern_problems(config: Mapping[str, Any], spec: SwitchSpec) -> Iterator[str]:
-    layers = config["num_hidden_layers"]
-    for adapter in spec.active:
-        for what, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
-            for name, values in pattern.items():
-                if len(values) != layers:
-                    yield f"{adapter.name}: {what} of {name} has {len(values)} entries for {layers} layers"
-
-
-def _tensor_problems(config: Mapping[str, Any], spec: SwitchSpec, tensors: Mapping[str, Tensor]) -> list[str]:
-    wanted = expected(config, spec)
+def _tensor_problems(decoder: Decoder, spec: SwitchSpec, tensors: Mapping[str, Tensor]) -> list[str]:
+    wanted, linears = expected(decoder, spec), decoder.linears()
     problems = [f"{name}: missing" for name in wanted if name not in tensors]
+    for adapter in spec.active:
+        elsewhere = [path for path in adapter.ranks if path not in linears]
+        problems += [f"{adapter.name}: llama.cpp's architecture has no adapters on {path}" for path in elsewhere]
     for name, tensor in tensors.items():
         if name in wanted and tensor.shape != wanted[name]:
             problems.append(f"{name}: {list(tensor.shape)}, where config.json says {list(wanted[name])}")
         elif name in wanted and tensor.dtype not in _OWN:
             problems.append(f"{name}: dtype {tensor.dtype}; {', '.join(_OWN)} can be exported")
-        elif name not in wanted and name != HEAD:
+        elif name not in wanted and name != HEAD and not name.endswith(_UNUSED):
             problems.append(f"{name}: llama.cpp's architecture has no such tensor")
+    if decoder.tied and HEAD in tensors and not same(tensors[HEAD], tensors[EMBEDDING]):
+        problems.append("tie_word_embeddings: config.json says true, and lm_head.weight is not the embedding")
     return problems[:20]
 
 
@@ -184,7 +149,7 @@ def _end_tokens(folder: Path, config: Mapping[str, Any]) -> list[int]:
 
 
 def _pre(folder: Path, detected: str | None, chosen: str) -> tuple[str, list[str]]:
-    if chosen and chosen not in NAMES:
+    if chosen and chosen not in NAMES and chosen != detected:
         raise CheckpointError(f"--pre {chosen}: llama.cpp has no such pre-tokenizer", hint="one of " + ", ".join(NAMES))
     if not chosen and not detected:
         raise CheckpointError(
@@ -199,34 +164,3 @@ def _pre(folder: Path, detected: str | None, chosen: str) -> tuple[str, list[str
 def _io_configs(folder: Path, spec: SwitchSpec) -> dict[str, str]:
     paths = {name: folder / "io_configs" / name / "io.yaml" for name in spec.names}
     return {name: path.read_text(encoding="utf-8") if path.is_file() else "" for name, path in paths.items()}
-
-
-def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope.scaling.*` for a config's rotary embeddings, as transformers' modeling_rope_utils defines them.
-
-    Raises:
-        ValueError: llama.cpp cannot compute them in this architecture.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("only a part of each head is turned")
-    if kind == "default":
-        return {}
-    if kind == "linear":
-        return {"type": "linear", "factor": float(rope["factor"])}
-    if kind != "yarn":
-        raise ValueError(f"type {kind!r} is not in llama.cpp's architecture")
-    if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)) != (32, 1, True):
-        raise ValueError("llama.cpp reads no beta_fast, beta_slow and truncate for yarn here")
-    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    factor = float(rope.get("factor") or config["max_position_embeddings"] / original)
-    usual, own = _mscale(factor), rope.get("attention_factor")
-    if own is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-        own = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
-    result = {"type": "yarn", "factor": factor, "original_context_length": original}
-    return result if own is None else {**result, "attn_factor": own / usual}  # on top of yarn's own
-
-
-def _mscale(factor: float, mscale: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

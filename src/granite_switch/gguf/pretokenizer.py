@@ -8,6 +8,8 @@ against the engine. Everything else is asked for.
 from collections.abc import Mapping
 from typing import Any
 
+from granite_switch.gguf.sentencepiece import is_sentencepiece
+
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -55,6 +57,8 @@ def detect(tokenizer: Mapping[str, Any]) -> str | None:
     Args:
         tokenizer: tokenizer.json.
     """
+    if is_sentencepiece(tokenizer):
+        return "default"  # llama.cpp's tokenizer `llama` splits nothing
     expressions = splits(tokenizer.get("pre_tokenizer") or {})
     normalizer = tokenizer.get("normalizer")
     if expressions is None or (normalizer and normalizer != {"type": "NFC"}):

@@ -8,7 +8,6 @@ Rows pass in pieces, so memory is that of a piece, and of a whole matrix only fo
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +15,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quantize
 
 from granite_switch.core.checkpoint import Tensor, to_float32
-from granite_switch.core.layout import EMBEDDING, GRANITE, HEAD, AdapterTensor, Projection, shapes, widths
+from granite_switch.core.layout import AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import CheckpointError
+from granite_switch.gguf.dialects import FUSED, ROTARY, Decoder, Row, linear
 
 Array = npt.NDArray[np.float32]
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PIECE = 32 << 20  # bytes of float32
 TYPES = {
     "f32": GGMLQuantizationType.F32,
@@ -29,7 +30,6 @@ TYPES = {
     "bf16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
-_ROTARY = ("q_proj", "k_proj")
 
 
 @dataclass(frozen=True)
@@ -60,58 +60,59 @@ class Target:
             yield data.tobytes()
 
 
-def targets(
-    config: Mapping[str, Any], spec: SwitchSpec, tensors: Mapping[str, Tensor], outtype: str
-) -> Iterator[Target]:
+def targets(decoder: Decoder, spec: SwitchSpec, tensors: Mapping[str, Tensor], outtype: str) -> Iterator[Target]:
     """Every tensor of the file, in its order.
 
     Args:
-        config: config.json.
-        spec: its `switch`.
+        decoder: of the base.
+        spec: config.json's `switch`.
         tensors: the checkpoint's, by name.
         outtype: a key of `TYPES`, for all that is not a norm.
     """
-    quiet = spec.silent
-    tied = bool(config.get("tie_word_embeddings"))
     shape = tensors[EMBEDDING].shape
     kind = _type(outtype, shape[-1])
     # llama.cpp embeds substitutes, so control tokens' own rows are free where the embedding is the head as well
-    yield Target("token_embd.weight", shape, kind, partial(_silenced, tensors[EMBEDDING], quiet if tied else ()))
-    if not tied:
-        yield Target("output.weight", shape, kind, partial(_silenced, tensors[HEAD], quiet))
+    quiet = spec.suppressed if decoder.tied else ()
+    yield Target("token_embd.weight", shape, kind, partial(_suppressed, tensors[EMBEDDING], quiet))
+    if not decoder.tied:
+        yield Target("output.weight", shape, kind, partial(_suppressed, tensors[HEAD], spec.suppressed))
     yield _vector("output_norm", tensors["model.norm.weight"])
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(decoder.layers):
         source, name = f"model.layers.{layer}", f"blk.{layer}"
         yield _vector(f"{name}.attn_norm", tensors[f"{source}.input_layernorm.weight"])
         yield _vector(f"{name}.ffn_norm", tensors[f"{source}.post_attention_layernorm.weight"])
-        weights = {row.name: tensors[f"{source}.{row.path}.weight"] for row in GRANITE}
-        yield _qkv(f"{name}.attn_qkv.weight", weights, config, outtype)
-        for row in GRANITE:
-            if row.group != "qkv_lora":
-                weight = weights[row.name]
+        yield _qkv(f"{name}.attn_qkv.weight", layer, decoder, tensors, outtype)
+        for row in decoder.rows:
+            if row.stem not in FUSED:
+                weight = _cut(tensors[f"{linear(layer, row)}.weight"], row, decoder)
                 kind = _type(outtype, weight.shape[-1])
-                yield Target(f"{name}.{row.gguf}.weight", weight.shape, kind, partial(_rows, weight))
-            yield from _adapters(f"{name}.{row.gguf}", row, layer, config, spec, tensors, outtype)
+                yield Target(f"{name}.{row.stem}.weight", weight.shape, kind, partial(_rows, weight))
+            yield from _adapters(f"{name}.{row.stem}", row, layer, decoder, spec, tensors, outtype)
 
 
-def expected(config: Mapping[str, Any], spec: SwitchSpec) -> dict[str, tuple[int, ...]]:
+def expected(decoder: Decoder, spec: SwitchSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the checkpoint that the file holds."""
-    hidden, layers, sizes = config["hidden_size"], config["num_hidden_layers"], shapes(config)
-    result: dict[str, tuple[int, ...]] = {EMBEDDING: (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
-    if not config.get("tie_word_embeddings"):
+    hidden, linears = decoder.hidden, decoder.linears()
+    result: dict[str, tuple[int, ...]] = {EMBEDDING: (decoder.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    if not decoder.tied:
         result[HEAD] = result[EMBEDDING]
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        result |= {f"{prefix}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        result |= {f"{prefix}.{row.path}.weight": sizes[row.name] for row in GRANITE}
+    for layer in range(decoder.layers):
+        norms = ("input_layernorm", "post_attention_layernorm")
+        result |= {f"model.layers.{layer}.{norm}.weight": (hidden,) for norm in norms}
+    result |= {f"{path}.weight": shape for path, shape in linears.items()}
     for adapter in spec.active:
-        result |= {tensor.key: shape for tensor, shape in adapter.tensors(layers, sizes).items()}
+        result |= {tensor.key: shape for tensor, shape in adapter.tensors(linears).items()}
     return result
 
 
-def max_rank(spec: SwitchSpec, layers: int) -> int:
+def max_rank(spec: SwitchSpec) -> int:
     """The rank to which every adapter is padded."""
-    return max((a.rank_of(row.name, i) for a in spec.active for row in GRANITE for i in range(layers)), default=0)
+    return max((rank for adapter in spec.active for rank in adapter.ranks.values()), default=0)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices hold the same values."""
+    return one.shape == other.shape and all(map(np.array_equal, _rows(one), _rows(other)))
 
 
 def interleaved(rows: Array, heads: int) -> Array:
@@ -132,42 +133,45 @@ def _type(outtype: str, width: int) -> GGMLQuantizationType:
 
 
 def _vector(name: str, tensor: Tensor) -> Target:
-    return Target(f"{name}.weight", tensor.shape, GGMLQuantizationType.F32, lambda: [_whole(tensor)])
+    return Target(f"{name}.weight", tensor.shape, GGMLQuantizationType.F32, lambda: [tensor.float32()])
 
 
-def _qkv(name: str, weights: Mapping[str, Tensor], config: Mapping[str, Any], outtype: str) -> Target:
-    rows = [row.name for row in GRANITE if row.group == "qkv_lora"]
-    width = config["hidden_size"]
-    height = sum(weights[row].shape[0] for row in rows)
+def _qkv(name: str, layer: int, decoder: Decoder, tensors: Mapping[str, Tensor], outtype: str) -> Target:
+    rows = [row for row in decoder.rows if row.stem in FUSED]
 
     def pieces() -> Iterator[Array]:
         for row in rows:
-            yield _for_rotary(row, _whole(weights[row]), config)
+            yield _for_rotary(row, tensors[f"{linear(layer, row)}.weight"].float32(), decoder)
 
+    height, width = sum(decoder.shape(row)[0] for row in rows), decoder.hidden
     return Target(name, (height, width), _type(outtype, width), pieces)
 
 
 def _adapters(
     name: str,
-    row: Projection,
+    row: Row,
     layer: int,
-    config: Mapping[str, Any],
+    decoder: Decoder,
     spec: SwitchSpec,
     tensors: Mapping[str, Tensor],
     outtype: str,
 ) -> Iterator[Target]:
-    """The stacks A [slots, rank, in] and B [slots, out, rank] of one projection."""
-    out, width = shapes(config)[row.name]
-    rank, slots = max_rank(spec, config["num_hidden_layers"]), len(spec.active) + 1
+    """The stacks A [slots, rank, in] and B [slots, out, rank] of one matrix.
+
+    Matrices cut from one linear have its adapters' A each, and their own rows of B.
+    """
+    out, width = decoder.shape(row)
+    rank, slots, path, start = max_rank(spec), len(spec.active) + 1, linear(layer, row), decoder.start(row)
 
     def stack(matrix: str, shape: tuple[int, int]) -> Iterator[Array]:
         yield np.zeros(shape, np.float32)
         for adapter in spec.active:
             padded = np.zeros(shape, np.float32)
-            if adapter.rank_of(row.name, layer):
-                values = _whole(tensors[AdapterTensor(adapter.name, layer, row.name, matrix).key])
+            if path in adapter.ranks:
+                values = tensors[AdapterTensor(adapter.name, path, matrix).key].float32()
                 if matrix == "B":
-                    values = _for_rotary(row.name, values * np.float32(adapter.scale_of(row.name, layer)), config)
+                    scaled = values[start : start + out] * np.float32(adapter.scale_of(path))
+                    values = _for_rotary(row, scaled, decoder)
                 padded[: values.shape[0], : values.shape[1]] = values
             yield padded
 
@@ -176,14 +180,11 @@ def _adapters(
         yield Target(f"{name}.lora_{matrix.lower()}", (slots, *shape), kind, partial(stack, matrix, shape))
 
 
-def _for_rotary(projection: str, rows: Array, config: Mapping[str, Any]) -> Array:
-    if projection not in _ROTARY:
-        return rows
-    head = widths(config)["query"] // config["num_attention_heads"]
-    return interleaved(rows, rows.shape[0] // head)
+def _for_rotary(row: Row, values: Array, decoder: Decoder) -> Array:
+    return interleaved(values, values.shape[0] // decoder.head) if row.stem in ROTARY else values
 
 
-def _silenced(tensor: Tensor, tokens: Iterable[int]) -> Iterator[Array]:
+def _suppressed(tensor: Tensor, tokens: Iterable[int]) -> Iterator[Array]:
     """The rows with zeros for some tokens: as the head, their logits are 0, and not those of the substitutes."""
     start = 0
     for piece in _rows(tensor):
@@ -203,5 +204,8 @@ def _rows(tensor: Tensor) -> Iterator[Array]:
         yield to_float32(tensor.read(start * size, count * size), tensor.dtype).reshape(count, width)
 
 
-def _whole(tensor: Tensor) -> Array:
-    return to_float32(tensor.read(), tensor.dtype).reshape(tensor.shape)
+def _cut(tensor: Tensor, row: Row, decoder: Decoder) -> Tensor:
+    """The rows of a linear's weight that are one of the engine's matrices."""
+    start = decoder.start(row)
+    result: Tensor = tensor[(slice(start, start + decoder.shape(row)[0]),)]
+    return result

@@ -9,17 +9,25 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import Tokenizer
 
+from granite_switch.core.chat import render
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer
+from granite_switch.errors import TemplateError
+from granite_switch.gguf import sentencepiece
+
+_NO_BOS = "the chat template writes {}: llama.cpp is told to add none, and a prompt not rendered has to begin with it"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """What goes under `tokenizer.*`."""
 
+    model: str  # llama.cpp's name of the algorithm: gpt2 (byte-level BPE) or llama (BPE with byte fallback)
     tokens: Sequence[str]  # by id
     types: Sequence[int]  # by id, of `gguf.TokenType`
-    merges: Sequence[str]
+    merges: Sequence[str]  # of gpt2
+    scores: Sequence[float]  # of llama, by id
+    space_prefix: bool
     special: Mapping[str, int]  # bos, eos, eot, ... -> id
     add_bos: bool
     add_eos: bool
@@ -42,12 +50,15 @@ def vocabulary(
     """
     data, known = tokenizer.data, tokenizer.tokens
     problems = list(_problems(tokenizer, known, size, spec))
+    pieces = sentencepiece.is_sentencepiece(data)
+    problems += sentencepiece.problems(data) if pieces else ()
+    kinds = _kinds(data) if pieces else {}
     added = {token["id"]: token for token in data.get("added_tokens", ())}
     tokens, types = [f"[PAD{i}]" for i in range(size)], [int(TokenType.UNUSED)] * size
     for text, index in known.items():
         if index < size:
             tokens[index] = text
-            types[index] = _kind(added.get(index))
+            types[index] = kinds.get(text) or _kind(added.get(index))
     for index in spec.control_slots:
         if 0 <= index < size:
             types[index] = int(TokenType.CONTROL)
@@ -57,29 +68,54 @@ def vocabulary(
     ends = dict.fromkeys([*_one(special.get("eos")), *end_tokens])
     special |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
     add_bos, add_eos, warnings = _added_around(data, special)
-    if data.get("normalizer"):
+    if add_bos and _template_writes(tokenizer, tokens[special["bos"]]):
+        # llama.cpp would put it before a LoRA's control token too, which is in its place
+        add_bos = False
+        warnings.append(_NO_BOS.format(tokens[special["bos"]]))
+    space_prefix, more = (sentencepiece.prefix(data) if pieces else None) or (False, [])
+    warnings += more
+    if data.get("normalizer") and not pieces:
         warnings.append(
             f"llama.cpp does not normalise text ({data['normalizer'].get('type')}): some may tokenise differently"
         )
     for token in added.values():
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             warnings.append(f"{token['content']!r}: llama.cpp does not strip or look for word ends around it")
-    merges = [_merge(pair) for pair in data["model"].get("merges", ())]
-    made = Vocabulary(tokens, types, merges, special, add_bos, add_eos, dict(tokenizer.templates))
+    made = Vocabulary(
+        model="llama" if pieces else "gpt2",
+        tokens=tokens,
+        types=types,
+        merges=[] if pieces else [_merge(pair) for pair in data["model"].get("merges", ())],
+        scores=sentencepiece.scores(data, tokens) if pieces else [],
+        space_prefix=space_prefix,
+        special=special,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        templates=dict(tokenizer.templates),
+    )
     return made, problems, warnings
 
 
 def _problems(tokenizer: BaseTokenizer, known: Mapping[str, int], size: int, spec: SwitchSpec) -> Iterator[str]:
     kind = tokenizer.data["model"].get("type")
     decoder = (tokenizer.data.get("decoder") or {}).get("type")
-    if kind != "BPE" or decoder != "ByteLevel" or tokenizer.data["model"].get("byte_fallback"):
-        yield f"the tokenizer is {kind} with decoder {decoder}; byte-level BPE can be exported"
+    if not sentencepiece.is_sentencepiece(tokenizer.data) and (kind != "BPE" or decoder != "ByteLevel"):
+        yield (
+            f"the tokenizer is {kind} with decoder {decoder}; byte-level BPE and BPE with byte fallback can be exported"
+        )
     if known and max(known.values()) >= size:
         yield f"the tokenizer has ids up to {max(known.values())}, the embedding {size} rows"
     names = {token: adapter.token for adapter in spec.active for token in [adapter.token_id]}
     for index, text in names.items():
         if known.get(text) != index:
             yield f"the tokenizer has {text!r} as {known.get(text)}, config.json as {index}"
+
+
+def _kinds(data: Mapping[str, Any]) -> dict[str, int]:
+    """The kinds that only BPE with byte fallback has."""
+    kinds = dict.fromkeys(sentencepiece.byte_tokens(), int(TokenType.BYTE))
+    unknown = data["model"].get("unk_token")
+    return {**kinds, unknown: int(TokenType.UNKNOWN)} if unknown else kinds
 
 
 def _kind(added: Mapping[str, Any] | None) -> int:
@@ -104,6 +140,17 @@ def _added_around(data: Mapping[str, Any], special: Mapping[str, int]) -> tuple[
             if whole == [*around, *_one(special.get("eos") if add_eos else None)]:
                 return add_bos, add_eos, []
     return False, False, ["the tokenizer puts special tokens around a text that llama.cpp cannot add"]
+
+
+def _template_writes(tokenizer: BaseTokenizer, text: str) -> bool:
+    """Whether rendered prompts begin with a token's text."""
+    if "default" not in tokenizer.templates:
+        return False
+    try:
+        messages = [{"role": "user", "content": "a"}]
+        return render(tokenizer.templates["default"], messages, **tokenizer.special_tokens).startswith(text)
+    except TemplateError:
+        return False
 
 
 def _one(value: int | None) -> list[int]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter, LlamaFileType
 
-from granite_switch.core.layout import widths
-from granite_switch.gguf.plan import Plan, rope_scaling
+from granite_switch.gguf.plan import Plan
 from granite_switch.gguf.tensors import max_rank
+from granite_switch.gguf.vocabulary import Vocabulary
 
 ARCH = "graniteswitch"
 ROUTER_GAIN = 15.0  # llama.cpp's default: another token's weight against the control token's is e^-30
@@ -63,50 +63,57 @@ def _general(writer: GGUFWriter, plan: Plan) -> None:
 
 
 def _hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
-    config, spec = plan.config, plan.spec
-    heads = config["num_attention_heads"]
-    head = widths(config)["query"] // heads
-    rope = config.get("rope_parameters") or {}
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", config["rope_theta"])))
-    for key, value in rope_scaling(config).items():
+    decoder, spec = plan.decoder, plan.spec
+    writer.add_block_count(decoder.layers)
+    writer.add_context_length(decoder.context)
+    writer.add_embedding_length(decoder.hidden)
+    writer.add_feed_forward_length(decoder.mlp)
+    writer.add_head_count(decoder.heads)
+    writer.add_head_count_kv(decoder.kv_heads)
+    writer.add_key_length(decoder.head)
+    writer.add_value_length(decoder.head)
+    writer.add_vocab_size(decoder.vocab_size)
+    writer.add_layer_norm_rms_eps(decoder.epsilon)
+    writer.add_rope_dimension_count(decoder.head)
+    writer.add_rope_freq_base(decoder.rope_theta)
+    for key, value in decoder.rope_scaling.items():
         kind = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}[type(value)]
         writer.add_key_value(f"{ARCH}.rope.scaling.{key}", value, kind)
-    writer.add_attention_scale(config["attention_multiplier"])
-    writer.add_embedding_scale(config["embedding_multiplier"])
-    writer.add_residual_scale(config["residual_multiplier"])
-    writer.add_logit_scale(config["logits_scaling"])
+    if not decoder.positions:
+        writer.add_bool(f"{ARCH}.rope.scaling.finetuned", False)  # how the engine is told to turn nothing
+    writer.add_attention_scale(decoder.attention_scale)
+    writer.add_embedding_scale(decoder.embedding_scale)
+    writer.add_residual_scale(decoder.residual_scale)
+    writer.add_logit_scale(decoder.logit_scale)
     writer.add_uint32(f"{ARCH}.adapters.count", len(spec.active))
-    writer.add_uint32(f"{ARCH}.adapters.lora_rank", max_rank(spec, config["num_hidden_layers"]))
+    writer.add_uint32(f"{ARCH}.adapters.lora_rank", max_rank(spec))
     writer.add_array(f"{ARCH}.adapters.token_ids_activate", [a.token_id for a in spec.active])
     writer.add_array(f"{ARCH}.adapters.token_ids_substitute", [a.substitute_token_id for a in spec.active])
     writer.add_float32(f"{ARCH}.adapters.router_gain", ROUTER_GAIN)
 
 
-def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
-    words = plan.vocabulary
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(plan.pre)
+def write_words(writer: GGUFWriter, words: Vocabulary, pre: str) -> None:
+    """The keys of the tokenizer."""
+    writer.add_tokenizer_model(words.model)
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(words.tokens)
     writer.add_token_types(words.types)
     if words.merges:
         writer.add_token_merges(words.merges)
+    if words.scores:
+        writer.add_token_scores(words.scores)
+        writer.add_add_space_prefix(words.space_prefix)
     for name, index in words.special.items():
         getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(words.add_bos)
     writer.add_add_eos_token(words.add_eos)
-    if plan.spec.silent:
-        writer.add_array("tokenizer.ggml.suppress_tokens", list(plan.spec.silent))
+
+
+def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
+    words = plan.vocabulary
+    write_words(writer, words, plan.pre)
+    if plan.spec.suppressed:
+        writer.add_array("tokenizer.ggml.suppress_tokens", list(plan.spec.suppressed))
     if set(words.templates) == {"default"}:
         writer.add_chat_template(words.templates["default"])
     elif words.templates:
@@ -125,4 +132,4 @@ def _own_keys(writer: GGUFWriter, plan: Plan) -> None:
 
 def _rank(plan: Plan, name: str) -> int:
     adapter = plan.spec.adapter(name)
-    return max_rank(replace(plan.spec, adapters=(adapter,)), plan.config["num_hidden_layers"])
+    return max_rank(replace(plan.spec, adapters=(adapter,)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from granite_switch import conversation
 from granite_switch.conversation import Turn
@@ -50,18 +51,50 @@ class Conversation(conversation.Conversation):
             options: of `generate`; greedy unless `do_sample` is given.
         """
         turn = self.ask(text, adapter, keep=keep, aside=aside)
-        if not turn.reused:
-            self._cache = DynamicCache(config=self.model.config)
-        elif surplus := self._cache.get_seq_length() - turn.reused:
-            self._cache.crop(-surplus)
-        ids = torch.tensor([turn.ids], device=self.model.device)
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=self._cache,
-            **{"do_sample": False, **options},
-        )
-        new = tuple(output[0, len(turn.ids) :].tolist())
+        try:
+            several = any(options.get(name, 1) != 1 for name in ("num_beams", "num_return_sequences"))
+            self._fit(0 if several else turn.reused)  # the cache has one row
+            ids = torch.tensor([turn.ids], device=self.model.device)
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=self._cache,
+                **{"do_sample": False, **options},
+            )
+            new = tuple(output[0, len(turn.ids) :].tolist())
+        except BaseException:  # Ctrl-C, memory, a streamer: the layers of the cache can be of different lengths
+            self._turn = None
+            self._start()
+            raise
         answer = self.answer(new)
-        self._computed = [(*turn.ids, *new)[: self._cache.get_seq_length()]]  # one cache holds one sequence
+        self._computed = [(*turn.ids, *new)[: _length(self._cache)]]  # one cache holds one sequence
         return Reply(answer, new, turn)
+
+    def _start(self) -> None:
+        self._cache, self._computed = DynamicCache(config=self.model.config), []
+
+    def _fit(self, length: int) -> None:
+        """Bring the cache back to so many positions, or start another where it cannot be brought back."""
+        surplus = _length(self._cache) - length
+        if not length or surplus < 0:
+            return self._start()
+        try:
+            if surplus:
+                self._cache.crop(-surplus)
+        except (RuntimeError, ValueError):  # a window has dropped what would be needed
+            return self._start()
+        return None if _length(self._cache) == length else self._start()
+
+
+def _length(cache: DynamicCache) -> int:
+    """How many positions of one sequence every layer holds; 0 where they differ, or hold a state instead.
+
+    A state (Mamba, linear attention) cannot be brought back, and some models continue it for one token only.
+    """
+    lengths = set()
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
+            return 0
+        if layer.is_initialized:
+            lengths.add(layer.get_seq_length() if layer.keys.shape[0] == 1 else 0)
+    return lengths.pop() if len(lengths) == 1 else 0

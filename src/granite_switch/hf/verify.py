@@ -65,20 +65,21 @@ def compare(
     try:
         switch = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map="auto").eval()
         spec: SwitchSpec = switch.config.switch_spec
+        size = min(spec.control_slots)  # control tokens can have a row here and none there
         wanted = {name: _prompts(model, spec, spec.adapter(name)) for name in adapters}
         plain = _prompts(model, spec, None)
         composed = {name: [_logits(switch, ids) for ids in prompts] for name, prompts in wanted.items()}
         composed["base"] = [_logits(switch, ids) for ids in plain]
         del switch
         reference = _base(model, base, dtype)
-        result = [_compare("base", composed["base"], [_logits(reference, ids) for ids in plain], None, dtype)]
+        result = [_compare("base", composed["base"], [_logits(reference, ids) for ids in plain], None, dtype, size)]
         for name, folder in adapters.items():
             exchanged = [[spec.substitutes.get(i, i) for i in ids] for ids in wanted[name]]
             without = [_logits(reference, ids) for ids in exchanged]
             peft = PeftModel.from_pretrained(reference, folder).eval()
             expected = [_logits(peft, ids) for ids in exchanged]
             reference = peft.unload()
-            result.append(_compare(name, composed[name], expected, without, dtype))
+            result.append(_compare(name, composed[name], expected, without, dtype, size))
         return result
     finally:
         logging.set_verbosity(verbosity)
@@ -126,11 +127,9 @@ def _compare(
     expected: Sequence[torch.Tensor],
     without: Sequence[torch.Tensor] | None,
     dtype: str,
+    size: int,
 ) -> Comparison:
-    # control tokens can have a row here and none there
-    width = min(composed[0].shape[1], expected[0].shape[1])
-    finite = torch.isfinite(composed[0][0, :width])
-    pairs = [(c[:, :width][:, finite], e[:, :width][:, finite]) for c, e in zip(composed, expected, strict=True)]
+    pairs = [(c[:, :size], e[:, :size]) for c, e in zip(composed, expected, strict=True)]
     difference = max(float((c - e).abs().max()) for c, e in pairs)
     largest = max(float(e.abs().max()) for _, e in pairs)
     effect = 0.0

@@ -1,0 +1,125 @@
+"""The engines that real_model.py asks: the same prompts, greedily, in PEFT, transformers, vLLM and llama.cpp.
+
+vLLM has an environment of its own, so this file is a program too: it reads prompts and writes answers as JSON.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TOKENS = 48  # of an answer, at most
+Prompts = Mapping[str, Sequence[Sequence[int]]]  # adapter, or "base" -> token ids of its prompts
+Answers = dict[str, list[list[int]]]
+
+
+def in_transformers(model: Any, prompts: Sequence[Sequence[int]], pad: int, batch: int = 10) -> list[list[int]]:
+    """Answers of a transformers model or a PEFT model."""
+    import torch
+
+    answers = []
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        width = max(map(len, some))
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in some])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some])
+        with torch.no_grad():
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
+        answers += [_ended(line, pad) for line in out[:, width:].tolist()]
+    return answers
+
+
+def in_peft(base: Path, adapters: Mapping[str, Path], prompts: Prompts, pad: int) -> Answers:
+    """The reference: each adapter loaded onto the base, as it was trained."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    answers = {"base": in_transformers(model, prompts["base"], pad)}
+    for name, folder in adapters.items():
+        peft = PeftModel.from_pretrained(model, folder).eval()
+        answers[name] = in_transformers(peft, prompts[name], pad)
+        model = peft.unload()
+    return answers
+
+
+def in_vllm(python: Path, composed: Path, prompts: Prompts, pad: int, work: Path) -> Answers:
+    """vLLM's answers, from its own environment."""
+    asked, answered = work / "prompts.json", work / "vllm.json"
+    asked.write_text(json.dumps({"model": str(composed), "prompts": prompts, "end": pad}))
+    subprocess.run([python, __file__, str(asked), str(answered)], check=True)
+    return dict(json.loads(answered.read_text()))
+
+
+def vllm_program(asked: Path, answered: Path) -> None:
+    from vllm import LLM, SamplingParams
+
+    task = json.loads(asked.read_text())
+    llm = LLM(task["model"], dtype="float32", max_model_len=1024, enforce_eager=True, enable_prefix_caching=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, stop_token_ids=[task["end"]])
+    answers = {}
+    for name, prompts in task["prompts"].items():
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+        answers[name] = [_ended(list(output.outputs[0].token_ids), task["end"]) for output in outputs]
+    answered.write_text(json.dumps(answers))
+
+
+def in_llama_cpp(file: Path, prompts: Prompts, end: int) -> Answers:
+    """llama.cpp's answers, from a GGUF file."""
+    from llama_cpp import Llama
+
+    llm = Llama(str(file), n_ctx=1024, verbose=False)
+    answers: Answers = {}
+    for name, some in prompts.items():
+        answers[name] = []
+        for ids in some:
+            answer: list[int] = []
+            for token in llm.generate(list(ids), temp=0.0, repeat_penalty=1.0):
+                if token == end or len(answer) == TOKENS:
+                    break
+                answer.append(token)
+            answers[name].append(answer)
+    return answers
+
+
+def _ended(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def perplexity(model: Any, texts: Sequence[Sequence[int]]) -> float:
+    """Of a model over texts, a token's mean."""
+    import torch
+
+    total, count = 0.0, 0
+    for ids in texts:
+        tokens = torch.tensor([list(ids)])
+        with torch.no_grad():
+            total += float(model(tokens, labels=tokens).loss) * (len(ids) - 1)
+        count += len(ids) - 1
+    return math.exp(total / count)
+
+
+def time_to_first_token(model: Any, composed: Path, text: str, checks: Sequence[str], adapter: str) -> dict[str, float]:
+    """Seconds to the first token of every check together, on one conversation's cache and each from the start."""
+    from granite_switch.hf import Conversation
+
+    shared = Conversation(model, composed)
+    shared.say(text, max_new_tokens=1)
+    started = time.monotonic()
+    for check in checks:
+        shared.say(check, adapter, aside=True, max_new_tokens=1)
+    with_cache = time.monotonic() - started
+    started = time.monotonic()
+    for check in checks:
+        alone = Conversation(model, composed)
+        alone.messages, alone.ids = list(shared.messages), shared.ids
+        alone.say(check, adapter, aside=True, max_new_tokens=1)
+    return {"shared": with_cache, "alone": time.monotonic() - started, "tokens": float(len(shared.ids))}
+
+
+if __name__ == "__main__":
+    vllm_program(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,125 @@
+"""Prove with transformers how a composed folder's tokenizer is read: as its tokenizer.json says, and as its base's.
+
+Run as a program by compose and verify, which do not import transformers (a process of its own has not registered
+`granite_switch` either, and its memory is its own). Prints what differs as a JSON list.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from granite_switch.core.spec import SwitchSpec
+
+_TEXTS: Sequence[str] = (
+    "",
+    " ",
+    "Ada said:\n\n\"It's 1871!\"\n- see (Tarn), x=12345;\n\n\tHugo's harp",
+    "We'LL see: I'VE 1,234,567.89 reasons (12345678901) — “quoted”, 'single', `code`…",
+    "  two  spaces   three\t\ttabs \t mixed \r\n\r\n\n\n lines \u00a0\u2003\u3000 end  ",
+    "naïve café e\u0301 ﬁ Ⅻ ½ ²³ straße İstanbul",
+    "Ελληνικά кириллица עברית العربية हिन्दी ไทย 日本語テキスト 中文没有空格 한국어 👩‍👩‍👧 🇳🇴",
+    "def f(x):\n    return {'a': [1, 2.5e-3, None], \"b\": x!=y}  # note\n\n\nclass A(B): ...",
+    "<|start|> <unk> <s> </s> [INST] <pad> <|endoftext|> ▁low▁line ĠByte",
+    "word " * 700,
+)
+_ATTRIBUTES = ("padding_side", "truncation_side", "model_max_length", "model_input_names")
+_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def differences(folder: Path, base: Path | None = None) -> list[str]:
+    """What differs between what transformers makes of a composed folder and what it must be, a line each.
+
+    Args:
+        folder: a composed model's folder; its tokenizer's files and config.json are enough.
+        base: the base's folder.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    spec = SwitchSpec.from_dict(config["switch"])
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    reference = _load(base) if base else None
+    problems: list[str] = []
+    for kind in ("", spec.base_model_type):  # where `granite_switch` is not registered, and where it is
+        composed = _load(folder, kind)
+        problems += _control_problems(spec, composed)
+        for text in [*_TEXTS, *_specials(composed)]:
+            for add in (True, False):
+                ids = composed.encode(text, add_special_tokens=add)
+                problems += _difference("its tokenizer.json", text, ids, file.encode(text, add_special_tokens=add).ids)
+        problems += _base_problems(composed, reference) if reference else ()
+    return list(dict.fromkeys(problems))
+
+
+def _load(folder: Path, kind: str | None = None) -> Any:
+    """The tokenizer; with a config of that `model_type` in memory, where one is given."""
+    from transformers import AutoTokenizer, PreTrainedConfig
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        options = {}
+        if kind is not None:
+            options["config"] = PreTrainedConfig()
+            options["config"].model_type = kind
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _base_problems(composed: Any, base: Any) -> Iterator[str]:
+    for text in [*_TEXTS, *_specials(base)]:
+        for add in (True, False):
+            ids = composed.encode(text, add_special_tokens=add)
+            yield from _difference("the base's", text, ids, base.encode(text, add_special_tokens=add))
+            for skip in (True, False):
+                ours, theirs = (t.decode(ids, skip_special_tokens=skip) for t in (composed, base))
+                if ours != theirs:
+                    yield f"ids of {_short(text)} decode to {_short(ours)}, the base's to {_short(theirs)}"
+    for name in _ATTRIBUTES:
+        if getattr(composed, name) != getattr(base, name):
+            yield f"{name} is {getattr(composed, name)}, the base's {getattr(base, name)}"
+    for name in _TOKENS:
+        ours, theirs = ((getattr(t, name), getattr(t, f"{name}_id")) for t in (composed, base))
+        if ours != theirs:
+            yield f"{name} is {ours}, the base's {theirs}"
+
+
+def _control_problems(spec: SwitchSpec, composed: Any) -> Iterator[str]:
+    """Every control token must come out as one special token, wherever it stands."""
+    tokens = {spec.base_token: spec.base_token_id, **{a.token: a.token_id for a in spec.adapters}}
+    for text, index in tokens.items():
+        for around in (text, f"a{text}b", f" {text} {text}\n"):
+            found = composed.encode(around, add_special_tokens=False).count(index)
+            if found != around.count(text):
+                yield f"{text} comes out {found} times of {around!r}, not {around.count(text)} times"
+        if not composed.added_tokens_decoder[index].special:
+            yield f"{text} is not a special token"
+
+
+def _specials(tokenizer: Any) -> list[str]:
+    """Texts of the tokenizer's own added tokens, alone and among words."""
+    tokens = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())][:300]
+    return [" ".join(tokens), "x".join(tokens), *(f"Say{text}it {text} twice\n{text}" for text in tokens[:40])]
+
+
+def _difference(where: str, text: str, ids: Sequence[int], expected: Sequence[int]) -> list[str]:
+    if list(ids) == list(expected):
+        return []
+    at = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), len(expected))
+    return [f"{_short(text)} is read as {len(ids)} ids, by {where} as {len(expected)}; they differ from {at} on"]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def main(arguments: Sequence[str]) -> None:
+    print(json.dumps(differences(*map(Path, arguments))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,80 @@
+"""Have transformers prove, where it is installed, that a composed folder's tokenizer is read as it should be.
+
+`granite_switch.autotokenizer` does the work, in a process of its own unless transformers is loaded in this one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from granite_switch.core.checkpoint import read_json
+from granite_switch.core.spec import MODEL_TYPE
+from granite_switch.errors import BaseModelError
+
+_PROGRAM = "granite_switch.autotokenizer"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A proof under way."""
+
+    folder: Path
+    base: Path | None
+    process: subprocess.Popen[str] | None  # None: to be done in this process
+
+
+def start_proof(folder: Path, base: Path | None = None) -> Proof | None:
+    """Begin to prove the tokenizer of a composed folder; None without transformers.
+
+    Args:
+        folder: the composed folder; the tokenizer's files and config.json must be there.
+        base: the base's folder. One that is a composed model itself is not compared with.
+    """
+    try:
+        if int(version("transformers").split(".")[0]) < 5:
+            return None
+    except PackageNotFoundError:
+        return None
+    if base and read_json(base / "config.json").get("model_type") == MODEL_TYPE:
+        base = None
+    process = None
+    if "transformers" not in sys.modules:
+        command = [sys.executable, "-m", _PROGRAM, str(folder), *([str(base)] if base else [])]
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        process = subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return Proof(folder, base, process)
+
+
+def differences(proof: Proof | None) -> list[str]:
+    """Wait for a proof and return what differs, a line each."""
+    if proof is None:
+        return []
+    if proof.process is None:
+        try:
+            return list(import_module(_PROGRAM).differences(proof.folder, proof.base))
+        except Exception as error:  # whatever a tokenizer's files make transformers raise
+            return [f"transformers cannot read it: {type(error).__name__} {error}"]
+    out, err = proof.process.communicate()
+    if proof.process.returncode:
+        return [f"transformers cannot read it: {(err.strip().splitlines() or ['no reason given'])[-1]}"]
+    return list(json.loads(out))
+
+
+def finish_proof(proof: Proof | None) -> None:
+    """Wait for a proof.
+
+    Raises:
+        BaseModelError: the composed tokenizer is not read as the base's, with the differences.
+    """
+    if problems := differences(proof):
+        raise BaseModelError(
+            f"transformers {version('transformers')} reads the composed tokenizer otherwise than the base's",
+            problems=problems[:8],
+            hint="save the base's tokenizer as transformers reads it: AutoTokenizer.from_pretrained(BASE)"
+            ".backend_tokenizer.save('BASE/tokenizer.json'), and set tokenizer_class to TokenizersBackend",
+        )

@@ -1,0 +1,284 @@
+"""Which bases llama.cpp's `graniteswitch` computes, and what each calls the parts of Granite's decoder.
+
+The engine computes one decoder. A base is taken by the `model_type` of its config.json if it computes the same under
+other names. Every key that changes what it computes is read here, with transformers' default, and refused by name where
+the engine computes something else.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from granite_switch.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of the engine's matrices, and the linear whose rows it is. A linear of several rows is cut in their order."""
+
+    stem: str  # llama.cpp's tensor name, for the adapters: `attn_q`
+    path: str  # the linear's path below its decoder layer: `self_attn.q_proj`
+    outputs: str  # a key of `Decoder.sizes`
+    inputs: str
+
+
+_ATTENTION = (
+    Row("attn_q", "self_attn.q_proj", "query", "hidden"),
+    Row("attn_k", "self_attn.k_proj", "key", "hidden"),
+    Row("attn_v", "self_attn.v_proj", "key", "hidden"),
+    Row("attn_output", "self_attn.o_proj", "hidden", "query"),
+)
+_PLAIN = (
+    *_ATTENTION,
+    Row("ffn_gate", "mlp.gate_proj", "mlp", "hidden"),
+    Row("ffn_up", "mlp.up_proj", "mlp", "hidden"),
+    Row("ffn_down", "mlp.down_proj", "hidden", "mlp"),
+)
+_SHARED = (
+    *_ATTENTION,
+    Row("ffn_gate", "shared_mlp.input_linear", "mlp", "hidden"),
+    Row("ffn_up", "shared_mlp.input_linear", "mlp", "hidden"),
+    Row("ffn_down", "shared_mlp.output_linear", "hidden", "mlp"),
+)
+FUSED = ("attn_q", "attn_k", "attn_v")  # one matrix in the engine, `attn_qkv`
+ROTARY = ("attn_q", "attn_k")
+
+# key -> what transformers' config class has where config.json leaves it out
+_DEFAULTS: Mapping[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "sliding_window": None,
+    "attention_chunk_size": None,
+    "layer_types": None,
+}
+_MULTIPLIERS: Mapping[str, Any] = {
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+}
+# key -> (the values that the engine computes, what it does)
+_FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "llama.cpp computes silu"),
+    "attention_bias": ((False, None), "llama.cpp's architecture has no biases"),
+    "mlp_bias": ((False, None), "llama.cpp's architecture has no biases"),
+    "sliding_window": ((None,), "llama.cpp's architecture has no window (absent, Mistral has one of 4096)"),
+    "attention_chunk_size": ((None,), "llama.cpp's architecture has no chunks"),
+    "num_local_experts": ((0,), "llama.cpp's architecture has no experts (absent, it is 8)"),
+    "position_embedding_type": (("rope", "nope", None), "llama.cpp computes rope, or no positions"),
+}
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one `model_type` says what Granite's decoder is."""
+
+    rows: tuple[Row, ...] = _PLAIN
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # all keys that are read, and transformers' defaults
+    mlp: str = "intermediate_size"  # the key with the width of the MLP
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    "granite": Dialect(defaults={**_DEFAULTS, **_MULTIPLIERS, "mlp_bias": False}),
+    "granitemoehybrid": Dialect(
+        rows=_SHARED,
+        defaults={
+            **_DEFAULTS,
+            **_MULTIPLIERS,
+            "num_local_experts": 8,
+            "position_embedding_type": None,
+            "layer_types": ["linear_attention"],
+            "shared_intermediate_size": 1024,
+        },
+        mlp="shared_intermediate_size",
+    ),
+    "llama": Dialect(defaults={**_DEFAULTS, "mlp_bias": False}),
+    "mistral": Dialect(
+        defaults={
+            **{key: value for key, value in _DEFAULTS.items() if key != "attention_bias"},
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
+}
+_ATTENTION_LAYERS = {"attention", "full_attention"}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What the engine is told of a base, whatever the base calls it."""
+
+    rows: tuple[Row, ...]
+    layers: int
+    vocab_size: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head: int  # size of each
+    context: int
+    epsilon: float
+    tied: bool
+    positions: bool  # False: no rotary embeddings
+    rope_theta: float
+    rope_scaling: Mapping[str, Any]  # llama.cpp's `rope.scaling.*`
+    attention_scale: float
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        query, key = self.heads * self.head, self.kv_heads * self.head
+        return {"hidden": self.hidden, "query": query, "key": key, "mlp": self.mlp}
+
+    def shape(self, row: Row) -> tuple[int, int]:
+        """(out, in) of one of the engine's matrices."""
+        return self.sizes[row.outputs], self.sizes[row.inputs]
+
+    def start(self, row: Row) -> int:
+        """The row of its linear at which a matrix begins."""
+        before = self.rows[: self.rows.index(row)]
+        return sum(self.shape(other)[0] for other in before if other.path == row.path)
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear of the base, by path."""
+        result: dict[str, tuple[int, int]] = {}
+        for layer in range(self.layers):
+            for row in self.rows:
+                out, width = self.shape(row)
+                path = linear(layer, row)
+                result[path] = (result.get(path, (0, 0))[0] + out, width)
+        return result
+
+
+def linear(layer: int, row: Row) -> str:
+    """The path of the linear of a row."""
+    return f"model.layers.{layer}.{row.path}"
+
+
+def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, list[str]]:
+    """What a config.json describes, and what of it the engine does not compute.
+
+    Args:
+        config: config.json.
+        model_type: the base's own.
+
+    Raises:
+        CheckpointError: the `model_type` is none of `DIALECTS`, or a size is missing.
+    """
+    dialect = DIALECTS.get(model_type)
+    if not dialect:
+        raise CheckpointError(
+            f"model_type {model_type!r}: llama.cpp's architecture graniteswitch does not compute it",
+            hint=f"it computes {', '.join(DIALECTS)}; run this model in transformers or vLLM",
+        )
+    if missing := [key for key in (*_REQUIRED, dialect.mlp) if key not in config and key not in dialect.defaults]:
+        raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+    keys = {key: config.get(key, default) for key, default in dialect.defaults.items()}
+    heads = config["num_attention_heads"]
+    head = keys.get("head_dim") or config["hidden_size"] // heads
+    positions = keys.get("position_embedding_type", "rope") == "rope"
+    problems = [*_problems(keys, config, dialect), *([f"head_dim: {head} is odd"] if head % 2 else [])]
+    scaling: Mapping[str, Any] = {}
+    try:
+        scaling = rope_scaling(config, keys["max_position_embeddings"]) if positions else {}
+    except ValueError as error:
+        problems.append(f"{'rope_scaling' if config.get('rope_scaling') else 'rope_parameters'}: {error}")
+    decoder = Decoder(
+        rows=dialect.rows,
+        layers=config["num_hidden_layers"],
+        vocab_size=config["vocab_size"],
+        hidden=config["hidden_size"],
+        mlp=keys.get(dialect.mlp) or config[dialect.mlp],
+        heads=heads,
+        kv_heads=keys["num_key_value_heads"] or heads,
+        head=head,
+        context=keys["max_position_embeddings"],
+        epsilon=keys["rms_norm_eps"],
+        tied=bool(keys["tie_word_embeddings"]),
+        positions=positions,
+        rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_scaling=scaling,
+        attention_scale=keys.get("attention_multiplier", head**-0.5),
+        embedding_scale=keys.get("embedding_multiplier", 1.0),
+        residual_scale=keys.get("residual_multiplier", 1.0),
+        logit_scale=keys.get("logits_scaling", 1.0),
+    )
+    return decoder, problems
+
+
+def _problems(keys: Mapping[str, Any], config: Mapping[str, Any], dialect: Dialect) -> Iterator[str]:
+    """Values of keys with which the base computes something else than the engine."""
+    for key, (allowed, reason) in _FIXED.items():
+        if key in keys and keys[key] not in allowed:
+            yield f"{key} {keys[key]!r}: {reason}"
+    for key in _MULTIPLIERS:
+        if key in keys and not keys[key]:
+            yield f"{key} {keys[key]!r}: llama.cpp takes it for 1"
+    if config.get("quantization_config"):
+        yield (
+            "quantization_config: the base is quantised; compose from the base in full precision and choose "
+            "--outtype q8_0"
+        )
+    types = config.get("layer_types") or config.get("layers_block_type") or dialect.defaults["layer_types"] or ()
+    if other := sorted({*map(str, types)} - _ATTENTION_LAYERS):
+        yield f"layer_types {', '.join(other)}: llama.cpp's architecture has layers of full attention only"
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary embeddings' parameters, from the key that transformers prefers."""
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return found if isinstance(found, Mapping) else {}
+
+
+_ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+}
+_ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
+
+def rope_scaling(config: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """`rope.scaling.*` for a config's rotary embeddings, as transformers' modeling_rope_utils defines them.
+
+    Raises:
+        ValueError: llama.cpp cannot compute them in this architecture.
+    """
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        why = "; it reads no rope_freqs.weight, which carries this scaling elsewhere" if kind == "llama3" else ""
+        raise ValueError(f"type {kind!r} is not in llama.cpp's architecture{why}")
+    if unknown := sorted(
+        {key for key, value in rope.items() if value is not None} - {*_ROPE_ALWAYS, *_ROPE_KEYS[kind]}
+    ):
+        raise ValueError(f"{', '.join(unknown)} of type {kind!r} is unknown")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
+        raise ValueError("partial_rotary_factor: llama.cpp's architecture turns whole heads")
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"type": "linear", "factor": float(rope["factor"])}
+    if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)) != (32, 1, True):
+        raise ValueError("llama.cpp reads no beta_fast, beta_slow and truncate for yarn here")
+    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or context
+    factor = float(rope.get("factor") or context / original)
+    usual, own = _mscale(factor), rope.get("attention_factor")
+    if own is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        own = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
+    result = {"type": "yarn", "factor": factor, "original_context_length": original}
+    return result if own is None else {**result, "attn_factor": own / usual}  # on top of yarn's own
+
+
+def _mscale(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -1,0 +1,106 @@
+"""BPE with byte fallback (Llama 2's, Mistral's) as llama.cpp's `llama` tokenizer.
+
+llama.cpp keeps no merges for it: it joins any two neighbours whose text is a token, the token with the best score
+first. That is the same where every such pair is a merge and the merges of one token follow each other; then a token's
+score is minus its place. Both are checked here, and how the tokenizer writes spaces.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+SPACE = "▁"
+_TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {"type": "Prepend", "prepend": SPACE}
+
+
+def is_sentencepiece(data: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json is BPE with byte fallback."""
+    return bool(data["model"].get("type") == "BPE" and data["model"].get("byte_fallback"))
+
+
+def scores(data: Mapping[str, Any], tokens: list[str]) -> list[float]:
+    """Each token's score; 0 for those that no merge makes."""
+    places = {left + right: i for i, level in enumerate(_levels(data)) for left, right in level}
+    return [-float(places.get(text, 0)) for text in tokens]
+
+
+def prefix(data: Mapping[str, Any]) -> tuple[bool, list[str]] | None:
+    """Whether a space goes before each piece of text between special tokens, and what differs; None if unknown."""
+    normalizer, splitter = data.get("normalizer"), data.get("pre_tokenizer")
+    if normalizer and not splitter:
+        steps = normalizer.get("normalizers", [normalizer])
+        return {1: (False, []), 2: (True, [])}[len(steps)] if steps in ([_TO_SPACE], [_PREPEND, _TO_SPACE]) else None
+    if normalizer or not splitter or splitter.get("type") != "Metaspace" or splitter.get("replacement") != SPACE:
+        return None
+    scheme = splitter.get("prepend_scheme")
+    if splitter.get("split", True) or scheme not in ("never", "first"):
+        return None
+    return False, [] if scheme == "never" else [
+        "llama.cpp puts no space before a prompt that begins with text, and the tokenizer does (prepend_scheme "
+        "'first'): prompts that begin with a special token, as chat templates' do, are tokenised alike"
+    ]
+
+
+def problems(data: Mapping[str, Any]) -> Iterator[str]:
+    """What llama.cpp would tokenise otherwise."""
+    model = data["model"]
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if model.get(key):
+            yield f"tokenizer.json: {key} {model[key]!r}: llama.cpp's tokenizer `llama` has no such thing"
+    if missing := [text for text in byte_tokens() if text not in model["vocab"]]:
+        yield f"tokenizer.json: byte_fallback without {missing[0]} ({len(missing)} bytes have no token)"
+    if prefix(data) is None:
+        steps = [(data.get(key) or {}).get("type") for key in ("normalizer", "pre_tokenizer")]
+        scheme = (data.get("pre_tokenizer") or {}).get("prepend_scheme")
+        yield (
+            f"tokenizer.json: normalizer {steps[0]} with pre_tokenizer {steps[1]} (prepend_scheme {scheme!r}) writes "
+            "spaces as llama.cpp's tokenizer `llama` does not"
+        )
+    if data.get("normalizer"):
+        for token in data.get("added_tokens", ()):
+            if token.get("normalized"):
+                yield f"tokenizer.json: {token['content']!r} is `normalized`: llama.cpp looks for tokens in plain text"
+    yield from list(_merge_problems(data))[:3]
+
+
+def byte_tokens() -> list[str]:
+    return [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def _merge_problems(data: Mapping[str, Any]) -> Iterator[str]:
+    """Pairs that llama.cpp joins and the tokenizer does not, or in another order."""
+    levels = _levels(data)
+    for level in levels:
+        made = list(dict.fromkeys(left + right for left, right in level))
+        longest_first = sorted(level, key=lambda pair: (-len(pair[0]), -len(pair[1])))
+        if len(made) > 1 and (len({*"".join(made)}) > 1 or level != longest_first):
+            yield f"tokenizer.json: merges of {made[0]!r} and {made[1]!r} alternate, and llama.cpp ranks tokens"
+    vocab = data["model"]["vocab"]
+    pairs, added = (
+        {pair for level in levels for pair in level},
+        {token["content"] for token in data.get("added_tokens", ())},
+    )
+    for text in vocab:
+        for at in range(1, len(text) if text not in added else 0):
+            left, right = text[:at], text[at:]
+            formed = all(part in vocab or len(part) == 1 for part in (left, right))
+            if formed and (left, right) not in pairs:
+                yield f"tokenizer.json: {left!r} and {right!r} are no merge, and llama.cpp makes {text!r} of them"
+
+
+def _levels(data: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
+    """The merges, those of one token together, and those of several where they alternate.
+
+    Llama 2 has such a level: its runs of spaces, of equal score. Merges with the longest left part first make the
+    leftmost run grow, which is what llama.cpp does with tokens of equal score.
+    """
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in data["model"].get("merges", ())]
+    last = {left + right: i for i, (left, right) in enumerate(merges)}
+    levels: list[list[tuple[str, str]]] = []
+    end = -1
+    for i, (left, right) in enumerate(merges):
+        if i > end:
+            levels.append([])
+        levels[-1].append((left, right))
+        end = max(end, last[left + right])
+    return levels
