@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix test-newest soak check format sample real bench bench-full bench-setup clean
+.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix test-newest soak fuzz check format sample real bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test-matrix  the transformers backend on the oldest, a middle and the newest release"
 	@echo "make test-newest  the same with the newest release of every dependency, in an environment of its own"
 	@echo "make soak       two hundred kills, many random sequences of changes"
+	@echo "make fuzz       every command on 20,000 damaged files (minutes)"
 	@echo "make check      format, lint, types, import arrows"
 	@echo "make sample     train the sample model and its adapters anew (about an hour)"
 	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine (half an hour)"
@@ -101,6 +102,11 @@ $(LLAMA_SDIST): | .venv/.stamp
 # Two hundred kills and many random sequences of changes to a model.
 soak: setup
 	SOAK=1 $(BIN)/python -m pytest tests/maintain -q
+
+# Every command on damaged files: a result or an error, nothing left over, memory under 1 GB.
+fuzz: setup
+	rm -rf $(OUT)/fuzz && mkdir -p $(OUT)/fuzz
+	$(BIN)/python tests/fuzz/fuzz.py $(OUT)/fuzz/material --cases 20000 --workers $(WORKERS)
 
 # The fast transformers suite on the oldest, a middle and the newest release.
 test-matrix: $(addprefix test-tf-,$(MATRIX))

@@ -155,7 +155,7 @@ def test_sources_that_hold_nothing(base: Path, adapter: Path, tmp_path: Path) ->
     (tmp_path / "m.yaml").write_text("- path: [1")
     refused(base, [tmp_path / "m.yaml"], tmp_path, "cannot be read as YAML")
     (tmp_path / "m.yaml").write_text("- name: x")
-    refused(base, [tmp_path / "m.yaml"], tmp_path, "entry 1 has no `path`")
+    refused(base, [tmp_path / "m.yaml"], tmp_path, "entry 1: path is missing")
 
 
 def test_bases_that_cannot_carry_adapters(base: Path, adapter: Path, composed: Path, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from granite_switch.core.checkpoint import Checkpoint, Entry, copy_of, read_header, to_float32, write, write_index
@@ -89,3 +90,98 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="incomplete") as caught:
         Checkpoint(tmp_path)
     assert "has b in a.safetensors" in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("name", [
+    "../a.safetensors", "/etc/a.safetensors", "x/a.safetensors", "x\\a.safetensors", "a.bin", ".a.safetensors",
+    "a\0.safetensors", "C:a.safetensors", "", 3, None, ["a.safetensors"],
+])  # fmt: skip
+def test_names_in_an_index_are_no_paths(name: object, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(9)}, tmp_path / "a.safetensors")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=r"index\.json: weight_map"):
+        Checkpoint(tmp_path / "model")
+
+
+def test_a_shard_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(9)}, tmp_path / "a.safetensors")
+    (tmp_path / "model").mkdir()
+    for name in ("model.safetensors", "b.safetensors"):
+        (tmp_path / "model" / name).symlink_to(tmp_path / "a.safetensors")
+        with pytest.raises(CheckpointError, match="incomplete") as caught:
+            Checkpoint(tmp_path / "model")
+        assert "leads out of its folder" in caught.value.problems[0]
+        (tmp_path / "model" / name).unlink()
+        (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(9)}, tmp_path / "a.safetensors")
+    save_file({"a": torch.zeros(9), "b": torch.ones(9)}, tmp_path / "b.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(tmp_path)
+    assert caught.value.problems == ("a is in a.safetensors and in b.safetensors",)
+
+
+NUMBERS = st.integers(-1, 40) | st.sampled_from([2**63, 2**64, 2**200, 1.0, True, None, "8", [0]])
+HEADERS = st.dictionaries(
+    st.sampled_from(["a", "b", "__metadata__", "é"]),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.sampled_from(["F32", "U8", "F4", "F6_E2M3", "F32 ", "f32", None, "C64", "BOOL"]),
+            "shape": st.lists(NUMBERS, max_size=3) | st.none(),
+            "data_offsets": st.lists(NUMBERS, max_size=3) | st.tuples(st.integers(0, 9), st.integers(0, 9)),
+        },
+    )
+    | st.none()
+    | st.dictionaries(st.text(max_size=2), st.text(max_size=2) | st.integers(), max_size=2),
+    max_size=3,
+)
+PIECES = st.lists(st.tuples(st.integers(0, 12), st.integers(-4, 4).map(lambda n: n if abs(n) == 4 else 0)), max_size=3)
+
+
+def same_as_the_library(path: Path, header: bytes, data: int) -> None:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(data))
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            library = set(opened.keys())
+    except SafetensorError:
+        with pytest.raises(CheckpointError):
+            read_header(path)
+        return
+    assert set(read_header(path)[0]) == library
+
+
+@settings(max_examples=500)
+@given(HEADERS, st.integers(0, 40), st.sampled_from([b"", b" ", b"\n", b"\0", b"x"]))
+def test_headers_are_refused_as_the_library_refuses_them(
+    tmp_path_factory: pytest.TempPathFactory, header: dict, data: int, end: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("header") / "a.safetensors"
+    same_as_the_library(path, json.dumps(header).encode() + end, data)
+
+
+@settings(max_examples=300)
+@given(PIECES, st.integers(-4, 4), st.permutations(range(3)))
+def test_overlaps_and_gaps(tmp_path_factory: pytest.TempPathFactory, pieces: list, more: int, order: list) -> None:
+    header, at = {}, 0
+    for i, (size, shift) in enumerate(pieces):
+        at += shift
+        header[f"t{i}"] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
+        at += size
+    shuffled = {name: header[name] for i in order if (name := f"t{i}") in header}
+    path = tmp_path_factory.mktemp("header") / "a.safetensors"
+    same_as_the_library(path, json.dumps(shuffled).encode(), max(0, at + more * (more % 2)))
+
+
+def test_a_header_larger_than_the_librarys_limit(tmp_path: Path) -> None:
+    length = 100_000_001
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(8 + length)
+    with pytest.raises(CheckpointError, match="100,000,000 at most"):
+        read_header(tmp_path / "a.safetensors")

@@ -79,7 +79,7 @@ def test_base_tensors_are_not_taken_for_adapters() -> None:
     ("change", "words"),
     [
         ({"format_version": 2}, "format 2"),
-        ({"format_version": None}, "format None"),
+        ({"format_version": None}, "format null"),
         ({"colour": "red"}, "unknown key"),
         ({"adapters": [{"name": "a"}]}, "missing"),
     ],

@@ -38,7 +38,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "/tree/" in self.path:
             self._json([{"type": "file", "path": p, "size": len(d), "oid": "0" * 40} for p, d in files.items()])
         else:
-            self._json({"id": repo, "sha": "0" * 40, "siblings": [{"rfilename": path} for path in files]})
+            record = {"id": repo, "sha": "0" * 40, "siblings": [{"rfilename": path} for path in files]}
+            self._json({**record, "private": self.server.private.get(repo, False)})
 
     def do_PUT(self) -> None:
         self.server.blobs[self.path.split("/")[-1]] = self._body()

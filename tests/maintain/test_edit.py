@@ -203,7 +203,8 @@ def test_io_yaml_on_demand(recipe: Recipe, model: Path, pool: Path, base: Path) 
     (lambda m, p: rename(m, "x", "y"), ["no adapter x"]),
     (lambda m, p: extract(m, "x", p / "never"), ["no adapter 'x'"]),
     (lambda m, p: add(p / "one", [p / "two"]), ["config.json"]),
-    (lambda m, p: add(p / "nowhere", [p / "two"]), ["neither a folder here nor a hub id"]),
+    (lambda m, p: add(p / "nowhere", [p / "two"]), ["is no folder here", "--output"]),
+    (lambda m, p: add("some/model", [p / "two"]), ["is no folder here", "--output"]),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_and_changes_nothing(change, words: list[str], model: Path, pool: Path) -> None:  # type: ignore[no-untyped-def]
     before = contents(model.parent)
@@ -217,3 +218,22 @@ def test_a_removed_adapters_name_is_not_given_to_another(model: Path) -> None:
     remove(model, ["a"])
     with pytest.raises(SwitchError, match="a removed adapter"):
         rename(model, "b", "a")
+
+
+def test_the_hubs_cache_is_not_changed_in_place(
+    model: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub/models--me--m/snapshots/0123"
+    shutil.copytree(model, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    before = contents(snapshot)
+    changes = [
+        lambda **out: add(snapshot, [pool / "one/c.d"], **out), lambda **out: rename(snapshot, "a", "x", **out),
+        lambda **out: remove(snapshot, ["a"], **out), lambda **out: update(snapshot, [pool / "two/a"], **out),
+    ]  # fmt: skip
+    for number, change in enumerate(changes):
+        with pytest.raises(SwitchError, match="hub's cache") as caught:
+            change()
+        assert "--output" in caught.value.hint
+        change(output=tmp_path / f"new-{number}")
+    assert contents(snapshot) == before

@@ -66,3 +66,30 @@ def test_a_refusal_is_an_error_without_a_traceback(server: Hub, composed: Path) 
     assert done.returncode == 1
     assert "me/switch: cannot be pushed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_only_the_files_of_the_format_are_uploaded(server: Hub, composed: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(composed, tmp_path / "model"))
+    (tmp_path / "secret").write_text("x")
+    for name in (
+        ".env",
+        "notes.txt",
+        "run.py",
+        "secret.json",
+        "checkpoint-5/optimizer.pt",
+        "io_configs/citations/me.txt",
+    ):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("mine")
+    (model / "link.md").symlink_to(tmp_path / "secret")
+    assert command(server, "push", model, "me/switch").returncode == 0
+    assert server.repos["me/switch"] == contents(composed)
+
+
+def test_a_private_push_to_a_public_repository_is_refused(server: Hub, composed: Path) -> None:
+    server.repos["me/open"], server.private["me/open"] = {"README.md": b"old"}, False
+    done = command(server, "push", composed, "me/open", "--private")
+    assert done.returncode == 1
+    assert "me/open: is public already" in done.stderr
+    assert server.repos["me/open"] == {"README.md": b"old"}
+    assert command(server, "push", composed, "me/open").returncode == 0

@@ -66,7 +66,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is no JSON": (lambda m: (m / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
     "a format of the future": (lambda m: edit_text(m / "config.json", '"format_version": 1', '"format_version": 2'),
                                "this release reads format 1"),
-    "unknown key": (lambda m: edit_adapter(m, shape="round"), "unknown key(s) shape"),
+    "unknown key": (lambda m: edit_adapter(m, shape="round"), "unknown key adapters[1].shape"),
     "vocab_size": (lambda m: edit_json(m / "config.json", vocab_size=400), "vocab_size 400"),
     "rank": (lambda m: edit_adapter(m, rank=3), "config.json says [3, "),
     "targets": (

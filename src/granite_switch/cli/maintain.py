@@ -49,15 +49,15 @@ def inspect(
     from granite_switch.compose.inspect import plot as draw
     from granite_switch.compose.inspect import strengths
     from granite_switch.compose.sources import model_folder
-    from granite_switch.core.checkpoint import read_json
+    from granite_switch.core.files import inside
     from granite_switch.core.legacy import describe, generation
+    from granite_switch.core.records import read_config
 
     if model.endswith(".gguf"):
         _inspect_gguf(Path(model), as_json)
         return
     folder = model_folder(model)
-    config = read_json(folder / "config.json")
-    if isinstance(config, dict) and (number := generation(config)):
+    if number := generation(read_config(inside(folder, "config.json"))):
         lines = describe(folder)
         console.print(json.dumps({"generation": number, "notes": lines}) if as_json else "\n".join(lines), markup=False)
         return

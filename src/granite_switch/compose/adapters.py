@@ -5,41 +5,24 @@ follows. The tests hold the composed model against PEFT.
 """
 
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
 from granite_switch.compose.base import Base
 from granite_switch.compose.sources import PROVENANCE, Found
-from granite_switch.core.checkpoint import CHUNK, Tensor, read_header, read_json, sha256, to_float32
+from granite_switch.core.border import check_name, checked, read, read_yaml, shown
+from granite_switch.core.checkpoint import CHUNK, Tensor, read_header, sha256, to_float32
+from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, digest, natural
-from granite_switch.errors import AdapterError, CheckpointError
+from granite_switch.core.records import AdapterConfig, IoConfig, Provenance, read_adapter_config
+from granite_switch.errors import AdapterError, CheckpointError, SwitchError
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 _BITS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
-
-# adapter_config.json: what changes the arithmetic beyond a pair of matrices, and why it cannot be composed
-_REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA rescales the base's weights",
-    "use_qalora": "QALoRA pools the adapter's input",
-    "lora_bias": "biases are not part of the update",
-    "modules_to_save": "whole modules replace the base's",
-    "fan_in_fan_out": "transposed (Conv1D) weights",
-    "target_parameters": "updates of bare parameters",
-    "trainable_token_indices": "retrained embeddings replace the base's",
-    "layer_replication": "the base's layers are repeated",
-    "use_bdlora": "block-diagonal matrices",
-    "arrow_config": "a router over several adapters",
-    "kasa_config": "the base's weights are truncated",
-    "monteclora_config": "sampled matrices",
-}
-_IO_KEYS = ("model", "response_format", "transformations")
-_REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base's weights when PEFT loads them
 
 
 @dataclass(frozen=True)
@@ -88,8 +71,7 @@ def read_adapter(found: Found, base: Base) -> Adapter:
     """
     where = str(found.folder)
     check_name(found.name)
-    config = _config(found.folder)
-    _refuse_features(where, config)
+    config = read_adapter_config(found.folder)
     weights = found.folder / "adapter_model.safetensors"
     if not weights.is_file():
         pickled = sorted(p.name for p in found.folder.glob("*.bin")) + sorted(p.name for p in found.folder.glob("*.pt"))
@@ -100,14 +82,14 @@ def read_adapter(found: Found, base: Base) -> Adapter:
             )
         raise AdapterError(f"{weights}: no such file", hint="download or copy the adapter again")
     try:
-        tensors = _tensors(weights, base)
+        tensors = _tensors(inside(found.folder, weights.name), base)
     except CheckpointError as error:
         raise AdapterError(error.message, problems=error.problems, hint=error.hint) from None
     ranks, problems = _ranks(tensors, config)
     if problems:
         raise AdapterError(f"{weights}: does not fit its adapter_config.json", problems=problems)
     _refuse_nonfinite(weights, tensors)
-    rank, rank_pattern = _compact(ranks, int(config.get("r", 8)))
+    rank, rank_pattern = _compact(ranks, config.r)
     alpha, alpha_pattern = _alphas(ranks, config)
     invocation = _invocation(where, config, base.vocab_size)
     if found.invocation_placement and not invocation:
@@ -122,7 +104,7 @@ def read_adapter(found: Found, base: Base) -> Adapter:
         technology="alora" if invocation else "lora",
         rank=rank,
         alpha=alpha,
-        use_rslora=bool(config.get("use_rslora")),
+        use_rslora=config.use_rslora,
         targets=tuple(ranks),
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
@@ -148,68 +130,19 @@ def read_retired(found: Found, base: Base) -> Retired:
 def io_problem(path: Path) -> str:
     """What keeps clients such as Mellea from loading an io.yaml; "" if nothing does."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return f"{path}: cannot be read as YAML ({error})"
-    missing = [key for key in _IO_KEYS if not isinstance(data, dict) or key not in data]
-    return f"{path}: lacks {', '.join(missing)}" if missing else ""
-
-
-def check_name(name: str) -> None:
-    """Refuse a name that cannot stand in a file name, a token or a template."""
-    reason = ""
-    if not name or name.strip() != name:
-        reason = "is empty or has spaces around it"
-    elif name == "base":
-        reason = "is what the base model itself is called"
-    elif "/" in name or "\\" in name or ".." in name or name.startswith("."):
-        reason = "must not hold a slash or '..', or begin with a dot"
-    elif any(unicodedata.category(c).startswith(("C", "Z")) for c in name):
-        reason = "must not hold spaces or control characters"
-    elif any(c in "<>|{}%:*?\"'" for c in name):
-        reason = "must not hold any of < > | { } % : * ? or quotes"
-    elif len(name.encode()) > 100:
-        reason = "is longer than 100 bytes"
-    if reason:
-        raise AdapterError(f"adapter name {name!r} {reason}", hint="give it another name in a YAML manifest")
+        checked(IoConfig, read_yaml(inside(path.parent, path.name)), path)
+    except SwitchError as error:
+        return f"{error.message}{': ' if error.problems else ''}{', '.join(error.problems)}"
+    return ""
 
 
 def _provenance(found: Found, contents: str) -> tuple[str, str] | None:
     """Source and sha256 of an adapter that came out of a composed model, if its weights are still the same."""
     path = found.folder / PROVENANCE
-    record = read_json(path) if path.is_file() else None
-    if not isinstance(record, dict) or record.get("digest") != contents:
+    if not path.is_file():
         return None
-    return str(record["source"]), str(record["sha256"])
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = read_json(folder / "adapter_config.json")
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint="a PEFT adapter folder holds adapter_config.json") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder / 'adapter_config.json'}: is not a JSON object")
-    return config
-
-
-def _refuse_features(where: str, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{where}: peft_type {config.get('peft_type')!r} cannot be composed", hint="LoRA and activated LoRA can"
-        )
-    problems = [f"{key}: {why}" for key, why in _REFUSED.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias={config['bias']!r}: the base's biases are retrained")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_REFUSED_INIT):
-        problems.append(f"init_lora_weights={init!r}: it changes the base's weights")
-    if problems:
-        raise AdapterError(
-            f"{where}: uses PEFT features that cannot be composed",
-            problems=problems,
-            hint="train it again without them, or convert it to plain LoRA with PEFT",
-        )
+    record = read(inside(found.folder, PROVENANCE), Provenance, AdapterError, "remove the file, or extract it again")
+    return (record.source, record.sha256) if record.digest == contents else None
 
 
 def _tensors(weights: Path, base: Base) -> dict[AdapterTensor, Tensor]:
@@ -264,7 +197,7 @@ def _without_numbers(path: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", f".{path}")
 
 
-def _ranks(tensors: Mapping[AdapterTensor, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
+def _ranks(tensors: Mapping[AdapterTensor, Tensor], config: AdapterConfig) -> tuple[dict[str, int], list[str]]:
     """Rank of each linear, in natural order, and where pairs or ranks do not agree."""
     ranks: dict[str, int] = {}
     problems = []
@@ -273,19 +206,11 @@ def _ranks(tensors: Mapping[AdapterTensor, Tensor], config: Mapping[str, Any]) -
         if a is None or b is None:
             problems.append(f"{linear}: lora_{'A' if a is None else 'B'} is missing")
             continue
-        expected = int(_pattern(config.get("rank_pattern"), linear, config.get("r", 8)))
+        expected = config.rank_of(linear)
         if not a.shape[0] == b.shape[1] == expected:
             problems.append(f"{linear}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, the config says {expected}")
         ranks[linear] = a.shape[0]
     return ranks, problems
-
-
-def _pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value for a module (PEFT `get_pattern_key`): the first pattern that matches the end of its path."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
 
 
 def _compact(ranks: Mapping[str, int], default: int) -> tuple[int, dict[str, int]]:
@@ -293,17 +218,16 @@ def _compact(ranks: Mapping[str, int], default: int) -> tuple[int, dict[str, int
     return rank, {linear: value for linear, value in ranks.items() if value != rank}
 
 
-def _alphas(ranks: Mapping[str, int], config: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
-    default = config.get("lora_alpha", 8)
-    alphas = {linear: _pattern(config.get("alpha_pattern"), linear, default) for linear in ranks}
+def _alphas(ranks: Mapping[str, int], config: AdapterConfig) -> tuple[float, dict[str, float]]:
+    default = config.lora_alpha
+    alphas = {linear: config.alpha_of(linear) for linear in ranks}
     return default, {linear: value for linear, value in alphas.items() if value != default}
 
 
-def _invocation(where: str, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    tokens = config.get("alora_invocation_tokens") or ()
-    bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < vocab_size]
-    if bad:
-        raise AdapterError(f"{where}: alora_invocation_tokens {bad} are not in the base's vocabulary")
+def _invocation(where: str, config: AdapterConfig, vocab_size: int) -> tuple[int, ...]:
+    tokens = config.alora_invocation_tokens or ()
+    if bad := [token for token in tokens if token >= vocab_size]:
+        raise AdapterError(f"{where}: alora_invocation_tokens {shown(bad)} are not in the base's vocabulary")
     return tuple(tokens)
 
 

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from granite_switch.compose.reading import read_as_base
-from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.border import shown
+from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.files import inside
 from granite_switch.core.layout import Vocabulary, decoder_config, natural, vocabulary
 from granite_switch.core.linears import Shape, linears
+from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE
 from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import BaseModelError, CheckpointError
 
+_MOST_MISSING_ROWS = 65536  # tokens without a row in the embedding; they get one
 _CAUSAL = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -77,13 +81,8 @@ def read_base(folder: Path) -> Base:
 
 def read_base_config(folder: Path) -> dict[str, Any]:
     """The base's config.json, if it is a decoder that can carry adapters."""
-    try:
-        config = read_json(folder / "config.json")
-    except CheckpointError as error:
-        raise BaseModelError(error.message, hint="a base model's folder holds config.json") from None
-    where = folder / "config.json"
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise BaseModelError(f"{where}: no `model_type`", hint="a base is a model that transformers loads")
+    where = inside(folder, "config.json")
+    config = read_config(where, BaseModelError, "a base is a model that transformers loads, with its config.json")
     if config["model_type"] == MODEL_TYPE:
         raise BaseModelError(
             f"{where}: model_type {MODEL_TYPE!r} cannot carry adapters",
@@ -92,15 +91,11 @@ def read_base_config(folder: Path) -> dict[str, Any]:
     if config.get("is_encoder_decoder"):
         raise BaseModelError(f"{where}: is_encoder_decoder: an encoder-decoder cannot carry a switch; decoders can")
     names = config.get("architectures")
-    if not isinstance(names, list) or not names or not str(names[0]).endswith(_CAUSAL):
+    if not names or not names[0].endswith(_CAUSAL):
         raise BaseModelError(
-            f"{where}: architectures {names!r} name no language model",
+            f"{where}: architectures {shown(names)} name no language model",
             hint=f"the class must end in {', '.join(_CAUSAL)}; save the model with its language-model head",
         )
-    inner = decoder_config(config)
-    missing = [key for key in ("num_hidden_layers", "vocab_size") if not isinstance(inner.get(key), int)]
-    if missing:
-        raise BaseModelError(f"{where}: lacks {', '.join(missing)}")
     return config
 
 
@@ -118,11 +113,19 @@ def check_base(base: Base) -> None:
         )
     for name in names.names:
         tensor = tensors[name]
+        if tensor.shape[0] != base.vocab_size:
+            raise BaseModelError(
+                f"{base.folder}: {name} has {tensor.shape[0]} rows; config.json says vocab_size {base.vocab_size}"
+            )
         if tensor.dtype not in ("F32", "F16", "BF16", "F64"):
             raise BaseModelError(
                 f"{base.folder}: {name} is {tensor.dtype} {list(tensor.shape)}; control tokens need rows of floats",
                 hint="quantise the base without its embedding and lm_head",
             )
+    if base.tokenizer.size > base.vocab_size + _MOST_MISSING_ROWS:
+        raise BaseModelError(
+            f"{base.folder}: tokenizer.json has ids up to {base.tokenizer.size - 1}, the model {base.vocab_size} rows"
+        )
     if not base.linears:
         raise BaseModelError(f"{base.folder}: holds no linear (a 2-D weight in a numbered layer) for adapters")
 

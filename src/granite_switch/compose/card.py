@@ -2,19 +2,13 @@
 
 from collections.abc import Mapping
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from granite_switch.compose.adapters import Adapter
 from granite_switch.core.spec import SwitchSpec
 
-_CARD = """---
-library_name: transformers
-base_model: {base}
-tags:
-- granite-switch
-- lora
-- alora
----
-
-# {base} with {count} adapters
+_TAGS = ("granite-switch", "lora", "alora")
+_CARD = """# {base} with {count} adapters
 
 A [Granite Switch](https://pypi.org/project/granite-switch/) checkpoint: one base model and the adapters below, switched
 per token by control tokens in the prompt.
@@ -52,7 +46,15 @@ def model_card(model: SwitchSpec, adapters: Mapping[str, Adapter]) -> str:
         targets = ", ".join(spec.modules)
         rows.append(
             f"| {slot} | `{spec.name}` | {spec.technology} | {spec.rank} | {targets} | {parameters:,} "
-            f"| {spec.source} | `{spec.sha256[:16]}` |"
+            f"| {_cell(spec.source)} | `{_cell(spec.sha256[:16])}` |"
         )
     example = model.names[0] if model.names else "base"
-    return _CARD.format(base=model.base_model, count=len(rows), rows="\n".join(rows), example=example)
+    base = _cell(model.base_model)
+    text = _CARD.format(base=base, count=len(rows), rows="\n".join(rows), example=example)
+    head = ModelCardData(base_model=base, library_name="transformers", tags=list(_TAGS))
+    return str(ModelCard("---\n" + head.to_yaml() + "\n---\n\n" + text))
+
+
+def _cell(text: str) -> str:
+    """A text of unknown origin in one line of a table."""
+    return " ".join(text.split()).replace("|", "\\|")

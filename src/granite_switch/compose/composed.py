@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, Retired
+from granite_switch.compose.adapters import Adapter, Retired, io_problem
 from granite_switch.compose.base import Base
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import io_config
-from granite_switch.core import legacy
+from granite_switch.core import legacy, records
 from granite_switch.core.chat import unwrap
-from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, adapter_file, decoder_config, parse_key, vocabulary
 from granite_switch.core.linears import linears
 from granite_switch.core.spec import MODEL_TYPE, AdapterSpec, SwitchSpec
@@ -79,8 +80,8 @@ def _base_config(config: Mapping[str, Any], spec: SwitchSpec) -> dict[str, Any]:
 
 def read_config(folder: Path) -> tuple[dict[str, Any], SwitchSpec]:
     """A composed model's config.json, and its adapters."""
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    config = records.read_config(inside(folder, "config.json"))
+    kind = config["model_type"]
     if kind == MODEL_TYPE and config.get("switch"):
         return config, SwitchSpec.from_dict(config["switch"])
     hint = "granite-switch compose makes one of a base model and adapters"
@@ -121,8 +122,8 @@ def _row_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str,
     problems = []
     if controls != list(range(controls[0], controls[-1] + 1)):
         problems.append(f"config.json: the control tokens' ids {controls} have gaps")
-    size = decoder_config(config).get("vocab_size")
-    if not isinstance(size, int) or size < rows:
+    size = decoder_config(config)["vocab_size"]
+    if size < rows:
         return [
             *problems,
             f"config.json: vocab_size {size} where the last control token is {controls[-1]} and "
@@ -169,6 +170,8 @@ def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint, spec: Swit
         same = adapter.substitute_token_id == spec.base_substitute_token_id
         return Retired(adapter.name, None if same else adapter.substitute_token_id)
     file, io_yaml = adapter_file(adapter.name), folder / io_config(adapter.name)
+    if io_yaml.is_file() and (problem := io_problem(io_yaml)):
+        raise CheckpointError(problem, hint=f"{VERIFY} {folder}")
     tensors: dict[AdapterTensor, Tensor] = {}
     for name, tensor in checkpoint.files[file].items():
         if key := parse_key(name):
@@ -187,7 +190,7 @@ def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint, spec: Swit
         source=adapter.source,
         sha256=adapter.sha256,
         digest=adapter.digest,
-        io_yaml=io_yaml if io_yaml.is_file() else None,
+        io_yaml=inside(folder, io_config(adapter.name)) if io_yaml.is_file() else None,
         invocation_placement=adapter.invocation_placement,
         file=folder / file,
     )

@@ -12,14 +12,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, Retired, check_name
+from granite_switch.compose.adapters import Adapter, Retired
 from granite_switch.compose.card import model_card
 from granite_switch.compose.composed import VERIFY, Composed, read_composed, read_config
 from granite_switch.compose.plan import Plan, assemble, read_slots
 from granite_switch.compose.sources import Found, Selection, find, model_folder
 from granite_switch.compose.write import write_model
+from granite_switch.core.border import check_name
+from granite_switch.core.files import in_hub_cache, inside
 from granite_switch.core.layout import adapter_file
-from granite_switch.core.staging import check_target, held, link_or_copy, staged
+from granite_switch.core.staging import check_target, held, link_or_copy, restore, staged
 from granite_switch.errors import AdapterError, CheckpointError, OutputError
 
 Source = str | PathLike[str]
@@ -53,7 +55,7 @@ def add(
     Raises:
         SwitchError: with all that is wrong; the model is then as it was.
     """
-    folder = model_folder(model)
+    folder = _folder(model, output)
     found = _find(folder, sources, **selection)
 
     def change(old: Composed) -> Slots:
@@ -75,7 +77,7 @@ def update(
 
     Args, returns, raises: as for `add`.
     """
-    folder = model_folder(model)
+    folder = _folder(model, output)
     found = _find(folder, sources, **selection)
 
     def change(old: Composed) -> Slots:
@@ -95,7 +97,7 @@ def remove(model: Source, names: Sequence[str], *, output: Source | None = None,
         output: a folder to make; by default the model is changed in place.
         force: replace an existing output.
     """
-    folder = model_folder(model)
+    folder = _folder(model, output)
 
     def change(old: Composed) -> Slots:
         _must_have(old, names)
@@ -117,7 +119,7 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
         output: a folder to make; by default the model is changed in place.
         force: replace an existing output.
     """
-    folder = model_folder(model)
+    folder = _folder(model, output)
     check_name(new)
 
     def change(model: Composed) -> Slots:
@@ -131,6 +133,20 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
         ]
 
     return _edit(folder, output, force, change)
+
+
+def _folder(model: Source, output: Source | None) -> Path:
+    """The model's folder. What comes from the hub is in its cache, which every later load reads: it is not changed."""
+    restore(Path(model))
+    path = Path(model)
+    where = path if path.exists() else None
+    if output is None and (where is None or in_hub_cache(where)):
+        kind = "is in the hub's cache" if where else "is no folder here"
+        raise OutputError(
+            f"{model}: {kind}; only a folder of your own is changed in place",
+            hint="say with --output where the changed model is to be written",
+        )
+    return model_folder(model)
 
 
 def _find(
@@ -213,13 +229,14 @@ def _carry_over(old: Composed, plan: Plan, partial: Path) -> list[str]:
             config_of = relative.parts[1] if relative.parts[0] == "io_configs" and len(relative.parts) > 2 else ""
             if target.exists() or str(relative) in gone or (config_of and config_of not in same):
                 continue
+            inside(old.folder, relative)
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.stat().st_size > _SMALL:
                 link_or_copy(source, target)
             else:
                 shutil.copy(source, target)
     card = old.folder / "README.md"
-    if card.is_file() and card.read_text(encoding="utf-8") != model_card(old.spec, old.adapters):
+    if card.is_file() and card.read_bytes() != model_card(old.spec, old.adapters).encode():
         shutil.copy(card, partial / "README.md")
         return [f"{card}: was written by hand and is left as it is"]
     return []

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from granite_switch.compose.composed import Composed, read_composed
 from granite_switch.compose.sources import model_folder
 from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.files import steady
 from granite_switch.core.layout import AdapterTensor, decoder_config
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.errors import SwitchError
@@ -79,7 +80,8 @@ def inspect(model: str | PathLike[str]) -> Report:
     Raises:
         CheckpointError: it is not of format 1, or its files contradict each other.
     """
-    composed = read_composed(model_folder(model))
+    folder = model_folder(model)
+    composed = steady(folder, lambda: read_composed(folder))
     spec, base = composed.spec, composed.base
     tensors = base.checkpoint.tensors.values()
     total = base.checkpoint.nbytes + sum(adapter.nbytes for adapter in composed.adapters.values())
@@ -143,7 +145,11 @@ def strengths(model: str | PathLike[str]) -> Strengths:
     Args:
         model: local folder or hub id.
     """
-    composed = read_composed(model_folder(model))
+    folder = model_folder(model)
+    return steady(folder, lambda: _strengths(read_composed(folder)))
+
+
+def _strengths(composed: Composed) -> Strengths:
     places = {linear: _place(linear) for spec in composed.spec.active for linear in spec.targets}
     modules = tuple(dict.fromkeys(place[0] for place in places.values()))
     layers = 1 + max((place[1] for place in places.values()), default=0)

@@ -176,7 +176,7 @@ def read_slots(found: Sequence[Found], base: Base) -> list[Adapter | Retired]:
 def _first_token(config: Mapping[str, Any], tokenizer: BaseTokenizer) -> int:
     """Without a template, the token that opens a prompt is the beginning-of-sequence token, or the end's."""
     for key in ("bos_token", "eos_token"):
-        if text := tokenizer.special_tokens.get(key):
+        if (text := tokenizer.special_tokens.get(key)) in tokenizer.tokens:
             return tokenizer.tokens[text]
     for key in ("bos_token_id", "eos_token_id"):
         value = config.get(key)

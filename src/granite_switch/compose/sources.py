@@ -11,9 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.border import checked, read_yaml
+from granite_switch.core.records import ManifestEntry, RetiredEntry, read_adapter_config
 from granite_switch.errors import AdapterError, BaseModelError, CheckpointError
 
 TECHNOLOGIES = ("alora", "lora")  # in order of preference
@@ -152,7 +151,7 @@ def _preferred(found: Found, others: Sequence[Found], technology: str) -> bool:
 def _technology(found: Found) -> str:
     if found.technology:
         return found.technology
-    return "alora" if read_json(found.folder / ADAPTER_FILES[0]).get("alora_invocation_tokens") else "lora"
+    return "alora" if read_adapter_config(found.folder).alora_invocation_tokens else "lora"
 
 
 def _scan(source: str, selection: Selection, revision: str | None) -> Iterable[Found]:
@@ -194,10 +193,7 @@ def _manifest(path: Path, selection: Selection) -> Iterable[Found]:
 
     An entry {name, retired: true, substitute_token_id} keeps a removed adapter's slot and token taken.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise AdapterError(f"{path}: cannot be read as YAML ({error})") from None
+    data = read_yaml(path)
     records = data.get("adapters") if isinstance(data, dict) else data
     if not isinstance(records, list) or not records:
         raise AdapterError(f"{path}: holds no list of adapters", hint="each entry has `name`, `path`, `revision`")
@@ -208,25 +204,25 @@ def _manifest(path: Path, selection: Selection) -> Iterable[Found]:
 
 
 def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) -> Found:
+    where = f"{path}: entry {number}"
+    hint = "each entry has `name`, `path`, `revision`"
     if isinstance(record, dict) and record.get("retired"):
-        return _manifest_retired(path, number, record)
-    if not isinstance(record, dict) or not isinstance(record.get("path"), str):
-        raise AdapterError(f"{path}: entry {number} has no `path`", hint="each entry has `name`, `path`, `revision`")
-    if unknown := set(record) - {"name", "path", "revision", "invocation_placement"}:
-        raise AdapterError(f"{path}: entry {number} has unknown key(s) {', '.join(sorted(map(str, unknown)))}")
-    local = path.parent / Path(record["path"]).expanduser()
-    source = str(local) if local.exists() else record["path"]
-    here = list(_scan(source, selection, record.get("revision")))
+        gone = checked(RetiredEntry, record, where, AdapterError, hint)
+        return Found(gone.name, path, "", retired=True, substitute_token_id=gone.substitute_token_id)
+    entry = checked(ManifestEntry, record, where, AdapterError, hint)
+    local = path.parent / Path(entry.path).expanduser()
+    source = str(local) if local.exists() else entry.path
+    here = list(_scan(source, selection, entry.revision))
     if len(here) > 1:
         here = _choose(source, here, selection)
     if len(here) != 1:
         raise AdapterError(
-            f"{path}: entry {number}: {record['path']} holds {len(here)} adapters, not one",
+            f"{path}: entry {number}: {entry.path} holds {len(here)} adapters, not one",
             hint="give the path of one adapter's folder",
         )
-    name = str(record.get("name") or here[0].name)
-    where = check_placement(f"{path}: entry {number}", record.get("invocation_placement") or "")
-    return Found(name, here[0].folder, here[0].source, here[0].technology, invocation_placement=where)
+    name = entry.name or here[0].name
+    where_to = check_placement(where, entry.invocation_placement)
+    return Found(name, here[0].folder, here[0].source, here[0].technology, invocation_placement=where_to)
 
 
 def check_placement(who: str, where: Any) -> Literal["", "prefix", "suffix"]:
@@ -235,17 +231,6 @@ def check_placement(who: str, where: Any) -> Literal["", "prefix", "suffix"]:
         raise AdapterError(f"{who}: an invocation text is placed as `prefix` or `suffix`, not {where!r}")
     result: Literal["", "prefix", "suffix"] = where
     return result
-
-
-def _manifest_retired(path: Path, number: int, record: dict[str, Any]) -> Found:
-    token = record.get("substitute_token_id")
-    if unknown := set(record) - {"name", "retired", "substitute_token_id"}:
-        raise AdapterError(f"{path}: entry {number} has unknown key(s) {', '.join(sorted(map(str, unknown)))}")
-    if not isinstance(record.get("name"), str) or not isinstance(token, int | None):
-        raise AdapterError(
-            f"{path}: entry {number}: a removed adapter has a `name`, its substitute_token_id is a number"
-        )
-    return Found(record["name"], path, "", retired=True, substitute_token_id=token)
 
 
 def _fetch(

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, check_name
+from granite_switch.compose.adapters import Adapter
 from granite_switch.compose.base import Base
 from granite_switch.compose.plan import Plan, assemble
 from granite_switch.compose.reading import as_read, joined
@@ -20,8 +20,10 @@ from granite_switch.compose.sources import model_folder
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import write_model
 from granite_switch.core import legacy
-from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, Vocabulary, digest, parse_key, vocabulary
+from granite_switch.core.records import AdapterIndex, read_adapter_index
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, staged
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
@@ -66,7 +68,7 @@ def prepare(folder: Path) -> Plan:
     old = legacy.read(folder)
     tokenizer = read_tokenizer(folder)
     first = _first_control(old, tokenizer)
-    index = read_json(folder / "adapter_index.json") if (folder / "adapter_index.json").is_file() else {}
+    index = read_adapter_index(folder)
     triggers = _invocations(old, tokenizer)
     pairs: dict[str, dict[AdapterTensor, Tensor]] = {name: {} for name in old.spec.names}
     for name, tensor in old.tensors.items():
@@ -76,7 +78,7 @@ def prepare(folder: Path) -> Plan:
     for spec in old.spec.adapters:
         tokens = tuple(tokenizer.library.encode(triggers[spec.name], add_special_tokens=False).ids)
         slots.append(_adapter(old, spec, pairs[spec.name], tokens, _io_yaml(folder, spec.name, index)))
-    base_model = index.get("model_info", {}).get("base_model") or folder.resolve().name
+    base_model = index.model_info.base_model or folder.resolve().name
     planned = assemble(_base(old, tokenizer, first), slots, base_model, False)
     _check_substitutes(old, planned)
     return planned
@@ -114,7 +116,6 @@ def _adapter(
     io_yaml: Path | None,
 ) -> Adapter:
     """An adapter without the pairs that change nothing, which stacking it with others gave it."""
-    check_name(spec.name)
     used = {key.linear for key, tensor in tensors.items() if key.matrix == "B" and not _zero(tensor)}
     used = used or {key.linear for key in tensors}  # an adapter that changes nothing stays one
     kept = {key: tensor for key, tensor in tensors.items() if key.linear in used}
@@ -142,10 +143,10 @@ def _zero(tensor: Tensor) -> bool:
     return data.count(0) == len(data)
 
 
-def _io_yaml(folder: Path, name: str, index: Mapping[str, Any]) -> Path | None:
-    records = {record.get("adapter_name"): record for record in index.get("adapters", ())}
-    path = folder / (records.get(name, {}).get("io_config") or f"io_configs/{name}/io.yaml")
-    return path if path.is_file() and path.resolve().is_relative_to(folder.resolve()) else None
+def _io_yaml(folder: Path, name: str, index: AdapterIndex) -> Path | None:
+    named = [record.io_config for record in index.adapters if record.adapter_name == name and record.io_config]
+    path = inside(folder, named[0] if named else f"io_configs/{name}/io.yaml")
+    return path if path.is_file() else None
 
 
 def _vocabulary(old: legacy.Old) -> Vocabulary:
@@ -173,13 +174,17 @@ def _first_control(old: legacy.Old, tokenizer: BaseTokenizer) -> int:
 def _invocations(old: legacy.Old, tokenizer: BaseTokenizer) -> Mapping[str, str]:
     """The invocation text of every adapter, "" for a LoRA, from the table with which old templates begin."""
     found = _ADAPTER_MAP.search(tokenizer.templates.get("default", ""))
-    table = ast.literal_eval(found[1]) if found else {}
-    if missing := [name for name in old.spec.names if name not in table]:
+    try:
+        table = ast.literal_eval(found[1]) if found else {}
+        triggers = {name: table[name].get("invocation_text") or "" for name in old.spec.names if name in table}
+    except (ValueError, SyntaxError, TypeError, AttributeError, RecursionError, MemoryError):
+        triggers = {}
+    if missing := [name for name in old.spec.names if not isinstance(triggers.get(name), str)]:
         raise CheckpointError(
             f"{old.checkpoint.folder}: its chat template does not say what turns on {', '.join(missing)}",
             hint="the old composer's template begins with a table of adapters; put it back as it was published",
         )
-    return {name: record.get("invocation_text") or "" for name, record in table.items()}
+    return triggers
 
 
 def _check_substitutes(old: legacy.Old, new: Plan) -> None:

@@ -14,8 +14,11 @@ from granite_switch.compose.composed import read_config, tensor_problems, unwrap
 from granite_switch.compose.proof import differences, start_proof
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.write import adapter_index, io_config
-from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor, read_json
+from granite_switch.core.border import read, read_json
+from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor
+from granite_switch.core.files import inside, steady
 from granite_switch.core.layout import AdapterTensor, decoder_config, digest, parse_key, vocabulary
+from granite_switch.core.records import ShardIndex
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError, SwitchError
@@ -37,14 +40,14 @@ def verify(model: str | PathLike[str], *, deep: bool = False) -> SwitchSpec:
         CheckpointError: with everything that is wrong.
     """
     folder = model_folder(model)
-    problems = find_problems(folder, deep=deep)
-    if problems:
+    problems, spec = steady(folder, lambda: (find_problems(folder, deep=deep), _attempt([], read_config, folder)))
+    if problems or not spec:
         raise CheckpointError(
             f"{folder}: {len(problems)} thing{'s are' if len(problems) > 1 else ' is'} wrong",
             problems=problems,
             hint="put the files back as they were, or compose the model anew",
         )
-    return read_config(folder)[1]
+    return spec[1]
 
 
 def find_problems(folder: Path, *, deep: bool = False) -> list[str]:
@@ -74,8 +77,6 @@ def _attempt(problems: list[str], step: Callable[..., T], *args: Any) -> T | Non
         return step(*args)
     except SwitchError as error:
         problems += error.problems or [error.message]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problems.append(f"{args[0]}: {step.__name__}: {type(error).__name__} {error}")
     return None
 
 
@@ -88,11 +89,11 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
     ]
     if SINGLE in checkpoint.files:
         return [*problems, f"{SINGLE} is there; loaders take it and do not look at {INDEX}"]
-    index = read_json(folder / INDEX)
-    listed = index["weight_map"]
+    index = read(folder / INDEX, ShardIndex)
+    listed = index.weight_map
     for file, tensors in checkpoint.files.items():
         problems += [f"{file} holds {name}, which {INDEX} does not list" for name in tensors if name not in listed]
-    total = (index.get("metadata") or {}).get("total_size")
+    total = (index.metadata or {}).get("total_size")
     if total is not None and total != checkpoint.nbytes:
         problems.append(f"{INDEX}: total_size {total} where the tensors have {checkpoint.nbytes} bytes")
     return problems
@@ -157,7 +158,7 @@ def _prove(
 
 def _client_problems(folder: Path, spec: SwitchSpec) -> list[str]:
     problems: list[str] = []
-    index = _attempt(problems, read_json, folder / "adapter_index.json")
+    index = _attempt(problems, lambda: read_json(inside(folder, "adapter_index.json")))
     if index is not None and index != adapter_index(spec, folder):
         problems.append("adapter_index.json: does not list the adapters of config.json and their io.yaml")
     paths = [folder / io_config(adapter.name) for adapter in spec.active]

@@ -24,6 +24,7 @@ from granite_switch.core.checkpoint import (
     write_index,
     write_json,
 )
+from granite_switch.core.files import inside
 from granite_switch.core.layout import EMBEDDINGS, AdapterTensor, adapter_file
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.staging import link_or_copy
@@ -125,14 +126,14 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
     for path in sorted(plan.base.folder.iterdir()):
         keep = path.suffix in _KEPT or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and keep and path.name not in _REPLACED and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(inside(plan.base.folder, path.name), folder / path.name)
     for adapter in plan.spec.active:
         source, target = plan.adapters[adapter.name].io_yaml, folder / io_config(adapter.name)
         if source or plan.create_io_yaml:
             target.parent.mkdir(parents=True)
             target.write_bytes(source.read_bytes() if source else _IO_YAML)
     write_json(folder / "adapter_index.json", adapter_index(plan.spec, folder))
-    (folder / "README.md").write_text(model_card(plan.spec, plan.adapters), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan.spec, plan.adapters), encoding="utf-8", newline="\n")
 
 
 def io_config(name: str) -> str:

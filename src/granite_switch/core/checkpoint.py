@@ -8,6 +8,7 @@ and say of a damaged file what is wrong with it. The format is 8 bytes of header
 import copy
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
+from granite_switch.core.border import read
+from granite_switch.core.border import read_json as read_json
+from granite_switch.core.border import write_json as write_json
+from granite_switch.core.files import copy_bytes, inside, sync_file
+from granite_switch.core.records import ShardIndex
 from granite_switch.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -67,6 +74,8 @@ class Tensor:
         if not index or all(part == slice(None) for part in index):
             return self
         first, rest = index[0], index[1:]
+        if 0 in self.shape:
+            raise CheckpointError(f"{self.path}: {self.name} is empty: {list(self.shape)}")
         size = self.nbytes // self.shape[0]
         if isinstance(first, int):
             return replace(self, shape=self.shape[1:], start=self.start + first * size, nbytes=size)[rest]
@@ -124,7 +133,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file and its metadata.
 
     Raises:
-        CheckpointError: the file is missing, is no safetensors file, or is shorter or longer than its header says.
+        CheckpointError: the file is missing, or the safetensors library would not read it either: its tensors overlap
+            or leave gaps, it is shorter or longer than its header says, its header is damaged or larger than 100 MB.
     """
     try:
         with path.open("rb") as file:
@@ -133,28 +143,33 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             if length < 2 or 8 + length > size:
                 raise CheckpointError(f"{path}: not a safetensors file, or cut off ({size:,} bytes)", hint=_AGAIN)
+            if length > _MOST_HEADER:
+                raise CheckpointError(f"{path}: a header of {length:,} bytes; safetensors has {_MOST_HEADER:,} at most")
             header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _tensor(path, 8 + length, name, record) for name, record in header.items()}
+        end = max((t.start + t.nbytes for t in tensors.values()), default=8 + length)
+        if end != size:
+            raise CheckpointError(f"{path}: {size:,} bytes where its header says {end:,}", hint=_AGAIN)
+        with safe_open(path, framework="numpy"):  # checks what is left: overlaps, gaps, types, spelling
+            pass
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", hint=_AGAIN) from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors header ({error})", hint=_AGAIN) from None
-    end = max((t.start + t.nbytes for t in tensors.values()), default=8 + length)
-    if end != size:
-        raise CheckpointError(f"{path}: {size:,} bytes where its header says {end:,}", hint=_AGAIN)
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged safetensors header ({str(error)[:300]})", hint=_AGAIN) from None
     return tensors, metadata
 
 
 _AGAIN = "download or copy it again"
+_MOST_HEADER = 100_000_000  # the safetensors library's own limit
 
 
 def _tensor(path: Path, data: int, name: str, record: Mapping[str, Any]) -> Tensor:
     start, end = record["data_offsets"]
     shape = tuple(record["shape"])
-    elements = int(np.prod(shape, dtype=np.int64))
+    elements = math.prod(shape)
     if record["dtype"] not in _BITS or (elements * _BITS[record["dtype"]] + 7) // 8 != end - start:
         raise ValueError(f"{name}: {record['dtype']} {list(shape)} in {end - start} bytes")
     return Tensor(name, record["dtype"], shape, path, data + start, end - start)
@@ -197,21 +212,16 @@ def write(
                     file.write(data)
                     if on_bytes:
                         on_bytes(len(data))
-        file.flush()
+        sync_file(file)
 
 
 def _stream(tensor: Tensor, file: Any, on_bytes: Any) -> None:
-    file.flush()
     with tensor.path.open("rb") as source:
-        position, left = tensor.start, tensor.nbytes
-        while left:
-            sent = os.sendfile(file.fileno(), source.fileno(), position, min(left, CHUNK))
-            if not sent:
+        for count in copy_bytes(source, file, tensor.start, tensor.nbytes):
+            if not count:
                 raise CheckpointError(f"{tensor.path}: ends inside {tensor.name}", hint=_AGAIN)
-            position, left = position + sent, left - sent
             if on_bytes:
-                on_bytes(sent)
-    file.seek(0, os.SEEK_END)
+                on_bytes(count)
 
 
 class Checkpoint:
@@ -228,17 +238,19 @@ class Checkpoint:
         self.folder = folder
         self.files: dict[str, dict[str, Tensor]] = {}
         problems = []
-        for name in _files(folder):
+        listed = _listed(folder)
+        for name in sorted(set(listed.values())) or [SINGLE]:
             try:
-                self.files[name] = read_header(folder / name)[0]
+                self.files[name] = read_header(inside(folder, name))[0]
             except CheckpointError as error:
                 problems.append(error.message)
-        self.tensors = {key: tensor for file in self.files.values() for key, tensor in file.items()}
-        if not problems and (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-            listed = read_json(folder / INDEX)["weight_map"]
-            for key, name in listed.items():
-                if key not in self.files[name]:
-                    problems.append(f"{INDEX} has {key} in {name}, which does not hold it")
+        self.tensors: dict[str, Tensor] = {}
+        for name, file in self.files.items():
+            problems += [f"{key} is in {self.tensors[key].path.name} and in {name}" for key in file if key in self]
+            self.tensors |= file
+        for key, name in listed.items():
+            if name in self.files and key not in self.files[name]:
+                problems.append(f"{INDEX} has {key} in {name}, which does not hold it")
         if problems:
             raise CheckpointError(f"{folder}: its weights are incomplete", problems=problems, hint=_AGAIN)
 
@@ -263,14 +275,15 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def _files(folder: Path) -> list[str]:
+def _listed(folder: Path) -> Mapping[str, str]:
+    """The file of each tensor, as the index lists them; none where all are in one file."""
     if (folder / SINGLE).is_file():  # as transformers: the index counts only where this is absent
-        return [SINGLE]
+        return {}
     if (folder / INDEX).is_file():
-        try:
-            return sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{folder / INDEX}: no `weight_map`", hint=_AGAIN) from None
+        index = read(inside(folder, INDEX), ShardIndex, CheckpointError, _AGAIN)
+        if index.weight_map:
+            return index.weight_map
+        raise CheckpointError(f"{folder / INDEX}: lists no tensor", hint=_AGAIN)
     raise CheckpointError(
         f"{folder}: neither {SINGLE} nor {INDEX}",
         hint="weights must be safetensors; convert others with transformers' save_pretrained",
@@ -282,20 +295,6 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     weight_map = {key: name for name, tensors in files.items() for key in tensors}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file, or say which file is not one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

@@ -77,7 +77,7 @@ def unescape(adapter: str) -> str:
 
 def natural(path: str) -> tuple[tuple[int, str], ...]:
     """A sort key in which layer 2 comes before layer 10."""
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in path.split("."))
+    return tuple((int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in path.split("."))
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ def unfold(values: Mapping[str, T]) -> dict[str, T]:
         indices: Iterable[str] = map(str, _indices(found[1])) if found else [""]
         for index in indices:
             result[path.replace(found[0], index, 1) if found else path] = value
+    if far := next((path for path in result if any(p.isdecimal() and len(p) > 5 for p in path.split("."))), ""):
+        raise ValueError(f"{far[:100]} is no linear of a layer")
     return dict(sorted(result.items(), key=lambda item: natural(item[0])))
 
 
@@ -161,7 +163,7 @@ def _indices(text: str) -> list[int]:
     result: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        if int(last or first) - int(first) > 10_000:
-            raise ValueError(f"[{text}]: more than 10,000 layers")
+        if int(last or first) - int(first) + len(result) > 10_000:
+            raise ValueError("more than 10,000 layers")
         result.extend(range(int(first), int(last or first) + 1))
     return result

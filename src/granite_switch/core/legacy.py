@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.border import checked
+from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, natural, parse_key
+from granite_switch.core.records import LegacyConfig, read_config
 from granite_switch.core.spec import (
     BASE_TOKEN,
     MODEL_TYPE,
@@ -172,14 +175,14 @@ def read(folder: Path) -> Old:
     Raises:
         CheckpointError: it is of no older generation, or its files contradict its config.
     """
-    old = read_json(folder / "config.json")
+    old = read_config(inside(folder, "config.json"))
     number = generation(old)
     if not number:
         raise CheckpointError(f"{folder}: is not a checkpoint of an older generation")
     config = format_1_config(old)
     checkpoint = Checkpoint(folder)
     spec = SwitchSpec.from_dict(config["switch"])
-    _check_stacks(checkpoint, spec)
+    _check_stacks(checkpoint, spec, _rows(config))
     return Old(number, config, spec, checkpoint, dict(_renamed(checkpoint, config)))
 
 
@@ -309,6 +312,7 @@ def _hiding(config: Mapping[str, Any], tokens: Mapping[str, int]) -> Hiding:
 
 def _check(config: Mapping[str, Any]) -> None:
     """Refuse what format 1 cannot hold, all at once."""
+    checked(LegacyConfig, config, "config.json")
     count = config.get("num_adapters") or 0
     problems = [
         f"unknown key {key!r}" for key in config if key.startswith(_SWITCH_PREFIXES) and key not in _SWITCH_KEYS
@@ -327,6 +331,8 @@ def _check(config: Mapping[str, Any]) -> None:
         problems.append("it has more than 62 hiding groups")
     if other := sorted(set(config.get("layer_types") or ()) - {"attention", "full_attention"}):
         problems.append(f"its base has layers of type {', '.join(other)}")
+    if config["num_hidden_layers"] <= _extra_layers(config):
+        problems.append(f"num_hidden_layers {config['num_hidden_layers']} leaves no layer for the decoder")
     problems += [f"unknown target module {m!r}" for m in config.get("lora_target_modules") or () if m not in _TARGETS]
     for key in ("adapter_names", "adapter_ranks", "adapter_token_ids", "adapter_substitute_token_ids"):
         value = config.get(key)
@@ -342,12 +348,15 @@ def _check(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_stacks(checkpoint: Checkpoint, spec: SwitchSpec) -> None:
-    """Every stack must hold every adapter, at its rank."""
+def _check_stacks(checkpoint: Checkpoint, spec: SwitchSpec, rows: Mapping[str, int]) -> None:
+    """Every stack must hold every adapter, at its rank, and every fused weight the rows of its linears."""
     count, rank = len(spec.adapters), max((a.rank for a in spec.adapters), default=0)
     problems = []
     for name, tensor in checkpoint.tensors.items():
         found = _FUSED_TENSOR.fullmatch(name)
+        paths = _FUSED[found[2]] if found and found[4] else ()
+        if len(paths) > 1 and tensor.shape[:1] != (sum(rows[path] for path in paths),):
+            problems.append(f"{name}: {list(tensor.shape)}; config.json says {sum(rows[path] for path in paths)} rows")
         if found and found[5]:
             have = tensor.shape[-2 if found[5] == "A" else -1] if len(tensor.shape) == 4 else 0
             if len(tensor.shape) != 4 or tensor.shape[0] != count or have < rank:

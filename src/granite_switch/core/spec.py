@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
+from granite_switch.core.border import checked, shown
 from granite_switch.core.layout import AdapterTensor, fold, unfold
 from granite_switch.core.lora import scaling
+from granite_switch.core.records import SwitchRecord
 from granite_switch.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -186,18 +188,19 @@ class SwitchSpec:
         Raises:
             CheckpointError: a newer format, or a record with unknown, missing or contradictory keys.
         """
-        version = data.get("format_version")
+        version = data.get("format_version") if isinstance(data, Mapping) else None
         if not isinstance(version, int) or version < 1 or version > FORMAT_VERSION:
             raise CheckpointError(
-                f"the checkpoint has format {version!r}; this release reads format {FORMAT_VERSION}",
+                f"the checkpoint has format {shown(version)}; this release reads format {FORMAT_VERSION}",
                 hint="pip install --upgrade granite-switch",
             )
+        plain = checked(SwitchRecord, data, "config.json: switch").model_dump(exclude_unset=True)
         try:
-            adapters = tuple(_record(AdapterSpec, _unfolded(record)) for record in data["adapters"])
-            hiding = _record(Hiding, data["hiding"]) if data.get("hiding") else None
-            spec: SwitchSpec = _record(cls, {**data, "adapters": adapters, "hiding": hiding})
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json: `switch` is not as format {version} has it: {error}") from None
+            adapters = tuple(AdapterSpec(**_tuples(_unfolded(record))) for record in plain["adapters"])
+        except ValueError as error:
+            raise CheckpointError(f"config.json: switch: targets cannot be read ({shown(str(error))})") from None
+        hiding = Hiding(**_tuples(plain["hiding"])) if plain.get("hiding") else None
+        spec = cls(**{**plain, "adapters": adapters, "hiding": hiding})
         spec._check()
         return spec
 
@@ -217,12 +220,20 @@ class SwitchSpec:
         for adapter in self.adapters:
             elsewhere = sorted({*adapter.rank_pattern, *adapter.alpha_pattern} - set(adapter.targets))
             problems += [f"{adapter.name}: {linear!r} has a pattern and is no target" for linear in elsewhere[:10]]
-            if adapter.invocation_placement not in ("", "prefix", "suffix"):
-                problems.append(f"{adapter.name}: unknown invocation_placement {adapter.invocation_placement!r}")
-            if adapter.technology not in ("lora", "alora"):
-                problems.append(f"{adapter.name}: unknown technology {adapter.technology!r}")
+            if not adapter.retired and not (adapter.rank and adapter.alpha):
+                problems.append(f"{adapter.name}: rank {adapter.rank} and alpha {adapter.alpha} must be positive")
+        problems += self._token_problems() if controls else []
         if problems:
             raise CheckpointError("config.json: `switch` contradicts itself", problems=problems)
+
+    def _token_problems(self) -> list[str]:
+        """Control tokens come last in the vocabulary, and what they stand for is in it."""
+        first, last = min(self.control_slots), max(self.control_slots)
+        if last - first > len(self.control_slots) + 65536:
+            return [f"the control tokens' ids, {first} to {last}, are far apart"]
+        named = [(a.name, i) for a in self.adapters for i in (a.substitute_token_id, *a.invocation_tokens)]
+        named += [("base", self.base_substitute_token_id)] if self.base_token_id >= 0 else []
+        return [f"{name}: token {i} is not in the vocabulary of {self.rows}" for name, i in named if i >= self.rows]
 
 
 def _plain(adapter: AdapterSpec) -> dict[str, Any]:
@@ -242,26 +253,14 @@ def _plain(adapter: AdapterSpec) -> dict[str, Any]:
 
 def _unfolded(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with every linear named by its own path."""
-    targets, patterns = record.get("targets", []), [record.get(key, {}) for key in _PATTERNS]
-    if not isinstance(targets, list) or not all(isinstance(path, str) for path in targets):
-        raise ValueError(f"targets {targets!r} is not a list of paths")
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise ValueError(f"{' and '.join(_PATTERNS)} must be mappings")
-    targets = {"targets": list(unfold(dict.fromkeys(record["targets"])))} if "targets" in record else {}
-    return {**record, **targets, **{key: unfold(record[key]) for key in _PATTERNS if key in record}}
+    targets = list(unfold(dict.fromkeys(record["targets"])))
+    return {**record, "targets": targets, **{key: unfold(record[key]) for key in _PATTERNS if key in record}}
 
 
 def _lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _lists(item) for key, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
-def _record(cls: Any, data: Mapping[str, Any]) -> Any:
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(set(data) - known):
-        raise ValueError(f"unknown key(s) {', '.join(unknown)}")
-    return cls(**{key: _tuples(value) for key, value in data.items()})
 
 
 def _tuples(value: Any) -> Any:

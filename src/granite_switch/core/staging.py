@@ -1,18 +1,21 @@
 """A folder, or a file, that appears under its name whole or not at all.
 
-It is written beside its place under a hidden name and then renamed; an existing folder is exchanged with it in one
-step. A lock file keeps two writers apart, and what a killed writer left behind is removed by the next.
+It is written beside its place under a hidden name, put on the disk, and then renamed; an existing folder is exchanged
+with it in one step where the system can (Linux), else moved aside first. A lock file keeps two writers apart, and what
+a killed writer left behind is removed by the next.
 """
 
 import ctypes
-import errno
-import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from granite_switch.core.files import sync, sync_tree
 from granite_switch.errors import OutputError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -33,7 +36,7 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     with _beside(target) as partial:
         partial.mkdir()
         yield partial
-        _sync(partial)
+        sync_tree(partial)
         _into_place(partial, target.absolute(), force)
 
 
@@ -51,9 +54,10 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     check_file(target, force=force)
     with _beside(target) as partial:
         yield partial
-        _sync(partial)
+        sync(partial)
         check_file(target, force=force)  # it may have come while we wrote
         partial.replace(target)
+        sync(partial.parent)
 
 
 @contextmanager
@@ -64,16 +68,16 @@ def _beside(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
+            _restore(target)
             _remove(partial)
             try:
                 yield partial
             finally:
                 _remove(partial)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise
+        name = f", {error.filename}" if error.filename and str(target.parent) not in str(error.filename) else ""
         raise OutputError(
-            f"{target}: cannot be written ({error.strerror})",
+            f"{target}: cannot be written ({error.strerror or error}{name})",
             hint="free some space or choose another --output; nothing was left behind",
         ) from None
 
@@ -89,6 +93,13 @@ def held(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             stack.enter_context(_locked(folder.absolute()))
         yield
+
+
+def restore(target: Path) -> None:
+    """Put a folder back that a killed command had moved aside, where two folders cannot be exchanged in one step."""
+    if _old(target.absolute()).exists() and not target.exists():
+        with suppress(OSError), _locked(target.absolute()):
+            _restore(target.absolute())
 
 
 def check_file(target: Path, *, force: bool = False) -> None:
@@ -109,53 +120,51 @@ def check_target(target: Path, *, force: bool = False) -> None:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock file of a target; the last one removes it."""
-    lock = target.parent / f".{target.name}.lock"
-    while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise OutputError(f"{target}: another command is writing it", hint="wait until it has finished") from None
-        # the file may have been removed by its last holder between open and flock
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(lock)):
-                break
-        os.close(file)
+    """Hold the lock file of a target; whoever held it removes it."""
+    path = target.parent / f".{target.name}.lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"{target}: another command is writing it", hint="wait until it has finished") from None
     try:
         yield
     finally:
-        with suppress(FileNotFoundError):
-            os.unlink(lock)
-        os.close(file)
+        with suppress(OSError):  # while it is held, so that it is nobody else's; Windows removes it on release
+            path.unlink()
+        lock.release()
 
 
 def _into_place(partial: Path, target: Path, force: bool) -> None:
-    if not target.exists():
+    """Give the finished folder its name. What stood there is in `partial` afterwards, or gone."""
+    if target.exists():
+        check_target(target, force=force)  # it may have come while we wrote
+        if not _exchange(partial, target):
+            target.rename(_old(target))
+            partial.rename(target)
+    else:
         partial.rename(target)
-        return
-    check_target(target, force=force)  # it may have come while we wrote
-    if not _exchange(partial, target):
-        old = target.parent / f".{target.name}.old"
-        _remove(old)
-        target.rename(old)
-        partial.rename(target)
-        _remove(old)
+    sync(target.parent)
+    _remove(_old(target))
+
+
+def _old(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def _restore(target: Path) -> None:
+    """With the lock held: what was moved aside comes back, or goes where its successor stands."""
+    if _old(target).exists() and not target.exists():
+        _old(target).rename(target)
+    _remove(_old(target))
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two paths in one step (renameat2); False where the system cannot."""
+    """Swap two paths in one step (renameat2); False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

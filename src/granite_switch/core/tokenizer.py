@@ -12,8 +12,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.border import checked, read, read_json, shown
+from granite_switch.core.files import inside
 from granite_switch.core.spec import SwitchSpec
+from granite_switch.core.tokenizer_records import ChatTemplate, TokenizerConfig, TokenizerData
 from granite_switch.errors import BaseModelError, CheckpointError
 
 UNUSED = "<|unused_"
@@ -75,15 +77,23 @@ def read_tokenizer(folder: Path) -> BaseTokenizer:
             hint=_conversion(folder),
         )
     try:
-        data = read_json(folder / "tokenizer.json")
-        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        data = read_json(inside(folder, "tokenizer.json"))
+        checked(TokenizerData, data, folder / "tokenizer.json", BaseModelError)
+        path = inside(folder, "tokenizer_config.json")
+        config = read_json(path) if path.is_file() else {}
+        checked(TokenizerConfig, config, path, BaseModelError)
         specials = {key: token_text(config[key]) for key in SPECIALS if config.get(key)}
         tokenizer = BaseTokenizer(data, config, _templates(folder, config), specials)
-        tokenizer.library  # noqa: B018  (a bad file is an error here, not at the first use)
     except CheckpointError as error:
-        raise BaseModelError(error.message) from None
-    except Exception as error:  # the library raises bare Exception
-        raise BaseModelError(f"{folder / 'tokenizer.json'}: is not a tokenizer ({error})") from None
+        raise BaseModelError(error.message, problems=error.problems, hint=error.hint) from None
+    try:
+        tokenizer.library.decode(tokenizer.library.encode("Ada, 1815\n").ids)  # what is bad is an error here
+    except BaseException as error:  # the library raises bare Exception, and panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise BaseModelError(
+            f"{folder / 'tokenizer.json'}: is not a tokenizer ({shown(str(error))})",
+        ) from None
     return tokenizer
 
 
@@ -101,20 +111,24 @@ def token_text(token: Any) -> str:
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name, from whichever of the places transformers knows; files win."""
-    inside = config.get("chat_template") or {}
-    if isinstance(inside, str):
-        inside = {"default": inside}
-    elif isinstance(inside, list):
-        inside = {record["name"]: record["template"] for record in inside}
-    templates = dict(inside)
+    inside_config = config.get("chat_template") or {}
+    if isinstance(inside_config, str):
+        inside_config = {"default": inside_config}
+    elif isinstance(inside_config, list):
+        inside_config = {record["name"]: record["template"] for record in inside_config}
+    templates = dict(inside_config)
     if (folder / "chat_template.json").is_file() and not templates:
-        templates["default"] = read_json(folder / "chat_template.json")["chat_template"]
+        templates["default"] = read(inside(folder, "chat_template.json"), ChatTemplate).chat_template
     if (folder / "chat_template.jinja").is_file():
-        templates["default"] = _read(folder / "chat_template.jinja")
+        templates["default"] = _read(folder, "chat_template.jinja")
     for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        templates[file.stem] = _read(file)
+        templates[file.stem] = _read(folder, f"additional_chat_templates/{file.name}")
     return templates
 
 
-def _read(path: Path) -> str:
-    return path.read_bytes().decode("utf-8")  # newlines as they are
+def _read(folder: Path, name: str) -> str:
+    path = inside(folder, name)
+    try:
+        return path.read_bytes().decode("utf-8")  # newlines as they are
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as text ({error})") from None

@@ -1,0 +1,199 @@
+"""The border: files that others wrote are read here, and come back as checked records.
+
+A reader checks the type and range of every key that is used and raises one error that names the file and all keys that
+are wrong; keys that are not used pass through. Behind it nothing is checked again. `Record` is the rule, `read` and
+`checked` apply it; `records.py` has the records.
+"""
+
+import json
+import re
+import reprlib
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import regex
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from granite_switch.errors import AdapterError, CheckpointError, SwitchError
+
+LIMIT = 2**31
+_UNALIKE = re.compile(r"\[\[|\{[^\d,]")  # what the `regex` package reads otherwise than `re`
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 240
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _pattern(key: str) -> str:
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+        regex.compile(rf"(.*\.)?({key})$")
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{shown(key)} is not a regular expression ({error})") from None
+    if len(key) > 1000 or _UNALIKE.search(key):
+        raise ValueError(f"{shown(key)} is not a pattern of module paths")
+    return key
+
+
+def _name(name: str) -> str:
+    try:
+        check_name(name)
+    except AdapterError as error:
+        raise ValueError(error.message) from None
+    return name
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*\.safetensors", name):
+        raise ValueError(f"{shown(name)} is not the bare name of a safetensors file")
+    return name
+
+
+Count = Annotated[int, Field(gt=0, lt=LIMIT)]
+TokenId = Annotated[int, Field(ge=0, lt=LIMIT)]
+Number = Annotated[int | float, Field(gt=0, lt=LIMIT, allow_inf_nan=False)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Name = Annotated[str, AfterValidator(_name)]
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+R = TypeVar("R", bound="Record")
+
+
+class Record(BaseModel):
+    """Part of a file. Nothing is converted: "4" is no number, 1 is not true, 4.0 is no count."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+def read(path: Path, kind: type[R], error: type[SwitchError] = CheckpointError, hint: str = "") -> R:
+    """Read a JSON file as a record.
+
+    Raises:
+        SwitchError: of the given class; the file is not there, is no JSON, or has keys that are wrong.
+    """
+    try:
+        data = read_json(path)
+    except CheckpointError as problem:
+        raise error(problem.message, hint=hint) from None
+    return checked(kind, data, path, error, hint)
+
+
+def checked(
+    kind: type[R], data: Any, where: Path | str, error: type[SwitchError] = CheckpointError, hint: str = ""
+) -> R:
+    """What was parsed, as a record.
+
+    Args:
+        kind: the record's class.
+        data: what the file holds.
+        where: the file, for the error.
+        error: class of the error.
+        hint: for the error.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as found:
+        problems = list(dict.fromkeys(_problem(item) for item in found.errors(include_url=False)))
+    if len(problems) == 1:
+        raise error(f"{where}: {problems[0]}", hint=hint)
+    raise error(f"{where}: {len(problems)} keys are wrong", problems=problems, hint=hint)
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    """One line: the key, what it must be, what it is."""
+    if not item["loc"]:
+        return "is not an object with keys" if item["type"].endswith("_type") else item["msg"]
+    key = _key(item["loc"])
+    if item["type"] in ("missing", "extra_forbidden"):
+        return f"{key} is missing" if item["type"] == "missing" else f"unknown key {key}"
+    if item["type"] == "value_error":
+        return f"{key}: {item['msg'].removeprefix('Value error, ')}"
+    if item["type"] in ("int_type", "float_type"):
+        return f"{key} must be a number; it is {shown(item['input'])}"
+    return f"{key} {item['msg'].replace('Input should', 'must')}; it is {shown(item['input'])}"
+
+
+_MEMBERS = re.compile(r"int|float|str|bool|\[key\]|list\[.*|dict\[.*|constrained-\w+|[A-Z]\w+|function-.*")  # of unions
+
+
+def _key(location: tuple[str | int, ...]) -> str:
+    """`adapters[0].rank`, `rank_pattern['q.*']`."""
+    result = ""
+    for part in location:
+        if isinstance(part, str) and _MEMBERS.fullmatch(part):
+            continue
+        plain = isinstance(part, str) and part.isidentifier() and len(part) < 60
+        result += (f".{part}" if result else str(part)) if plain else f"[{shown(part)}]"
+    return result
+
+
+def shown(value: Any) -> str:
+    """A value of unknown size and kind for an error, as JSON spells it, cut short."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return _SHORT.repr(value).encode("utf-8", "backslashreplace").decode()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, or say which file is not one."""
+    try:
+        text = _text(path)
+        value = json.loads(text)
+        _check_depth(value)
+        if _SURROGATE.search(text):  # half a character can be read but not written
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({shown(str(error))})") from None
+
+
+def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no plain file")  # to read a pipe would be to wait for ever
+    return path.read_text(encoding="utf-8")
+
+
+def _check_depth(value: Any) -> None:
+    """What is nested more deeply can be read but not written."""
+    level = [value]
+    for _ in range(100):
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return
+    raise ValueError("nested more than 100 deep")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file without running anything in it, or say which file is not one."""
+    try:
+        return yaml.safe_load(_text(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError, AttributeError, LookupError) as error:
+        raise AdapterError(f"{path}: cannot be read as YAML ({str(error)[:300]})") from None
+
+
+def check_name(name: str) -> None:
+    """Refuse an adapter's name that cannot stand in a file name, a token or a template."""
+    reason = ""
+    if not name or name.strip() != name:
+        reason = "is empty or has spaces around it"
+    elif name == "base":
+        reason = "is what the base model itself is called"
+    elif "/" in name or "\\" in name or ".." in name or name.startswith("."):
+        reason = "must not hold a slash or '..', or begin with a dot"
+    elif any(unicodedata.category(c).startswith(("C", "Z")) for c in name):
+        reason = "must not hold spaces or control characters"
+    elif any(c in "<>|{}%:*?\"'" for c in name):
+        reason = "must not hold any of < > | { } % : * ? or quotes"
+    elif len(name.encode()) > 100:
+        reason = "is longer than 100 bytes"
+    if reason:
+        raise AdapterError(f"adapter name {shown(name)} {reason}", hint="give it another name in a YAML manifest")

@@ -1,0 +1,161 @@
+"""Files as the system has them: copied as it can, on the disk when the power goes, none outside its folder."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from granite_switch.errors import CheckpointError, SwitchError
+
+_CHUNK = 8 << 20
+
+Way = Callable[[int, int, int, int], int]
+
+
+def copy_bytes(source: Any, target: Any, start: int, nbytes: int) -> Iterator[int]:
+    """Append a part of an open file to another one, by the fastest way that there is here.
+
+    Args:
+        source: a file opened for reading.
+        target: a file opened for writing.
+        start: where the part begins.
+        nbytes: its size.
+
+    Yields:
+        The number of bytes after each piece; 0, and then no more, where the source ends too early.
+    """
+    target.flush()
+    ways = _ways()
+    while nbytes:
+        try:
+            count = ways[0](source.fileno(), target.fileno(), start, min(nbytes, _CHUNK))
+        except OSError:
+            if len(ways) == 1:
+                raise
+            count = 0
+        if not count and len(ways) > 1:  # not on this system or file system; what else is wrong the next way meets too
+            ways.pop(0)
+            continue
+        yield count
+        if not count:
+            return
+        start, nbytes = start + count, nbytes - count
+    target.seek(0, os.SEEK_END)
+
+
+def _ways() -> list[Way]:
+    """Ways to copy (source, target, start, at most) -> how many bytes, the fastest first."""
+    fast = {"sendfile": _sendfile, "copy_file_range": _copy_file_range}
+    return [*(way for name, way in fast.items() if hasattr(os, name)), _read_write]
+
+
+def _sendfile(source: int, target: int, start: int, count: int) -> int:
+    return os.sendfile(target, source, start, count)
+
+
+def _copy_file_range(source: int, target: int, start: int, count: int) -> int:
+    return os.copy_file_range(source, target, count, start)
+
+
+def _read_write(source: int, target: int, start: int, count: int) -> int:
+    os.lseek(source, start, os.SEEK_SET)
+    data = os.read(source, count)
+    written = 0
+    while written < len(data):
+        written += os.write(target, data[written:])
+    return len(data)
+
+
+def sync_file(file: Any) -> None:
+    """Put an open file's data on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Put a file's data, or a folder's list of files, on the disk. Windows has no call for folders."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if folder or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Put everything in a folder on the disk: files, then the folders that list them, the outermost last."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def inside(folder: Path, name: str | Path) -> Path:
+    """The path of a file of a model's or an adapter's folder.
+
+    Raises:
+        CheckpointError: it is a link that leads out of the folder and out of the hub's cache, or no plain file.
+    """
+    path = folder / name
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path}: is a link to itself") from None
+    if not real.is_relative_to(folder.resolve()) and not _linked_by_the_hub(folder, real):
+        raise CheckpointError(f"{path}: leads out of its folder, to {real}", hint="copy the file there")
+    if real.exists() and not stat.S_ISREG(real.stat().st_mode):
+        raise CheckpointError(f"{path}: is not a plain file")
+    return path
+
+
+def _linked_by_the_hub(folder: Path, real: Path) -> bool:
+    """Whether a file is one that the hub's cache keeps for its snapshots, which are folders of links."""
+    resolved = folder.resolve()
+    for snapshot in (resolved, *resolved.parents):
+        if snapshot.parent.name == "snapshots" and real.is_relative_to(snapshot.parent.parent / "blobs"):
+            return True
+    return in_hub_cache(real)
+
+
+def in_hub_cache(path: Path) -> bool:
+    """Whether a file or folder is in the hub library's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return path.resolve().is_relative_to(Path(HF_HUB_CACHE).resolve())
+
+
+T = TypeVar("T")
+
+
+def steady(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` gives of one state of a folder: where another command replaces it meanwhile, it is read again.
+
+    Raises:
+        CheckpointError: it is replaced again and again.
+    """
+    for _ in range(20):
+        before = _state(folder)
+        try:
+            result = read()
+        except (SwitchError, OSError):
+            if _state(folder) == before:
+                raise
+            continue
+        if _state(folder) == before:
+            return result
+    raise CheckpointError(f"{folder}: is changed while it is read", hint="wait until the other command has finished")
+
+
+def _state(folder: Path) -> tuple[int, ...]:
+    try:
+        found = folder.stat()
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)

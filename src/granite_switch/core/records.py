@@ -1,0 +1,337 @@
+"""The files that others wrote, as checked records by the rule of `border.py`: the keys that are used.
+
+`read_adapter_config` also decides which of PEFT's features can be composed: those that are known by name.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import regex
+from pydantic import ConfigDict, Field
+
+from granite_switch.core.border import LIMIT, Count, FileName, Name, Number, Pattern, Record, TokenId
+from granite_switch.core.border import check_name as check_name
+from granite_switch.core.border import checked as checked
+from granite_switch.core.border import read as read
+from granite_switch.core.border import read_json as read_json
+from granite_switch.core.border import read_yaml as read_yaml
+from granite_switch.core.border import shown as shown
+from granite_switch.core.files import inside
+from granite_switch.errors import AdapterError, CheckpointError, SwitchError
+
+_SECONDS = 0.25  # for one pattern on one module's path; microseconds are usual
+
+# adapter_config.json: what changes the arithmetic beyond a pair of matrices, and why it cannot be composed
+_OFF: Mapping[str, str] = {
+    "use_dora": "DoRA rescales the base's weights",
+    "use_qalora": "QALoRA pools the adapter's input",
+    "lora_bias": "biases are not part of the update",
+    "modules_to_save": "whole modules replace the base's",
+    "fan_in_fan_out": "transposed (Conv1D) weights",
+    "target_parameters": "updates of bare parameters",
+    "trainable_token_indices": "retrained embeddings replace the base's",
+    "layer_replication": "the base's layers are repeated",
+    "use_bdlora": "block-diagonal matrices",
+    "arrow_config": "a router over several adapters",
+    "kasa_config": "the base's weights are truncated",
+    "monteclora_config": "sampled matrices",
+}
+# what says where the adapter came from and how it was trained, and changes nothing when it runs
+_NEUTRAL = {
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
+_INIT = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base's weights as they are
+
+
+class AdapterConfig(Record):
+    """adapter_config.json of a LoRA or aLoRA adapter (PEFT's `LoraConfig`), with features that can be composed."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    r: Count = 8
+    lora_alpha: Number = 8
+    use_rslora: bool = False
+    rank_pattern: dict[Pattern, Count] | None = None
+    alpha_pattern: dict[Pattern, Number] | None = None
+    target_modules: str | list[str] | None = None
+    alora_invocation_tokens: list[TokenId] | None = None
+    invocation_string: str | None = None  # older aLoRA trainers'
+    base_model_name_or_path: str | None = None
+    init_lora_weights: bool | str | None = True
+    bias: str = "none"
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives a module, by its path (`model.layers.0.self_attn.q_proj`)."""
+        return _matched(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """Alpha of a module, by its path."""
+        return _matched(self.alpha_pattern, module, self.lora_alpha)
+
+
+V = TypeVar("V")
+
+
+def _matched(patterns: Mapping[str, V] | None, path: str, default: V) -> V:
+    """PEFT `get_pattern_key`: of the first pattern that matches the end of the path, its value."""
+    for key, value in (patterns or {}).items():
+        try:
+            if regex.match(rf"(.*\.)?({key})$", path, timeout=_SECONDS):
+                return value
+        except TimeoutError:
+            raise AdapterError(
+                f"adapter_config.json: the pattern {shown(key)} takes for ever on {path}",
+                hint="write it without nested *",
+            ) from None
+    return default
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        AdapterError: with every key that is wrong, or that asks for what cannot be composed. Keys that are unknown
+            must be off (null, false or empty): the next release of PEFT may compute otherwise with them.
+    """
+    path = folder / "adapter_config.json"
+    hint = "a PEFT adapter folder holds adapter_config.json"
+    try:
+        data = read_json(inside(folder, path.name))
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=hint) from None
+    if not isinstance(data, dict):
+        raise AdapterError(f"{path}: is not a JSON object", hint=hint)
+    if data.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{path}: peft_type {shown(data.get('peft_type'))} cannot be composed", hint="LoRA and activated LoRA can"
+        )
+    config = checked(AdapterConfig, data, path, AdapterError, "train or save it again, or correct the file")
+    _refuse_features(path, config)
+    return config
+
+
+def _refuse_features(path: Path, config: AdapterConfig) -> None:
+    extra = {key: value for key, value in (config.model_extra or {}).items() if key not in (*_NEUTRAL, "peft_type")}
+    asked = {key: value for key, value in extra.items() if value not in (None, False, {}, [])}
+    problems = [f"{key}: {_OFF[key]}" for key in asked if key in _OFF]
+    problems += [f"{key}={shown(asked[key])}: is not known here" for key in asked if key not in _OFF]
+    if config.bias != "none":
+        problems.append(f"bias={shown(config.bias)}: the base's biases are retrained")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() not in _INIT:
+        problems.append(f"init_lora_weights={shown(init)}: it changes the base's weights")
+    if problems:
+        raise AdapterError(
+            f"{path.parent}: uses PEFT features that cannot be composed",
+            problems=problems,
+            hint="train it again without them, or convert it to plain LoRA with PEFT; a key that changes nothing when "
+            "the adapter runs can be taken out of adapter_config.json",
+        )
+
+
+class Provenance(Record):
+    """granite_switch.json beside an extracted adapter: where it first came from."""
+
+    source: str
+    sha256: str
+    digest: str
+
+
+class ShardIndex(Record):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, FileName]
+    metadata: dict[str, Any] | None = None
+
+
+class ManifestEntry(Record):
+    """An adapter in a YAML manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    path: Annotated[str, Field(min_length=1)]
+    name: Name | None = None
+    revision: str | None = None
+    invocation_placement: Literal["", "prefix", "suffix"] = ""
+    retired: Literal[False] | None = None
+
+
+class RetiredEntry(Record):
+    """A removed adapter in a YAML manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    name: Name
+    retired: Literal[True]
+    substitute_token_id: TokenId | None = None
+
+
+class IoConfig(Record):
+    """io.yaml: how clients such as Mellea call an adapter. They want these keys, null or not."""
+
+    model: Any
+    response_format: Any
+    transformations: Any
+
+
+class IndexedAdapter(Record):
+    """A record of adapter_index.json."""
+
+    adapter_name: str
+    technology: str = ""
+    io_config: str | None = None
+
+
+class ModelInfo(Record):
+    """`model_info` of adapter_index.json."""
+
+    base_model: str = ""
+
+
+class AdapterIndex(Record):
+    """adapter_index.json, of older checkpoints too."""
+
+    model_info: ModelInfo = ModelInfo()
+    adapters: list[IndexedAdapter] = []
+
+
+def read_adapter_index(folder: Path) -> AdapterIndex:
+    """A model's adapter_index.json; an empty one where there is none."""
+    path = inside(folder, "adapter_index.json")
+    return read(path, AdapterIndex) if path.is_file() else AdapterIndex()
+
+
+class GenerationConfig(Record):
+    """generation_config.json."""
+
+    eos_token_id: TokenId | list[TokenId] | None = None
+
+
+class Quantisation(Record):
+    """`quantization_config` of config.json."""
+
+    quant_method: str | None = None
+    bits: Annotated[int, Field(gt=0, le=32)] | None = None
+    w_bit: Annotated[int, Field(gt=0, le=32)] | None = None
+
+
+class DecoderConfig(Record):
+    """A decoder's part of config.json: what composing uses of it, and what it must have."""
+
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
+    vocab_size: Count
+    layer_types: list[str] | None = None
+    tie_word_embeddings: bool | None = None
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    max_position_embeddings: Count | None = None
+
+
+class ModelConfig(Record):
+    """config.json of a base or of a composed model: what composing uses beside the decoder's part."""
+
+    model_type: str
+    architectures: list[str] | None = None
+    text_config: dict[str, Any] | None = None
+    quantization_config: Quantisation | None = None
+    is_encoder_decoder: bool | None = None
+    tie_word_embeddings: bool | None = None
+
+
+def read_config(path: Path, error: type[SwitchError] = CheckpointError, hint: str = "") -> dict[str, Any]:
+    """Read a model's config.json; the keys that are used are checked, the others stay as they are."""
+    try:
+        config = read_json(path)
+    except CheckpointError as problem:
+        raise error(problem.message, hint=hint) from None
+    checked(ModelConfig, config, path, error, hint)
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "vocab_size" in inner:
+        checked(DecoderConfig, inner, f"{path}: text_config", error, hint)
+    else:
+        checked(DecoderConfig, config, path, error, hint)
+    return dict(config)
+
+
+class AdapterRecord(Record):
+    """One of `switch.adapters` in config.json (docs/format.md)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    name: Name
+    technology: Literal["lora", "alora"]
+    token: str
+    token_id: TokenId
+    substitute_token_id: TokenId
+    rank: Annotated[int, Field(ge=0, lt=LIMIT)]
+    alpha: Annotated[int | float, Field(ge=0, lt=LIMIT, allow_inf_nan=False)]
+    targets: list[str]
+    use_rslora: bool = False
+    rank_pattern: dict[str, Count] = {}
+    alpha_pattern: dict[str, Number] = {}
+    invocation_tokens: list[TokenId] = []
+    invocation_text: str = ""
+    invocation_placement: Literal["", "prefix", "suffix"] = ""
+    source: str = ""
+    sha256: str = ""
+    digest: str = ""
+    retired: bool = False
+
+
+class LegacyConfig(Record):
+    """config.json of the legacy formats."""
+
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
+    vocab_size: Count
+    hidden_size: Count
+    num_attention_heads: Count
+    intermediate_size: Count | None = None
+    shared_intermediate_size: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    projection_head_dim: Count | None = None
+    num_local_experts: int | None = None
+    layer_types: list[str] | None = None
+    num_adapters: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    adapter_names: list[Name] | None = None
+    adapter_ranks: list[Count] | None = None
+    adapter_token_ids: list[TokenId] | None = None
+    adapter_substitute_token_ids: list[TokenId] | None = None
+    lora_target_modules: list[str] | None = None
+    hiding_groups: dict[str, list[str]] | None = None
+    hiding_policy: dict[str, list[str]] | None = None
+
+
+class HidingRecord(Record):
+    """`switch.hiding`."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    groups: list[list[TokenId]]
+    policy: list[list[Annotated[int, Field(ge=0, lt=62)]]]
+
+
+class SwitchRecord(Record):
+    """The `switch` object of config.json (docs/format.md)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    adapters: list[AdapterRecord]
+    base_token: str
+    base_token_id: Annotated[int, Field(ge=-1, lt=LIMIT)]
+    base_substitute_token_id: Annotated[int, Field(ge=-1, lt=LIMIT)]
+    base_model: str = ""
+    base_model_type: str = "granite"
+    base_architecture: str = "GraniteForCausalLM"
+    generatable: bool = False
+    reserved: Annotated[int, Field(ge=0, lt=65536)] = 0
+    format_version: int = 1
+    hiding: HidingRecord | None = None

@@ -1,0 +1,193 @@
+"""Damage files and run every command on them: a result, or an error that says what is wrong; nothing else.
+
+python fuzz.py MATERIAL --cases 20000 [--seed 0] [--workers 2]; `--case N` runs one and shows its traceback. A case
+fails if anything but a `SwitchError` comes out, if an error leaves something behind or changes its sources, if what
+was composed without an error does not verify, or if it takes more than 20 seconds. Without torch, in one process for
+each worker, whose memory is limited.
+"""
+
+import argparse
+import collections
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from mutations import mutate
+
+from granite_switch.cli.maintain import inspect as cli_inspect
+from granite_switch.compose import compose
+from granite_switch.compose.edit import add, remove, rename, update
+from granite_switch.compose.extract import extract
+from granite_switch.compose.inspect import inspect, strengths
+from granite_switch.compose.push import format_files
+from granite_switch.compose.sources import scan
+from granite_switch.compose.upgrade import upgrade
+from granite_switch.compose.verify import find_problems, verify
+from granite_switch.errors import SwitchError
+
+SECONDS = 20
+MEMORY = 1 << 30
+
+Command = Callable[[Path, Path], object]  # (where the material is, where to write)
+
+
+def _described(at: Path, out: Path) -> None:
+    with open(os.devnull, "w") as quiet:
+        real, sys.stdout = sys.stdout, quiet
+        try:
+            for number in (1, 2, 3):
+                cli_inspect(str(at / f"legacy-{number}"))
+        finally:
+            sys.stdout = real
+
+
+# the folder that is damaged, and what is done with it
+COMMANDS: tuple[tuple[str, Command], ...] = (
+    ("base", lambda at, out: compose(at / "base", [at / "adapters"], out)),
+    ("one", lambda at, out: compose(at / "one", [at / "adapters/lora"], out)),
+    ("adapters", lambda at, out: compose(at / "base", [at / "adapters"], out)),
+    ("adapters", lambda at, out: compose(at / "base", [at / "adapters"], out, technology="alora")),
+    ("adapters", lambda at, out: add(at / "model", [at / "adapters"], output=out)),
+    ("adapters", lambda at, out: scan([str(at / "adapters")])),
+    ("manifest", lambda at, out: compose(at / "base", [at / "manifest/manifest.yaml"], out)),
+    ("model", lambda at, out: inspect(at / "model")),
+    ("model", lambda at, out: strengths(at / "model")),
+    ("model", lambda at, out: verify(at / "model", deep=True)),
+    ("model", lambda at, out: extract(at / "model", "n-lora", out)),
+    ("model", lambda at, out: add(at / "model", [at / "adapters/rewrite"], output=out)),
+    ("model", lambda at, out: rename(at / "model", "n-lora", "other", output=out)),
+    ("model", lambda at, out: remove(at / "model", ["n-alora"], output=out)),
+    ("model", lambda at, out: update(at / "model", [at / "updates"], output=out)),
+    ("model", lambda at, out: format_files(at / "model", verify(at / "model"))),
+    ("legacy-1", lambda at, out: upgrade(at / "legacy-1", out)),
+    ("legacy-2", lambda at, out: upgrade(at / "legacy-2", out)),
+    ("legacy-3", lambda at, out: upgrade(at / "legacy-3", out)),
+    ("legacy-1", _described),
+)
+
+
+class TooLong(BaseException):
+    """Nothing catches this on the way."""
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file below a folder, and what tells whether it was written."""
+    found = {}
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        if not path.is_dir() or path.is_symlink():  # a folder's time changes with its lock file
+            found[str(path.relative_to(folder))] = (about.st_ino, about.st_size, about.st_mtime_ns)
+    return found
+
+
+def run(number: int, seed: int, material: Path, place: Path) -> tuple[str, str]:
+    """One case. What was done, and what is wrong with what came of it ("" if nothing)."""
+    draw = random.Random(f"{seed}-{number}")
+    damaged, command = draw.choice(COMMANDS)
+    at, out = place / "at", place / "out"
+    at.mkdir()
+    for part in material.iterdir():
+        if part.name == damaged:
+            shutil.copytree(part, at / part.name, copy_function=os.link)
+        else:
+            (at / part.name).symlink_to(part)
+    done = f"case {number}: {damaged}/{mutate(at / damaged, draw)}"
+    before = state(place)
+    signal.alarm(SECONDS)
+    try:
+        command(at, out)
+        failed = False
+    except SwitchError as error:
+        failed = True
+        str(error).encode()
+    except BaseException as error:
+        lines = traceback.format_exc().splitlines()
+        own = [line.strip() for line in lines if "granite_switch" in line]
+        return done, f"{type(error).__name__} at {own[-1] if own else ''}\n" + "\n".join(lines[-30:])
+    finally:
+        signal.alarm(0)
+    return done, leftovers(before, place, out, failed)
+
+
+def leftovers(before: dict[str, tuple[int, int, int]], place: Path, out: Path, failed: bool) -> str:
+    """What a command that came to an end has left that it should not have."""
+    after = {name: about for name, about in state(place).items() if not name.startswith("out/") and name != "out"}
+    if after != before:
+        return f"changed or left: {sorted(set(after.items()) ^ set(before.items()))[:3]}"
+    if failed and out.exists():
+        return "an error, and an output"
+    if not failed and (out / "config.json").is_file() and (problems := find_problems(out)):
+        return f"composed, but: {problems[0]}"
+    return ""
+
+
+def work(arguments: argparse.Namespace, first: int, step: int) -> int:
+    """Every `step`th case from `first`; prints those that fail, and says how much memory it took."""
+    resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))  # mapped files count in, so it is generous
+    signal.signal(signal.SIGALRM, _too_long)
+    os.fsync = lambda descriptor: None  # the disk is not what is tested here
+    kinds: collections.Counter[str] = collections.Counter()
+    for number in range(first, arguments.cases, step):
+        with tempfile.TemporaryDirectory(dir=arguments.place) as place:
+            if number // 500 > (number - step) // 500:
+                print(f"{number} of {arguments.cases}", file=sys.stderr, flush=True)
+            done, problem = run(number, arguments.seed, arguments.material, Path(place))
+        if problem:
+            kind = problem.splitlines()[0]
+            kinds[kind] += 1
+            if kinds[kind] == 1:
+                print(f"{done}\n{problem}\n", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if peak > MEMORY:
+        kinds[f"peak memory {peak:,} bytes"] += 1
+    for kind, count in kinds.most_common():
+        print(f"{count} times {kind}")
+    print(f"worker {first}: {sum(kinds.values())} failures, peak memory {peak / 2**20:.0f} MiB", flush=True)
+    return 1 if kinds else 0
+
+
+def _too_long(*_: object) -> None:
+    raise TooLong(f"more than {SECONDS} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("material", type=Path)
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--place", type=Path, help="where temporary folders are made; on the material's disk")
+    parser.add_argument("--case", type=int)
+    arguments = parser.parse_args()
+    arguments.material = arguments.material.resolve()
+    arguments.place = arguments.place or arguments.material.parent
+    if not arguments.material.exists():
+        subprocess.run([sys.executable, Path(__file__).with_name("material.py"), arguments.material], check=True)
+    updates = arguments.material / "updates"
+    if not updates.exists():
+        shutil.copytree(arguments.material / "adapters/rewrite", updates / "n-lora")
+    if arguments.case is not None:
+        arguments.cases = arguments.case + 1
+        return work(arguments, arguments.case, 1)
+    if arguments.workers == 1:
+        return work(arguments, 0, 1)
+    children = []
+    for first in range(arguments.workers):
+        child = os.fork()
+        if not child:
+            os._exit(work(arguments, first, arguments.workers))
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return max(map(abs, codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

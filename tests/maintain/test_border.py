@@ -1,0 +1,140 @@
+"""A model that somebody else wrote: names are no paths, links stay inside, readers see one state."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from artefacts import edit_json
+from recipes import Recipe, contents
+
+from granite_switch import compose
+from granite_switch.compose.card import model_card
+from granite_switch.compose.composed import read_composed
+from granite_switch.compose.edit import remove, rename
+from granite_switch.compose.extract import extract
+from granite_switch.compose.inspect import inspect
+from granite_switch.compose.verify import verify
+from granite_switch.errors import SwitchError
+
+COMMANDS: list[Callable[[Path, Path], Any]] = [
+    lambda model, out: inspect(model),
+    lambda model, out: verify(model),
+    lambda model, out: extract(model, "b", out),
+    lambda model, out: rename(model, "b", "c"),
+    lambda model, out: remove(model, ["b"], output=out),
+]
+
+
+@pytest.fixture
+def model(base: Path, pool: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "place"
+    folder.mkdir()
+    Recipe(base, tmp_path, [{"name": n, "path": str(pool / "one" / n)} for n in "ab"]).compose("place/model")
+    return folder / "model"
+
+
+def refused(model: Path, *words: str) -> None:
+    """Every command ends in an error and leaves everything as it was."""
+    before = contents(model.parent)
+    for command in COMMANDS:
+        with pytest.raises(SwitchError) as caught:
+            command(model, model.parent / "out")
+        assert [word for word in words if word not in str(caught.value)] == []
+        assert contents(model.parent) == before
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "..", "", "a b", 7, None])
+def test_an_adapters_name_is_no_path(name: object, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["switch"]["adapters"][0]["name"] = name
+    (model / "config.json").write_text(json.dumps(config))
+    refused(model, "adapters[0].name")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("token_id", -1), ("token_id", "5"), ("token_id", 10**9), ("substitute_token_id", 10**6), ("rank", 0),
+    ("rank", 2.0), ("alpha", None), ("alpha", float("nan")), ("targets", "q_proj"), ("targets", [3]),
+    ("targets", ["model.layers.[0-99999999].x"]), ("targets", ["model.layers.99999999.x"]), ("technology", "dora"),
+    ("rank_pattern", {"model.layers.0.self_attn.q_proj": 0}), ("retired", 1), ("colour", "red"),
+])  # fmt: skip
+def test_an_adapters_record_is_checked(key: str, value: object, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["switch"]["adapters"][0][key] = value
+    (model / "config.json").write_text(json.dumps(config))
+    refused(model)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/tmp/other.safetensors", "x/other.safetensors", "other.bin"])
+def test_an_index_names_files_of_the_folder(name: str, model: Path) -> None:
+    shutil.copy(model / "embeddings.safetensors", model.parent / "other.safetensors")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {k: name if v == "embeddings.safetensors" else v for k, v in index["weight_map"].items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(model, "weight_map")
+
+
+@pytest.mark.parametrize("name", ["embeddings.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_links_stay_inside(name: str, model: Path) -> None:
+    (model / name).rename(model.parent / "elsewhere")
+    (model / name).symlink_to(model.parent / "elsewhere")
+    refused(model, "leads out of its folder")
+
+
+def test_a_base_that_links_elsewhere(base: Path, pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text('{"token": "x"}')
+    bad = Path(shutil.copytree(base, tmp_path / "bad"))
+    (bad / "extra.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(SwitchError, match="leads out of its folder"):
+        compose(bad, [pool / "one/a"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_cannot_write_into_the_model_cards_head(base: Path, pool: Path, tmp_path: Path) -> None:
+    plan = compose(base, [pool / "one/a"], tmp_path / "out", base_name="x\nlicense: mit\n---\n")
+    head = yaml.safe_load(model_card(plan.spec, plan.adapters).split("\n---\n")[0][4:])
+    assert head.keys() == {"base_model", "library_name", "tags"}
+    edit_json(tmp_path / "out/config.json")
+    for name in ("a: b", "[x]", "'", '"', "x # y", "| a | b |", "*x", "&a", "!!python/name:os.system"):
+        card = model_card(type(plan.spec)(**{**plan.spec.__dict__, "base_model": name}), plan.adapters)
+        assert yaml.safe_load(card.split("\n---\n")[0][4:])["base_model"] == name.replace("|", "\\|")
+
+
+@pytest.mark.slow
+def test_readers_see_one_state_of_a_model_that_is_changed(model: Path) -> None:
+    states = {"a", "renamed"}
+    done, seen, problems = threading.Event(), [], []
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                report = inspect(model)
+                names = {one.name for one in report.adapters}
+                if len(seen) % 5 == 0:
+                    verify(model)
+            except SwitchError as error:
+                problems.append(str(error))
+                continue
+            seen.append(names)
+            if len(names & states) != 1:
+                problems.append(str(names))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    try:
+        for number in range(200):
+            old, new = ("a", "renamed") if number % 2 == 0 else ("renamed", "a")
+            rename(model, old, new)
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+    assert problems == []
+    assert len(seen) >= 20
+    assert len({frozenset(names) for names in seen}) == 2
+    read_composed(model)
