@@ -174,10 +174,7 @@ class TritonLinear(SwitchedLinear):
 
 
 class EagerRouter(Router):
-    """Groups the tokens by slot on the host. Compiled graphs call operators, which run what is in this file eagerly.
-
-    Both operators name `slots`, the first as changed, which keeps them in order.
-    """
+    """Groups the tokens by slot on the host. A compiled graph calls an operator, which finds the linear by its name."""
 
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
