@@ -25,7 +25,8 @@ def limits(base: Any) -> type:
         def verify_and_update_model_config(model_config: "ModelConfig") -> None:
             if base is not None:
                 base.verify_and_update_model_config(model_config)
-            _refuse(_of_model(model_config))
+            if model_config.runner_type == "draft":
+                _refuse(["as a draft model: take its base"])
 
         @staticmethod
         def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -46,17 +47,6 @@ def _refuse(problems: list[str]) -> None:
         raise ServingError("a switch model cannot be served like this", problems=problems)
 
 
-def _of_model(model_config: "ModelConfig") -> list[str]:
-    problems = []
-    if model_config.runner_type == "draft":
-        problems.append("as a draft model: it would guess for another's text; use its base")
-    elif model_config.runner_type != "generate":
-        problems.append(f"--runner {model_config.runner_type}: only text generation was tried")
-    if getattr(model_config, "enable_prompt_embeds", False):
-        problems.append("--enable-prompt-embeds: control tokens are read from token ids")
-    return problems
-
-
 def _of_engine(vllm_config: "VllmConfig") -> list[str]:
     import torch
     from vllm.platforms import current_platform
@@ -67,6 +57,10 @@ def _of_engine(vllm_config: "VllmConfig") -> list[str]:
     problems, model_config = [], vllm_config.model_config
     cpu, cache = current_platform.is_cpu(), vllm_config.cache_config.cache_dtype
     spec = model_config.hf_config.switch_spec
+    if model_config.runner_type != "generate":
+        problems.append(f"--runner {model_config.runner_type}: only text generation was tried")
+    if getattr(model_config, "enable_prompt_embeds", False):
+        problems.append("--enable-prompt-embeds: control tokens are read from token ids")
     if vllm_config.lora_config is not None:
         problems.append("--enable-lora: the adapters are in the checkpoint; add another with granite-switch add")
     allowed = _CACHES_ON_CPU if cpu else _CACHES

@@ -111,7 +111,9 @@ class Switched:
         """Take legacy formats 2 and 3 apart as they stream by; what comes before their first own name is in both."""
         weights = iter(weights)
         for name, tensor in weights:
-            if self.config.model_type == "granite" and legacy.is_fused([name]):  # other bases have such names themselves
+            if self.config.model_type == "granite" and legacy.is_fused(
+                [name]
+            ):  # other bases have such names themselves
                 yield from legacy.split(chain([(name, tensor)], weights), self.config.to_dict())
             else:
                 yield name, tensor
