@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from granite_switch.core.lora import Pair, switched_linear
 from granite_switch.vllm.lora import TritonLinear, TritonRouter
 
-WIDTH, TOKENS = 32, 144
+WIDTH, TOKENS = 32, 48
 
 
 def make(adapters: int, rank: int, slices: int, seed: int) -> tuple[TritonRouter, TritonLinear]:
@@ -32,7 +32,9 @@ def make(adapters: int, rank: int, slices: int, seed: int) -> tuple[TritonRouter
     linear.router = router
     linear.layer = SimpleNamespace(
         lora_a_stacked=tuple(torch.randn(adapters, 1, rank, WIDTH, generator=draw).half() for _ in range(slices)),
-        lora_b_stacked=tuple(torch.randn(adapters, 1, 16 * (i + 1), rank, generator=draw).half() for i in range(slices)),
+        lora_b_stacked=tuple(
+            torch.randn(adapters, 1, 16 * (i + 1), rank, generator=draw).half() for i in range(slices)
+        ),
     )
     return router, linear
 
@@ -61,10 +63,10 @@ def routings(adapters: int) -> st.SearchStrategy[list[int]]:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def kernels_are_the_definition(data: st.DataObject) -> None:
-    adapters, rank = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([1, 8, 16, 64]))
+    adapters, rank = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([1, 8, 32]))
     router, linear = make(adapters, rank, data.draw(st.integers(1, 3)), data.draw(st.integers(0, 99)))
     slots, padding = data.draw(routings(adapters)), data.draw(st.integers(0, 9))  # CUDA graphs pad a batch
     router.mapping.fill_(adapters - 1)  # what an earlier batch left
@@ -80,7 +82,7 @@ def kernels_are_the_definition(data: st.DataObject) -> None:
 def a_captured_route_serves_any_routing() -> None:
     """What CUDA graphs do: the recorded steps run again on new contents of the same buffers."""
     router, linear = make(5, 8, 2, 0)
-    slots, draw = torch.zeros(60, dtype=torch.int32), torch.Generator().manual_seed(1)
+    slots, draw = torch.zeros(20, dtype=torch.int32), torch.Generator().manual_seed(1)
 
     def step(slots: torch.Tensor) -> torch.Tensor:
         router.route(slots)
@@ -88,9 +90,9 @@ def a_captured_route_serves_any_routing() -> None:
 
     graph = make_fx(step)(slots)
     for _ in range(2):
-        drawn = torch.randint(0, 6, (60,), generator=draw, dtype=torch.int32)
+        drawn = torch.randint(0, 6, (20,), generator=draw, dtype=torch.int32)
         graph(drawn)
-        x, before = torch.randn(60, WIDTH).half(), torch.randn(60, 48).half()
+        x, before = torch.randn(20, WIDTH).half(), torch.randn(20, 48).half()
         found = before.clone()
         linear.add(found, x)
         check(linear, x, before, found, drawn.tolist())

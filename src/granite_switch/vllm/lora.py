@@ -224,7 +224,9 @@ class EagerLinear(SwitchedLinear):
         if torch.compiler.is_compiling():
             torch.ops.vllm.granite_switch_add(y, x, self.name)
         else:
-            eager.add(x, y, self.router.groups, self.pairs, id(self))
+            added = eager.add(x, y, self.router.groups, self.pairs, id(self))
+            if added is not y:  # gradients are recorded, which vLLM does not do
+                y.data.copy_(added)
 
 
 def _add(y: Tensor, x: Tensor, name: str) -> None:
