@@ -29,6 +29,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's kernels are run with th
 class Router(nn.Module):
     """What every linear shares: the slots of the tokens in this forward pass.
 
+    `route(slots)` works out once, of [T] int32, what the linears need of them. `attach(linear, name, members, rank)`
+    lets one of vLLM's linears add its adapters' updates; name is its path in the model, members the last names of the
+    base's linears that it packs, rank the largest of its adapters.
+
     Args:
         spec: the adapters.
         vllm_config: vLLM's.
@@ -40,42 +44,18 @@ class Router(nn.Module):
         self.adapters = len(spec.adapters)
         self.tokens = vllm_config.scheduler_config.max_num_batched_tokens
 
-    def route(self, slots: Tensor) -> None:
-        """Work out, once in a forward pass, what the linears need of the slots, [T] int32."""
-        raise NotImplementedError
-
-    def attach(self, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> "SwitchedLinear":
-        """Let a linear add its adapters' updates.
-
-        Args:
-            linear: one of vLLM's.
-            name: its path in the model.
-            members: the last names of the base's linears that it packs.
-            rank: the largest of its adapters.
-        """
-        raise NotImplementedError
-
 
 class SwitchedLinear(LinearMethodBase):
-    """The method by which a linear computes: the original one, and its adapters' updates."""
+    """The method by which a linear computes: the original one, and its adapters' updates.
+
+    `set(slot, a, b)` puts an adapter's matrices in place of those in its slot: A [r, in] and the scaled B [out, r] of
+    each of the linear's members, None where the adapter does not update one. `add(y, x)` is
+    y [T, out] += B (A x [T, in]), in place.
+    """
 
     def __init__(self, linear: LinearBase, name: str) -> None:
         self.method, self.name = linear.quant_method, name
         linear.quant_method = self
-
-    def set(self, slot: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
-        """Put an adapter's matrices into its slot, in place of those that are there.
-
-        Args:
-            slot: of the adapter, from 1.
-            a: [r, in] for each of the linear's members, None where the adapter does not update one.
-            b: [out, r], likewise; scaled.
-        """
-        raise NotImplementedError
-
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """y [T, out] += B (A x [T, in]), in place."""
-        raise NotImplementedError
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to y [..., out], as `LinearMethodBase.apply`."""
