@@ -164,6 +164,19 @@ def test_reloading_renews_base_and_adapters(composed: Path, tmp_path: Path) -> N
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": part})
 
 
+def test_two_switch_models_in_one_process_do_not_meet(composed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(composed, other)
+    for file in other.glob("adapter-*.safetensors"):
+        save_file({name: tensor * 1.3 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with running(composed) as first, running(other) as second:
+        tokens = first.llm_engine.model_config.hf_config.switch_spec.control_slots
+        prompts = [[*PROMPT, token, 41, 42] for token in tokens]
+        for _ in range(2):
+            assert texts(first, prompts) == written(composed, prompts)
+            assert texts(second, prompts) == written(other, prompts) != written(composed, prompts)
+
+
 def test_a_loader_that_hands_over_no_adapters_is_refused(composed: Path) -> None:
     class OfAnotherKind(DummyModelLoader):
         """Fills the parameters without asking the model, as loaders of sharded states do."""
