@@ -98,11 +98,6 @@ def test_generation_1_is_refused_with_the_command(composed: Path, tmp_path: Path
         start(old)
 
 
-def test_options_that_would_give_wrong_answers_are_refused(composed: Path) -> None:
-    with pytest.raises(Exception, match=r"(?s)--enable-lora.*--enable-prompt-embeds"):
-        start(composed, enable_lora=True, enable_prompt_embeds=True)
-
-
 def test_missing_and_unknown_adapter_tensors_are_all_named(composed: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(composed, broken)
