@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_FEW = 64  # tokens: a decode step, not a prompt
+FEW = 64  # tokens: a decode step, not a prompt
 _STEP = 8  # tokens: up to so many, one call that scales and adds saves time; it rounds otherwise than PEFT
 _LONG = 16  # tokens: longer runs stay ranges of the batch, since indexing copies
 
@@ -66,7 +66,7 @@ class Groups:
 
 def group(slots: Tensor) -> Groups:
     """Group the tokens of a batch, [T], by slot, without slot 0. One transfer to the host."""
-    if len(slots) <= _FEW:
+    if len(slots) <= FEW:
         return grouped(slots.tolist(), slots.device)
     values, counts = torch.unique_consecutive(slots, return_counts=True)
     return _grouped(values.tolist(), counts.tolist(), len(slots), slots.device)
@@ -88,7 +88,7 @@ def grouped(slots: Sequence[int], device: torch.device) -> Groups:
 def _grouped(values: list[int], counts: list[int], tokens: int, device: torch.device) -> Groups:
     starts = accumulate(counts, initial=0)
     runs = [(slot, start, start + n) for slot, start, n in zip(values, starts, counts, strict=False) if slot]
-    few = tokens <= _FEW
+    few = tokens <= FEW
     if len({slot for slot, _, _ in runs}) == len(runs) or len(runs) * _LONG <= tokens:
         rows = (Group(slot, slice(start, stop), tuple(range(start, stop)) if few else ()) for slot, start, stop in runs)
         return Groups(tuple(rows), tokens)
@@ -119,7 +119,7 @@ def add(x: Tensor, y: Tensor, groups: Groups, pairs: Mapping[int, Pair], owner: 
         for g in mine:
             y = _added(x, y, g.rows, pairs[g.slot], groups.tokens)
         return y
-    if owner is not None and len(mine) > 1 and groups.tokens <= _FEW:
+    if owner is not None and len(mine) > 1 and groups.tokens <= FEW:
         padded = _padded(groups, mine, pairs, owner)
         if padded is not None:
             _add_padded(x, y, padded)

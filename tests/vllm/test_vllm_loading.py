@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 import granite_switch
-from granite_switch.core.layout import AdapterTensor, groups
+from granite_switch.core.layout import AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 
-FUSED = {
-    "qkv_lora": "self_attn.qkv_proj",
-    "o_lora": "self_attn.o_proj",
-    "gate_up_lora": "shared_mlp.input_linear",
-    "down_lora": "shared_mlp.output_linear",
+FUSED = {  # the old module -> the linears in its rows
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
+    "shared_mlp.output_linear": ("mlp.down_proj",),
 }
 
 
@@ -47,19 +47,19 @@ def write_older(model: Path, folder: Path, generation: int) -> Path:
     rank = 8
     old = {name: t for name, t in tensors.items() if name.endswith("norm.weight") or name.startswith("model.embed")}
     for layer in range(config["num_hidden_layers"]):
-        for block, group, rows in groups():
-            module = f"model.layers.{layer}.{FUSED[group]}"
-            weights = [tensors[f"model.layers.{layer}.{block}.{row.name}.weight"] for row in rows]
+        for fused, parts in FUSED.items():
+            module, linears = f"model.layers.{layer}.{fused}", [f"model.layers.{layer}.{part}" for part in parts]
+            weights = [tensors[f"{linear}.weight"] for linear in linears]
             old[f"{module}.base_layer.weight"] = torch.cat(weights)
-            for part, (row, weight) in enumerate(zip(rows, weights, strict=True)):
-                suffix = f"_slices.{part}" if len(rows) > 1 else ""
+            for part, (linear, weight) in enumerate(zip(linears, weights, strict=True)):
+                suffix = f"_slices.{part}" if len(linears) > 1 else ""
                 a = old[f"{module}.lora_A{suffix}"] = torch.zeros(len(spec.adapters), 1, rank, weight.shape[1])
                 b = old[f"{module}.lora_B{suffix}"] = torch.zeros(len(spec.adapters), 1, weight.shape[0], rank)
                 for index, adapter in enumerate(spec.adapters):
-                    if r := adapter.rank_of(row.name, layer):
-                        keys = [AdapterTensor(adapter.name, layer, row.name, matrix).key for matrix in "AB"]
+                    if r := adapter.ranks.get(linear):
+                        keys = [AdapterTensor(adapter.name, linear, matrix).key for matrix in "AB"]
                         a[index, 0, :r] = tensors[keys[0]]
-                        b[index, 0, :, :r] = tensors[keys[1]] * adapter.scale_of(row.name, layer)
+                        b[index, 0, :, :r] = tensors[keys[1]] * adapter.scale_of(linear)
     old["model.switch.control_to_substitute_lut"] = torch.arange(config["vocab_size"])
     reset = generation == 3
     config |= {
@@ -98,11 +98,6 @@ def test_generation_1_is_refused_with_the_command(composed: Path, tmp_path: Path
         start(old)
 
 
-def test_options_that_would_give_wrong_answers_are_refused(composed: Path) -> None:
-    with pytest.raises(Exception, match=r"(?s)--enable-lora.*--enable-prompt-embeds"):
-        start(composed, enable_lora=True, enable_prompt_embeds=True)
-
-
 def test_missing_and_unknown_adapter_tensors_are_all_named(composed: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(composed, broken)
@@ -120,8 +115,8 @@ def test_a_load_without_weights_has_adapters_to_run(composed: Path) -> None:
     with running(composed, load_format="dummy") as llm:
         linear = runner_of(llm).model.model.layers[0].mlp.down_proj
         adapters = runner_of(llm).model.spec.adapters
-        acting = {slot for slot, adapter in enumerate(adapters, 1) if adapter.rank_of("down_proj", 0)}
-        assert set(linear.quant_method.matrices) == acting != set()
+        acting = {s for s, a in enumerate(adapters, 1) if "model.layers.0.mlp.down_proj" in a.ranks}
+        assert set(linear.quant_method.pairs) == acting != set()
         assert len(greedy(llm, prompts_for(composed))[0].token_ids) == 10
 
 
@@ -139,7 +134,7 @@ def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tm
         assert type(linear.scheme).__name__ == "CompressedTensorsW8A8Int8"
         weight = linear.weight
         assert weight is None or weight.dtype == torch.int8  # None: some processors' kernels repack it
-        assert linear.quant_method.matrices[1].a.dtype == torch.bfloat16
+        assert linear.quant_method.pairs[1].a.dtype == torch.bfloat16
         found = greedy(llm, prompts, logprobs=5)
     assert found[0].token_ids == plain
 

@@ -1,10 +1,14 @@
-"""The operators behind vLLM's LoRA layers against the definition in `core.lora`, and their shapes under tracing."""
+"""What vLLM's linears add against the definition in `core.lora`, its shapes under tracing, and the switch's digits."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
 from granite_switch.core.lora import Pair, switched_linear
-from granite_switch.vllm.lora import GroupedRouter, TritonRouter
+from granite_switch.vllm.lora import EagerRouter, TritonLinear, TritonRouter
 from granite_switch.vllm.switch import _GAIN, _SHIFT, BITS, POSITIONS, SLOT_DIGITS, Switch
 
 WIDTH, OUTPUTS, RANKS = 24, (16, 8, 8), [[4, 0, 2], [0, 0, 0], [1, 3, 8], [4, 0, 2], [4, 0, 2]]
@@ -41,11 +45,16 @@ def make_switch(dtype: torch.dtype, captured: dict[str, torch.Tensor]) -> Switch
         captured.update(query=query, key=key, value=value)
         return value
 
-    with patch("granite_switch.vllm.switch.Attention", return_value=None):
+    model = SimpleNamespace(get_num_attention_heads=lambda _: 4, get_num_kv_heads=lambda _: 2, get_head_size=lambda: 32)
+    vllm_config = SimpleNamespace(
+        model_config=model, parallel_config=None, cache_config=SimpleNamespace(sliding_window=16)
+    )
+    with patch("granite_switch.vllm.switch.Attention", return_value=None) as attention:
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
-        switch = Switch(spec, 4, 32, None, "switch.9")
+        switch = Switch(spec, 4, vllm_config, "switch.9")
         torch.set_default_dtype(previous)
+    assert attention.call_args.kwargs["cache_config"].sliding_window is None  # a window would forget control tokens
     switch.__dict__["attn"] = note
     return switch
 
@@ -76,15 +85,21 @@ def expected(x: torch.Tensor, y: torch.Tensor, routing: list[int]) -> torch.Tens
 
 
 @given(routing=st.one_of(slots, runs))
-def test_the_grouped_operator_is_the_definition_and_leaves_the_base_alone(routing: list[int]) -> None:
+def test_linears_on_cpu_add_the_definition_and_leave_the_base_alone(routing: list[int]) -> None:
     a, b = stacks()
-    router = GroupedRouter(SPEC, config())
-    linear = SimpleNamespace(lora_a_stacked=tuple(a), lora_b_stacked=tuple(b))
-    x, before = torch.randn(len(routing), WIDTH), torch.randn(len(routing), sum(OUTPUTS))
-    base = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda layer, x, bias: before.clone()))
-    router.attach(SimpleNamespace(get_submodule={"linear": base}.__getitem__), "linear", linear, RANKS)
+    router = EagerRouter(SPEC, config())
+    before = torch.randn(len(routing), sum(OUTPUTS))
+    linear = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda layer, x, bias: before.clone()))
+    method = router.attach(linear, "linear", ["q", "k", "v"], 8)
+    for slot, ranks in enumerate(RANKS, 1):
+        layer = SimpleNamespace(
+            lora_a_stacked=[x[slot - 1 : slot] for x in a], lora_b_stacked=[y[slot - 1 : slot] for y in b]
+        )
+        with patch("granite_switch.vllm.lora.lora_layer", return_value=layer), patch("granite_switch.vllm.lora.fill"):
+            method.set(slot, [torch.zeros(rank, WIDTH) if rank else None for rank in ranks], [None] * len(ranks))
     router.route(torch.tensor(routing, dtype=torch.int32))
-    y = base.quant_method.apply(base, x)
+    x = torch.randn(len(routing), WIDTH)
+    y = linear.quant_method.apply(linear, x)
     torch.testing.assert_close(y, expected(x, before, routing), atol=1e-5, rtol=1e-5)
     of_base = torch.tensor(routing) == 0
     assert torch.equal(y[of_base], before[of_base])
@@ -122,9 +137,12 @@ def test_the_gpu_path_is_one_graph_for_any_number_of_tokens_without_a_look_at_th
         x, y = torch.zeros(7, WIDTH, dtype=torch.bfloat16), torch.zeros(7, sum(OUTPUTS), dtype=torch.bfloat16)
         routing = torch.zeros(7, dtype=torch.int32)
 
+    linear = object.__new__(TritonLinear)
+    linear.router, linear.layer = router, SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b)
+
     def forward(slots: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         router.route(slots)
-        router.add_lora_linear(y, x, a, b, 1.0, OUTPUTS)
+        linear.add(y, x)
         return y
 
     graph = make_fx(forward, tracing_mode="symbolic", _allow_non_fake_inputs=True)(routing, x, y)
@@ -142,9 +160,8 @@ def test_the_latest_control_token_wins_at_any_position_in_any_type() -> None:
         positions = torch.cat([torch.arange(0, 3000), torch.arange(POSITIONS - 3000, POSITIONS)])
         tokens = torch.randint(0, 4, (len(positions),), generator=torch.Generator().manual_seed(0))
         switch(tokens, positions)
-        key = captured["key"].to(dtype).to(torch.float32)
-        value = captured["value"].to(dtype).to(torch.float32)
-        scores = (key @ captured["query"][0].to(torch.float32)) * (_GAIN << _SHIFT)
+        key, value = (captured[name][:, :32].to(dtype).to(torch.float32) for name in ("key", "value"))  # of head 0
+        scores = (key @ captured["query"][0, :32].to(torch.float32)) * (_GAIN << _SHIFT)
         expected = 0
         for end in range(1, len(positions) + 1):
             expected = int(tokens[end - 1]) if tokens[end - 1] else expected
@@ -153,3 +170,11 @@ def test_the_latest_control_token_wins_at_any_position_in_any_type() -> None:
             weights = scores[:end].softmax(0)
             digits = (weights @ value[:end])[:SLOT_DIGITS].to(torch.bfloat16).round().int()
             assert sum(int(d) << BITS * i for i, d in enumerate(digits)) == 100 * expected
+
+
+@pytest.mark.slow
+def test_kernels_in_tritons_interpreter_are_the_definition() -> None:
+    """In a process of its own: vLLM looks for Triton when it is imported."""
+    worker = Path(__file__).parent / "triton_worker.py"
+    done = subprocess.run([sys.executable, worker], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr[-3000:]

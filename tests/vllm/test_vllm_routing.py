@@ -26,7 +26,7 @@ class Watched:
         self.controls = self.runner.model.spec.control_slots
         self.seen: dict[str, dict[int, int]] = {}
         self.positions = 0
-        self.runner.model.model.switch.register_forward_hook(self._note)
+        self.runner.model.switch.register_forward_hook(self._note)
 
     def _note(self, module: Any, inputs: Any, output: Any) -> None:
         metadata = get_forward_context().attn_metadata

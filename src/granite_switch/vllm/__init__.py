@@ -1,21 +1,63 @@
 """vLLM backend: a plugin that vLLM finds by entry point (`vllm.general_plugins`).
 
-It runs in each of vLLM's processes, so it only registers names; the model is imported when one is loaded.
+It runs in each of vLLM's processes, so it only registers names; a model's class is made when one is loaded.
 """
 
-ARCHITECTURE = "GraniteSwitchForCausalLM"
+from typing import Any
+
+_MODULE = f"{__name__}.model"
+_EARLIER = "_registered_before"  # what a name of ours stood for is kept under the name and this
 
 
 def register() -> None:
-    """Tell vLLM and transformers about `granite_switch` checkpoints. May be called more than once."""
-    from transformers import AutoConfig
+    """Tell vLLM and transformers about switch models of every decoder. May be called more than once."""
+    import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from granite_switch.config import GraniteSwitchConfig
-    from granite_switch.vllm.limits import Limits
+    from granite_switch.core.spec import architecture
+    from granite_switch.vllm.limits import limits
 
-    AutoConfig.register(GraniteSwitchConfig.model_type, GraniteSwitchConfig, exist_ok=True)
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = Limits
+    models = ModelRegistry.models
+    others = [name for name, model in models.items() if getattr(model, "module_name", "") != _MODULE]
+    names = {architecture(base): base for base in others if base.endswith(("ForCausalLM", "LMHeadModel"))}
+    for name, base in names.items():
+        if base in names:
+            continue  # a switch model of vLLM's own
+        if name in others:
+            models[name + _EARLIER] = models[name]
+            if name in MODELS_CONFIG_MAP:
+                MODELS_CONFIG_MAP[name + _EARLIER] = MODELS_CONFIG_MAP[name]
+        # vLLM caches what it learnt of a class by file and name; a base may change with vLLM's version
+        ModelRegistry.register_model(name, f"{_MODULE}:{name}@{vllm.__version__}")
+        MODELS_CONFIG_MAP[name] = limits(MODELS_CONFIG_MAP.get(base))
+    _register_config()
+
+
+def _register_config() -> None:
+    """Let our class read configs of `granite_switch`; one that is not ours goes to the class that did before."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from granite_switch.config import SwitchConfig
+    from granite_switch.core import legacy
+
+    kind = SwitchConfig.model_type
+    earlier = CONFIG_MAPPING.get(kind, None)
+    if kind in _CONFIG_REGISTRY:
+        earlier = _CONFIG_REGISTRY[kind]
+        del _CONFIG_REGISTRY[kind]
+    if earlier is None or issubclass(earlier, SwitchConfig):
+        AutoConfig.register(kind, earlier or SwitchConfig, exist_ok=True)
+        return
+
+    class OursOrEarlier(SwitchConfig):
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            if config_dict.get("switch") is not None or legacy.generation(config_dict):
+                return SwitchConfig.from_dict(config_dict, **kwargs)
+            names = [name + _EARLIER for name in config_dict.get("architectures") or ()]
+            return earlier.from_dict({**config_dict, "architectures": names}, **kwargs)
+
+    AutoConfig.register(kind, OursOrEarlier, exist_ok=True)

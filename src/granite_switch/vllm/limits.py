@@ -1,48 +1,85 @@
 """What the switch does not run with: refused when vLLM puts its configuration together, before anything is loaded."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from granite_switch.core.legacy import UPGRADE
 from granite_switch.errors import ServingError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+_CACHES = ("auto", "float16", "bfloat16")
+_CACHES_ON_CPU = (*_CACHES, "fp8", "fp8_e4m3", "fp8_e5m2")  # exact there, since queries stay unquantised
+_DRAFTS = ("ngram", "suffix")  # these guess from the text alone
 
 
-class Limits:
-    """vLLM's hook for a model's configuration (`vllm.model_executor.models.config.MODELS_CONFIG_MAP`)."""
+def limits(base: Any) -> type:
+    """vLLM's hook for an architecture's configuration (`vllm.model_executor.models.config.MODELS_CONFIG_MAP`).
 
-    @staticmethod
-    def verify_and_update_model_config(model_config: object) -> None:
-        """Nothing here depends on the model alone."""
+    Args:
+        base: the hook of the base's architecture, which runs first; None if it has none.
+    """
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Refuse what would give wrong answers.
+    class Limits:
+        @staticmethod
+        def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+            if base is not None:
+                base.verify_and_update_model_config(model_config)
+            if model_config.runner_type == "draft":
+                _refuse(["as a draft model: take its base"])
 
-        Raises:
-            ServingError: with all that is wrong at once.
-        """
-        import torch
-        from vllm.platforms import current_platform
+        @staticmethod
+        def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+            """Refuse what would give wrong answers.
 
-        from granite_switch.vllm.switch import POSITIONS, SLOTS
+            Raises:
+                ServingError: with all that is wrong at once.
+            """
+            if base is not None:
+                base.verify_and_update_config(vllm_config)
+            _refuse(_of_engine(vllm_config))
 
-        problems = []
-        if vllm_config.lora_config is not None:
-            problems.append("--enable-lora: the adapters are in the checkpoint; add another with granite-switch add")
-        if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
-            problems.append("--enable-prompt-embeds: control tokens are read from token ids")
-        if vllm_config.cache_config.cache_dtype.startswith("fp8") and not current_platform.is_cpu():
-            problems.append("--kv-cache-dtype fp8: slots are exact only where queries stay unquantised; leave it out")
-        if vllm_config.model_config.max_model_len > POSITIONS:
-            problems.append(f"--max-model-len: at most {POSITIONS:,} positions")
-        spec = vllm_config.model_config.hf_config.switch_spec
-        if spec.hiding:
-            problems.append(f"the checkpoint is of generation 1, which hides tokens from attention; first: {UPGRADE}")
-        if len(spec.adapters) >= SLOTS:
-            problems.append(f"more than {SLOTS - 1:,} adapters")
-        if vllm_config.model_config.dtype == torch.float32 and not current_platform.is_cpu():
-            problems.append("--dtype float32: vLLM's LoRA kernels take float16 and bfloat16")
-        if problems:
-            raise ServingError("a switch model cannot be served like this", problems=problems)
+    return Limits
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ServingError("a switch model cannot be served like this", problems=problems)
+
+
+def _of_engine(vllm_config: "VllmConfig") -> list[str]:
+    import torch
+    from vllm.platforms import current_platform
+
+    from granite_switch.vllm.lora import RANKS
+    from granite_switch.vllm.switch import POSITIONS, SLOTS
+
+    problems, model_config = [], vllm_config.model_config
+    cpu, cache = current_platform.is_cpu(), vllm_config.cache_config.cache_dtype
+    spec = model_config.hf_config.switch_spec
+    if model_config.runner_type != "generate":
+        problems.append(f"--runner {model_config.runner_type}: only text generation was tried")
+    if getattr(model_config, "enable_prompt_embeds", False):
+        problems.append("--enable-prompt-embeds: control tokens are read from token ids")
+    if vllm_config.lora_config is not None:
+        problems.append("--enable-lora: the adapters are in the checkpoint; add another with granite-switch add")
+    allowed = _CACHES_ON_CPU if cpu else _CACHES
+    if cache not in allowed:
+        problems.append(f"--kv-cache-dtype {cache}: slots were proved exact in {', '.join(allowed)}")
+    draft = vllm_config.speculative_config
+    if draft is not None and draft.method not in _DRAFTS:
+        problems.append(
+            f"speculation by {draft.method}: {' and '.join(_DRAFTS)} work; drafts by a model were not tried"
+        )
+    if model_config.max_model_len > POSITIONS:
+        problems.append(f"--max-model-len: at most {POSITIONS:,} positions")
+    if spec.hiding:
+        problems.append(f"the checkpoint has legacy format 1, which hides tokens from attention; first: {UPGRADE}")
+    if len(spec.adapters) >= SLOTS:
+        problems.append(f"more than {SLOTS - 1:,} adapters")
+    rank = max((rank for adapter in spec.adapters for rank in adapter.ranks.values()), default=0)
+    if not cpu and rank > RANKS[-1]:
+        problems.append(f"an adapter of rank {rank}: vLLM's LoRA kernels take up to {RANKS[-1]}")
+    if not cpu and model_config.dtype == torch.float32:
+        problems.append("--dtype float32: vLLM's LoRA kernels take float16 and bfloat16")
+    return problems

@@ -1,80 +1,37 @@
-"""The adapters' low-rank updates by vLLM's own LoRA layers, with the slots worked out in the forward pass.
+"""The adapters' low-rank updates inside vLLM's linears.
 
-vLLM's layer classes slice A and B for tensor parallelism. On GPUs they wrap the linears and call `add_lora_linear` of
-an object they are given; ours feeds vLLM's Triton kernels with metadata of fixed shape, which CUDA graphs can hold. On
-CPU, where each call counts, the linear stays and adds to what its product gives: a product for each adapter that the
-batch uses, or one batched over several, on unpadded weights. Either way a quantised base keeps its products, and what
-is added comes before the all-reduce. `core.lora` is the definition.
+A linear keeps its class. What computes it, its `quant_method`, is replaced by one that adds the updates to what the
+original method gives, before any all-reduce: a quantised base stays quantised. vLLM's LoRA layer classes cut A and B
+for tensor parallelism. On GPUs vLLM's Triton kernels compute the updates, fed with metadata of fixed shape, which CUDA
+graphs can hold; on CPU `granite_switch.eager` does. `core.lora` is the definition.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import LoRAConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers import BaseLayerWithLoRA
-from vllm.lora.utils import from_layer, replace_submodule
+from vllm.lora.utils import from_layer
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from granite_switch.batched import Grouper, Groups, Matrices, Product, Ranks, Stack, products, shelve
-from granite_switch.core.layout import GRANITE, AdapterTensor
+from granite_switch import eager
 from granite_switch.core.spec import SwitchSpec
 
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what LoRAConfig takes; the layers pad to one of them
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's kernels are run with these
 
 
-def wrap_linears(
-    model: nn.Module, layer: int, spec: SwitchSpec, tensors: Mapping[str, Tensor], router: "Router"
-) -> None:
-    """Put one decoder layer's linears into LoRA layers that hold every adapter.
+class Router(nn.Module):
+    """What every linear shares: the slots of the tokens in this forward pass.
 
-    Args:
-        model: the decoder, with `layers`.
-        layer: index of the decoder layer.
-        spec: the adapters.
-        tensors: their A and B by checkpoint name.
-        router: gives the LoRA layers what to call.
-    """
-    config = router.vllm_config
-    linears = dict.fromkeys(f"{row.block}.{row.vllm}" for row in GRANITE)
-    for path in linears:
-        rows = [row for row in GRANITE if f"{row.block}.{row.vllm}" == path]
-        ranks = [[adapter.rank_of(row.name, layer) for row in rows] for adapter in spec.adapters]
-        largest = max((max(of_slot) for of_slot in ranks), default=0)
-        if not largest:
-            continue
-        name = f"layers.{layer}.{path}"
-        settings = LoRAConfig(
-            max_lora_rank=next(rank for rank in _RANKS if rank >= largest),
-            max_loras=len(ranks),
-            lora_dtype=config.model_config.dtype,
-        )
-        base = model.get_submodule(name)
-        repacked = getattr(base, "weight", base) is None  # as oneDNN's int8 kernels leave it
-        if repacked:
-            base.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # LoRA layers read their device from it
-        linear = from_layer(base, len(ranks), settings, [row.name for row in rows], config.model_config.hf_config)
-        if repacked:
-            base.weight = None
-        for index, adapter in enumerate(spec.adapters):
-            a, b = [], []
-            for row, rank in zip(rows, ranks[index], strict=True):
-                keys = [AdapterTensor(adapter.name, layer, row.name, matrix).key for matrix in "AB"]
-                a.append(tensors[keys[0]] if rank else None)
-                b.append(tensors[keys[1]].float() * adapter.scale_of(row.name, layer) if rank else None)
-            if len(rows) > 1:
-                linear.set_lora(index, a, b)
-            elif a[0] is not None:
-                linear.set_lora(index, a[0], b[0])
-        router.attach(model, name, linear, ranks)
-
-
-class Router:
-    """What every LoRA layer shares: the slots of the tokens in this forward pass.
+    `route(slots)` works out once, of [T] int32, what the linears need of them. `attach(linear, name, members, rank)`
+    lets one of vLLM's linears add its adapters' updates; name is its path in the model, members the last names of the
+    base's linears that it packs, rank the largest of its adapters.
 
     Args:
         spec: the adapters.
@@ -82,33 +39,82 @@ class Router:
     """
 
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
+        super().__init__()
         self.vllm_config = vllm_config
         self.adapters = len(spec.adapters)
         self.tokens = vllm_config.scheduler_config.max_num_batched_tokens
 
-    def route(self, slots: Tensor) -> None:
-        """Work out, once in a forward pass, what the layers need of the slots, [T] int32."""
-        raise NotImplementedError
 
-    def attach(self, model: nn.Module, name: str, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]]) -> None:
-        """Let the model's linear of that name add what its LoRA layer holds; ranks: of each adapter, in each slice."""
-        raise NotImplementedError
+class SwitchedLinear(LinearMethodBase):
+    """The method by which a linear computes: the original one, and its adapters' updates.
+
+    `set(slot, a, b)` puts an adapter's matrices in place of those in its slot: A [r, in] and the scaled B [out, r] of
+    each of the linear's members, None where the adapter does not update one. `add(y, x)` is
+    y [T, out] += B (A x [T, in]), in place.
+    """
+
+    def __init__(self, linear: LinearBase, name: str) -> None:
+        self.method, self.name = linear.quant_method, name
+        linear.quant_method = self
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] to y [..., out], as `LinearMethodBase.apply`."""
+        y = self.method.apply(layer, x, bias)
+        self.add(y.view(-1, y.size(-1)), x.view(-1, x.size(-1)))
+        return y
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.method.create_weights(layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.method.process_weights_after_loading(layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["method"], name)
+
+
+def lora_layer(
+    linear: LinearBase, members: Sequence[str], adapters: int, rank: int, vllm_config: VllmConfig
+) -> BaseLayerWithLoRA | None:
+    """vLLM's LoRA layer of a linear, with zeros for so many adapters; None if vLLM has none for that linear."""
+    model_config = vllm_config.model_config
+    settings = SimpleNamespace(max_lora_rank=rank, fully_sharded_loras=False, lora_dtype=model_config.dtype)
+    repacked = getattr(linear, "weight", linear) is None  # as oneDNN's int8 kernels leave it
+    if repacked:
+        linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # LoRA layers read their device from it
+    layer = from_layer(linear, adapters, settings, list(members), model_config.hf_config)
+    if repacked:
+        linear.weight = None
+    return None if layer is linear else layer
+
+
+def fill(layer: BaseLayerWithLoRA, index: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
+    """Set one adapter of a LoRA layer, which cuts A and B for this process."""
+    if len(a) > 1:
+        layer.set_lora(index, list(a), list(b))
+    elif a[0] is not None:
+        layer.set_lora(index, a[0], b[0])
 
 
 class TritonRouter(Router):
     """vLLM's kernels, with the metadata of `LoRAKernelMeta.prepare_tensors` in shapes that depend on T alone.
 
     There an adapter that no token uses is left out of the lists; here it stands in them with no tokens, which the
-    kernels leave at once. So nothing is asked of the device, and a CUDA graph can hold it all.
+    kernels leave at once. So nothing is asked of the device, and a CUDA graph can hold it all. The tables are buffers:
+    vLLM's sleep mode restores them.
     """
 
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
-        self.mapping = torch.empty(self.tokens, dtype=torch.int32)  # adapter of each token, -1 for none
-        self.order = torch.empty(self.tokens, dtype=torch.int32)  # tokens sorted by adapter
-        self.ids = torch.arange(-1, self.adapters, dtype=torch.int32)
-        self.counts = torch.empty(self.adapters + 1, dtype=torch.int32)
-        self.starts = torch.zeros(self.adapters + 2, dtype=torch.int32)
+        tables = {
+            "mapping": torch.empty(self.tokens, dtype=torch.int32),  # adapter of each token, -1 for none
+            "order": torch.empty(self.tokens, dtype=torch.int32),  # tokens sorted by adapter
+            "ids": torch.arange(-1, self.adapters, dtype=torch.int32),
+            "counts": torch.empty(self.adapters + 1, dtype=torch.int32),
+            "starts": torch.zeros(self.adapters + 2, dtype=torch.int32),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
         self.nobody = torch.tensor([False], device="cpu")
         self.groups = torch.tensor([self.adapters + 1], dtype=torch.int32, device="cpu")
 
@@ -120,128 +126,90 @@ class TritonRouter(Router):
         self.counts.copy_(counts)
         self.starts[1:].copy_(counts.cumsum(0))
 
-    def attach(self, model: nn.Module, name: str, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]]) -> None:
-        replace_submodule(model, name, linear)
-        linear.set_mapping(self)
+    def attach(self, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> SwitchedLinear:
+        return TritonLinear(self, linear, name, members, rank)
 
-    def add_lora_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        a: tuple[Tensor, ...],
-        b: tuple[Tensor, ...],
-        scale: float,
-        slices: tuple[int, ...],
-        *,
-        add_inputs: bool = True,
-        **_: object,
-    ) -> None:
-        """y += B (A x), in place; the arguments are those of `PunicaWrapperBase.add_lora_linear`.
 
-        Args:
-            y: [T, out].
-            x: [T, in].
-            a: of each slice, [N, 1, R, in].
-            b: of each slice, [N, 1, out of the slice, R].
-        """
+class TritonLinear(SwitchedLinear):
+    """The updates by vLLM's kernels, from the padded stacks of a LoRA layer."""
+
+    def __init__(self, router: TritonRouter, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> None:
+        padded = next(size for size in RANKS if size >= rank)
+        self.router = router
+        self.layer = lora_layer(linear, members, router.adapters, padded, router.vllm_config)
+        super().__init__(linear, name)
+
+    def set(self, slot: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
+        fill(self.layer, slot - 1, a, b)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
         from vllm.lora.ops.triton_ops import lora_expand, lora_shrink
 
-        count = x.size(0)
-        metadata = (self.mapping[:count], self.order[:count], self.counts, self.starts, self.ids)
-        hidden = torch.empty(len(slices), count, b[0].size(-1), dtype=torch.float32, device=x.device)
-        lora_shrink(x, a, hidden, *metadata, self.nobody, self.groups, scale)
-        lora_expand(hidden, b, y, *metadata, self.nobody, self.groups, offset_start=0, add_inputs=add_inputs)
+        router, count = self.router, x.size(0)
+        a, b = self.layer.lora_a_stacked, self.layer.lora_b_stacked
+        metadata = (router.mapping[:count], router.order[:count], router.counts, router.starts, router.ids)
+        hidden = torch.empty(len(a), count, b[0].size(-1), dtype=torch.float32, device=x.device)
+        lora_shrink(x, a, hidden, *metadata, router.nobody, router.groups, 1.0)
+        lora_expand(hidden, b, y, *metadata, router.nobody, router.groups, offset_start=0, add_inputs=True)
 
 
-class GroupedRouter(Router):
-    """A product for each adapter that the batch uses, or one batched over several, on unpadded weights.
-
-    Compiled graphs call it as two operators. Both name `slots`, the first as changed, which keeps them in order.
-    """
+class EagerRouter(Router):
+    """Groups the tokens by slot on the host. A compiled graph calls an operator, which finds the linear by its name."""
 
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
-        self.slots = torch.zeros(self.tokens, dtype=torch.int32)
-        self.groups, self.grouped = Groups(), Grouper()
+        self.groups = eager.Groups()
+        self.last: list[int] = []
         self.context = vllm_config.compilation_config.static_forward_context
-        self.context["granite_switch.router"] = self
 
     def route(self, slots: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            current = self.slots[: slots.size(0)]
-            current.copy_(slots)
-            torch.ops.vllm.granite_switch_route(current)
-        else:
-            self.groups = self.grouped(slots)
+        if len(slots) > eager.FEW:
+            self.last, self.groups = [], eager.group(slots)
+            return
+        values = slots.tolist()
+        if values != self.last:  # else the groups of the decode step before, and with them their padded copies
+            self.last, self.groups = values, eager.grouped(values, slots.device)
 
-    def attach(self, model: nn.Module, name: str, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]]) -> None:
-        base = model.get_submodule(name)
-        name = f"granite_switch.{name}"
-        self.context[name] = base.quant_method = _GroupedLinear(self, base.quant_method, linear, ranks, name)
+    def attach(self, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> SwitchedLinear:
+        return EagerLinear(self, linear, name, members)
 
 
-class _GroupedLinear:
-    """The method by which a linear computes, and its adapters, taken out of the padded stacks of a LoRA layer."""
+class EagerLinear(SwitchedLinear):
+    """The updates by a matmul for each adapter in the batch, or a batched one, on unpadded matrices."""
 
-    def __init__(
-        self, router: GroupedRouter, method: Any, linear: BaseLayerWithLoRA, ranks: Sequence[Sequence[int]], name: str
-    ) -> None:
-        self.router, self.method, self.name = router, method, name
-        padded = list(zip(linear.lora_a_stacked, linear.lora_b_stacked, strict=True))
-        starts = accumulate((b.shape[2] for _, b in padded), initial=0)
-        self.columns = [slice(start, start + b.shape[2]) for (_, b), start in zip(padded, starts, strict=False)]
-        pairs = {
-            slot: tuple((part, rank) for part, rank in enumerate(of_slot) if rank)
-            for slot, of_slot in enumerate(ranks, 1)
-            if any(of_slot)
-        }
-        self.shelves = shelve(pairs)
-        self.stacks = [_stack(padded, slots, pairs[slots[0]]) for slots in self.shelves]
-        self.matrices = {
-            slot: Matrices(
-                stack.a[index], tuple((part, b[index]) for part, _, b in stack.b), tuple(1.0 for _ in stack.b)
-            )
-            for stack, slots in zip(self.stacks, self.shelves, strict=True)
-            for index, slot in enumerate(slots)
-        }
-        self.ready: tuple[Groups | None, list[Product]] = None, []  # of the latest batch
+    def __init__(self, router: EagerRouter, linear: LinearBase, name: str, members: Sequence[str]) -> None:
+        self.router, self.linear, self.members = router, linear, members
+        self.pairs: dict[int, eager.Pair] = {}
+        super().__init__(linear, f"granite_switch.{name}")
+        router.context[self.name] = self
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] to y [T, out], as `LinearMethodBase.apply`, with the updates."""
-        y = self.method.apply(layer, x, bias)
-        if torch.compiler.is_compiling():
-            torch.ops.vllm.granite_switch_add(y, x, self.router.slots[: x.size(0)], self.name)
-        else:
-            self.add(y, x)
-        return y
+    def set(self, slot: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
+        rank = max((len(matrix) for matrix in a if matrix is not None), default=0)
+        if not rank:
+            return
+        layer = lora_layer(self.linear, self.members, 1, rank, self.router.vllm_config)
+        fill(layer, 0, a, b)
+        parts = [(x[0, 0], y[0, 0]) for x, y in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)]
+        if all(torch.equal(x, parts[0][0]) for x, _ in parts):
+            self.pairs[slot] = eager.Pair(parts[0][0], torch.cat([y for _, y in parts]), 1.0)
+            return
+        used = [len(x) if y.any() else 0 for x, y in parts]  # a slice whose B is zero adds nothing
+        self.pairs[slot] = eager.Pair(
+            torch.cat([x[:n] for (x, _), n in zip(parts, used, strict=True)]),
+            torch.block_diag(*(y[:, :n] for (_, y), n in zip(parts, used, strict=True))),
+            1.0,
+        )
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """y [T, out] += B (A x [T, in]), in place."""
-        groups = self.router.groups
-        if self.ready[0] is not groups:
-            self.ready = groups, products(groups, self.shelves, self.stacks, self.matrices, len(x))
-        if self.ready[1]:
-            outputs = [y[:, columns] for columns in self.columns] if len(self.columns) > 1 else [y]
-            for product in self.ready[1]:
-                product.add(x, outputs)
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.granite_switch_add(y, x, self.name)
+        else:
+            added = eager.add(x, y, self.router.groups, self.pairs, id(self))
+            if added is not y:  # gradients are recorded, which vLLM does not do
+                y.data.copy_(added)
 
 
-def _stack(padded: Sequence[tuple[Tensor, Tensor]], slots: Sequence[int], ranks: Ranks) -> Stack:
-    """The matrices of these slots, all of these ranks, out of a LoRA layer's."""
-    a = [torch.cat([padded[part][0][slot - 1, 0, :rank] for part, rank in ranks]) for slot in slots]
-    b, start = [], 0
-    for part, rank in ranks:
-        matrices = [padded[part][1][slot - 1, 0, :, :rank].t() for slot in slots]
-        b.append((part, slice(start, start := start + rank), torch.stack(matrices)))
-    return Stack(torch.stack(a), tuple(b))
-
-
-def _route(slots: Tensor) -> None:
-    router = get_forward_context().no_compile_layers["granite_switch.router"]
-    router.groups = router.grouped(slots)
-
-
-def _add(y: Tensor, x: Tensor, slots: Tensor, name: str) -> None:
+def _add(y: Tensor, x: Tensor, name: str) -> None:
     get_forward_context().no_compile_layers[name].add(y, x)
 
 
@@ -251,9 +219,8 @@ def _nothing(*_: object) -> None:
 
 def make_router(spec: SwitchSpec, vllm_config: VllmConfig) -> Router:
     """The router for the platform that vLLM runs on."""
-    return (GroupedRouter if current_platform.is_cpu() else TritonRouter)(spec, vllm_config)
+    return (EagerRouter if current_platform.is_cpu() else TritonRouter)(spec, vllm_config)
 
 
 if current_platform.is_cpu():
-    direct_register_custom_op("granite_switch_route", _route, mutates_args=["slots"], fake_impl=_nothing)
     direct_register_custom_op("granite_switch_add", _add, mutates_args=["y"], fake_impl=_nothing)

@@ -1,166 +1,60 @@
-"""Granite with adapters inside, for vLLM: its Granite classes, and only what differs from them.
+"""Any decoder that vLLM serves with LoRA, with adapters inside: a subclass of vLLM's class, made on demand.
 
-Differences: control tokens are exchanged before embedding and give each token its slot (`switch`); the linears carry
-every adapter (`lora`); control tokens cannot be generated. The base's weights load through vLLM's own loader.
+Control tokens are exchanged before embedding and give each token its slot (`switch`), the linears add the adapters'
+updates (`lora`), control tokens cannot be generated. The rest is vLLM's: loading, packing, parallelism, compilation.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.compilation.decorators import support_torch_compile
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.granite import GraniteForCausalLM, GraniteModel
-from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+from vllm.model_executor.models import supports_lora
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from granite_switch.core import layout, legacy
-from granite_switch.core.layout import parse_key
-from granite_switch.errors import CheckpointError
-from granite_switch.vllm.lora import make_router, wrap_linears
+from granite_switch.core import legacy
+from granite_switch.core.layout import AdapterTensor, parse_key
+from granite_switch.core.spec import AdapterSpec, architecture
+from granite_switch.errors import CheckpointError, ServingError
+from granite_switch.vllm.linears import Place, find
+from granite_switch.vllm.lora import SwitchedLinear, lora_layer, make_router
 from granite_switch.vllm.switch import Switch
 
 
-@support_torch_compile
-class GraniteSwitchModel(GraniteModel):
-    """Granite's decoder with a switch in front. In a pipeline the slots travel with the hidden states."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        config = self.config
-        self.router = make_router(config.switch_spec, vllm_config)
-        if get_pp_group().is_first_rank:
-            head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            name = f"{prefix}.switch.{config.num_hidden_layers}"
-            self.switch = Switch(config.switch_spec, config.vocab_size, head_size, vllm_config.cache_config, name)
-
-    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        return self.embed_tokens(self.switch.substitute[input_ids])
-
-    def forward(
-        self,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        intermediate_tensors: IntermediateTensors | None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
-        """As Granite's: [T] ids and positions of a flattened batch to [T, hidden]."""
-        if get_pp_group().is_first_rank:
-            slots = self.switch(input_ids, positions)
-        else:
-            slots = intermediate_tensors["slots"]
-        self.router.route(slots)
-        output = GraniteModel.forward(self, input_ids, positions, intermediate_tensors, inputs_embeds)
-        if isinstance(output, IntermediateTensors):
-            return IntermediateTensors({"hidden_states": output["hidden_states"], "slots": slots})
-        return output
-
-
-class GraniteSwitchForCausalLM(GraniteForCausalLM):
-    """Granite with a language-model head, and adapters that control tokens switch."""
+class Switched:
+    """What vLLM's class of a decoder gains. In a pipeline the slots travel with the intermediate tensors."""
 
     supports_lora = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        nn.Module.__init__(self)
-        config = self.config = vllm_config.model_config.hf_config
-        self.quant_config = vllm_config.quant_config
+        config = vllm_config.model_config.hf_config
+        with _as_base(config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.spec = config.switch_spec
-        self.model = GraniteSwitchModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                config.vocab_size,
-                config.hidden_size,
-                quant_config=self.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
-            )
-            if config.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-            self.logits_processor = LogitsProcessor(config.vocab_size, scale=1 / config.logits_scaling)
-            self.register_buffer("forbidden", torch.tensor(self.spec.silent, dtype=torch.int64), persistent=False)
-        else:
-            self.lm_head = PPMissingLayer()
-        self.adapter_tensors: dict[str, Tensor] = {}
-        self.loaded = self.wrapped = False
+        self.load_format = vllm_config.load_config.load_format
+        text = config.get_text_config()
+        self.router = make_router(self.spec, vllm_config)
+        self.dtype = vllm_config.model_config.dtype
+        if get_pp_group().is_first_rank:
+            name = maybe_prefix(prefix, f"switch.{text.num_hidden_layers}")
+            self.switch = Switch(self.spec, text.vocab_size, vllm_config, name)
+        forbidden = torch.tensor(self.spec.suppressed, dtype=torch.int64)
+        self.register_buffer("forbidden", forbidden, persistent=False)
+        self.linears: dict[str, SwitchedLinear] = {}  # by vLLM's paths
+        self.aside: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, until the linears are finished
+        if hasattr(self, "make_empty_intermediate_tensors"):
+            self.make_empty_intermediate_tensors = _with_slots(self.make_empty_intermediate_tensors)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """[T, hidden] to [T, V]; control tokens at -inf unless `switch.generatable`."""
-        logits = super().compute_logits(hidden_states)
-        return None if logits is None else logits.index_fill_(-1, self.forbidden, float("-inf"))
-
-    def make_empty_intermediate_tensors(
-        self, batch_size: int, dtype: torch.dtype, device: torch.device
-    ) -> IntermediateTensors:
-        hidden = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
-        slots = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        return IntermediateTensors({"hidden_states": hidden, "slots": slots})
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the base through vLLM's Granite loader and keep the adapters for when its linears are finished.
-
-        Raises:
-            CheckpointError: adapter tensors are missing, unknown or of another shape than the config says.
-        """
-        self.loaded = True
-        loaded = super().load_weights(self._set_adapters_aside(weights))
-        self._check_adapters()
-        return loaded | set(self.adapter_tensors)
-
-    def _set_adapters_aside(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._as_format_1(weights):
-            found = parse_key(name)
-            if found is None:
-                yield name, tensor
-            elif self.model.start_layer <= found.layer < self.model.end_layer:
-                self.adapter_tensors[name] = tensor.cpu()
-
-    def _as_format_1(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Take generations 2 and 3 apart as they stream by; what comes before their first own name is in both."""
-        weights = iter(weights)
-        for name, tensor in weights:
-            if legacy.is_fused([name]):
-                yield from legacy.split(chain([(name, tensor)], weights), self.config.to_dict())
-            else:
-                yield name, tensor
-
-    def _expected(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the adapters' tensors in this process's layers."""
-        shapes = layout.shapes(self.config.to_dict())
-        return {
-            tensor.key: shape
-            for adapter in self.spec.adapters
-            for tensor, shape in adapter.tensors(self.config.num_hidden_layers, shapes).items()
-            if self.model.start_layer <= tensor.layer < self.model.end_layer
-        }
-
-    def _check_adapters(self) -> None:
-        expected = self._expected()
-        found = {name: tuple(tensor.shape) for name, tensor in self.adapter_tensors.items()}
-        problems = [f"missing: {name}" for name in expected if name not in found]
-        problems += [f"not in config.json: {name}" for name in found if name not in expected]
-        problems += [
-            f"{name}: {list(found[name])} where config.json says {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ]
-        if problems:
-            raise CheckpointError("the adapters' tensors are not those of config.json", problems=problems)
-
-    def process_weights_after_loading(self) -> None:
-        """vLLM's hook for when the linears are finished, quantised ones repacked: now they can be wrapped."""
-        if self.wrapped:
-            return
-        self.wrapped = True
-        if not self.loaded:  # load_format dummy: no checkpoint was read
-            self.adapter_tensors = {name: torch.randn(shape) * 1e-3 for name, shape in self._expected().items()}
-        if self.adapter_tensors:
-            for layer in range(self.model.start_layer, self.model.end_layer):
-                wrap_linears(self.model, layer, self.spec, self.adapter_tensors, self.model.router)
-        self.adapter_tensors.clear()
+    def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().embed_input_ids(self.switch.substitute[input_ids], *args, **kwargs)
 
     def forward(
         self,
@@ -168,6 +62,175 @@ class GraniteSwitchForCausalLM(GraniteForCausalLM):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor | IntermediateTensors:
-        self.process_weights_after_loading()  # for releases of vLLM that do not call it
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        """As the base's: [T] ids and positions of a flattened batch to [T, hidden]."""
+        if get_pp_group().is_first_rank:
+            slots = self.switch(input_ids, positions)
+            input_ids = self.switch.substitute[input_ids]
+        else:
+            received = dict(intermediate_tensors.tensors)
+            slots = received.pop("slots")
+            intermediate_tensors = IntermediateTensors(received)
+        self.router.route(slots)
+        output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        if isinstance(output, IntermediateTensors):
+            return IntermediateTensors({**output.tensors, "slots": slots})
+        return output
+
+    def compute_logits(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """[T, hidden] to [T, V]; control tokens at -inf unless `switch.generatable`."""
+        logits = super().compute_logits(*args, **kwargs)
+        return None if logits is None else logits.index_fill_(-1, self.forbidden, float("-inf"))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the base through vLLM's loader; the adapters wait until its linears are finished.
+
+        Called again (vLLM reloads weights, or a trainer sends new ones), it renews the adapters if they come along.
+
+        Raises:
+            CheckpointError: adapter tensors are missing, unknown or of another shape than config.json says.
+        """
+        loaded = super().load_weights(self._set_adapters_aside(weights))
+        names = {tensor.key for tensor in self.aside}
+        if self.aside or not self.linears:
+            self._check_adapters()
+        if self.linears:
+            self._fill()
+        return loaded | names
+
+    def _set_adapters_aside(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._as_format_1(weights):
+            found = parse_key(name)
+            if found is None:
+                yield name, tensor
+            else:
+                self.aside[found] = tensor.cpu()
+
+    def _as_format_1(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Take legacy formats 2 and 3 apart as they stream by; what comes before their first own name is in both."""
+        weights = iter(weights)
+        for name, tensor in weights:
+            if self.config.model_type == "granite" and legacy.is_fused(
+                [name]
+            ):  # other bases have such names themselves
+                yield from legacy.split(chain([(name, tensor)], weights), self.config.to_dict())
+            else:
+                yield name, tensor
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """Where the linears that adapters update are in this process, by their paths in the base's files."""
+        return find(self, dict.fromkeys(path for adapter in self.spec.adapters for path in adapter.ranks))
+
+    def _expected(self) -> dict[AdapterTensor, tuple[int, ...]]:
+        """Shapes of the adapters' tensors for linears in this process."""
+        shapes = {path: place.shape for path, place in self._places.items()}
+        return {t: shape for adapter in self.spec.adapters for t, shape in adapter.tensors(shapes).items()}
+
+    def _check_adapters(self) -> None:
+        expected = self._expected()
+        elsewhere = {path for adapter in self.spec.adapters for path in adapter.ranks} - set(self._places)
+        self.aside = {t: value for t, value in self.aside.items() if t.linear not in elsewhere}
+        found = {t: tuple(value.shape) for t, value in self.aside.items()}
+        problems = [f"missing: {t.key}" for t in expected if t not in found]
+        problems += [f"not in config.json: {t.key}" for t in found if t not in expected]
+        problems += [
+            f"{t.key}: {list(found[t])} where config.json says {list(shape)}"
+            for t, shape in expected.items()
+            if t in found and found[t] != shape
+        ]
+        if problems:
+            raise CheckpointError("the adapters' tensors are not those of config.json", problems=problems)
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM's hook for when the linears are finished, quantised ones repacked: now they can take adapters.
+
+        Raises:
+            ServingError: the loader did not hand over the adapters, or vLLM's LoRA has no layer for a linear.
+        """
+        if hasattr(super(), "process_weights_after_loading"):
+            super().process_weights_after_loading()
+        if self.linears:
+            return
+        if self.load_format == "dummy":
+            self.aside = {t: torch.randn(shape) * 1e-3 for t, shape in self._expected().items()}
+        elif self._places and not self.aside:
+            raise ServingError(
+                f"--load-format {self.load_format} does not hand the adapters to the model",
+                hint="use --load-format auto",
+            )
+        for place in self._places.values():
+            if place.module not in self.linears:
+                self.linears[place.module] = self._attach(place)
+        self._fill()
+
+    def _attach(self, place: Place) -> SwitchedLinear:
+        linear = self.get_submodule(place.module)
+        if lora_layer(linear, place.members, 1, 1, self.router.vllm_config) is None:
+            raise ServingError(f"{place.module}: vLLM's LoRA has no layer for {type(linear).__name__}")
+        rank = max(a.ranks.get(path, 0) for a in self.spec.adapters for path in self._packed(place.module) if path)
+        return self.router.attach(linear, place.module, place.members, rank)
+
+    def _packed(self, module: str) -> list[str | None]:
+        """The paths of the linears that one of vLLM's packs, None where no adapter updates one."""
+        here = {place.index: path for path, place in self._places.items() if place.module == module}
+        members = next(place.members for place in self._places.values() if place.module == module)
+        return [here.get(index) for index in range(len(members))]
+
+    def _fill(self) -> None:
+        """Put what was set aside into the linears."""
+        for module, linear in self.linears.items():
+            paths = self._packed(module)
+            for slot, adapter in enumerate(self.spec.adapters, 1):
+                if any(path in adapter.ranks for path in paths):
+                    linear.set(slot, *zip(*(self._pair(adapter, path) for path in paths), strict=True))
+        self.aside.clear()
+
+    def _pair(self, adapter: AdapterSpec, path: str | None) -> tuple[Tensor | None, Tensor | None]:
+        """An adapter's A and its scaled B for one linear."""
+        if path not in adapter.ranks:
+            return None, None
+        a, b = (self.aside[AdapterTensor(adapter.name, path, matrix)] for matrix in "AB")
+        return a, b.float() * adapter.scale_of(path)
+
+
+def _with_slots(make: Any) -> Any:
+    def make_empty(batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
+        slots = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        return IntermediateTensors({**make(batch_size, dtype, device).tensors, "slots": slots})
+
+    return make_empty
+
+
+@contextmanager
+def _as_base(config: Any) -> Iterator[None]:
+    """Let a config be of the base's own class, by which transformers' Auto classes go (vLLM's Transformers backend)."""
+    own = type(config)
+    config.__class__ = CONFIG_MAPPING[config.model_type]
+    try:
+        yield
+    finally:
+        config.__class__ = own
+
+
+@cache
+def switched(base: str) -> type[nn.Module]:
+    """The class of switch models of an architecture that vLLM knows.
+
+    Raises:
+        ServingError: vLLM does not serve it with LoRA.
+    """
+    cls, name = ModelRegistry.models[base].load_model_cls(), architecture(base)
+    if not supports_lora(cls):
+        raise ServingError(f"{base}: vLLM does not serve it with LoRA, on which the adapters rest")
+    return type(name, (Switched, cls), {"__module__": __name__, "__qualname__": name, "__doc__": cls.__doc__})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Classes by name, as the registry asks for them. What follows an @ sets apart what vLLM caches of a class."""
+    bases = {architecture(base): base for base in ModelRegistry.get_supported_archs()}
+    try:
+        return switched(bases[name.partition("@")[0]])
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

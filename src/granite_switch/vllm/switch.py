@@ -6,9 +6,11 @@ token all the weight. It is causal, so chunked prefill, cached prefixes, preempt
 construction. `core.routing` is the definition.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
-from vllm.config import CacheConfig
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
@@ -29,36 +31,41 @@ _SHIFT = 3  # queries are scaled down by 2^_SHIFT, which the softmax scale gives
 class Switch(nn.Module):
     """Tokens of a flattened batch to their slots and their substitutes.
 
+    The layer has the decoder's numbers of query and key-value heads and its head size, so that caches, kernels and
+    graphs that are made for the decoder's layers are right for it; head 0 is read. It never has a sliding window.
+
     Args:
         spec: the adapters and their tokens.
         vocab_size: rows of the embedding.
-        head_size: of the decoder's attention, which its kernels are known to take.
-        cache_config: vLLM's.
+        vllm_config: vLLM's.
         prefix: name of the attention layer; it must hold exactly one integer, and not one of a decoder layer.
     """
 
-    def __init__(
-        self, spec: SwitchSpec, vocab_size: int, head_size: int, cache_config: CacheConfig | None, prefix: str
-    ) -> None:
+    def __init__(self, spec: SwitchSpec, vocab_size: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         if current_platform.is_cpu():
-            # a process must ask for AMX before its first use; oneDNN does so at its first product, which comes later
+            # a process must ask for AMX before its first use; oneDNN does so at its first matmul, which comes later
             torch.cpu._init_amx()
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
+        head_size = model.get_head_size()
+        cache = copy.copy(vllm_config.cache_config)
+        cache.sliding_window = None
         self.adapters = len(spec.adapters)
         self.attn = Attention(
-            1, head_size, float(_GAIN << _SHIFT), num_kv_heads=1, cache_config=cache_config, prefix=f"{prefix}.attn"
+            heads, head_size, float(_GAIN << _SHIFT), num_kv_heads=kv_heads, cache_config=cache, prefix=f"{prefix}.attn"
         )
         slots = torch.full((vocab_size,), -1, dtype=torch.int32)
         substitutes = torch.arange(vocab_size)
         for token, slot in spec.control_slots.items():
             slots[token], substitutes[token] = slot, spec.substitutes[token]
-        query, plain = torch.zeros(2, head_size)
+        query, plain = torch.zeros(heads * head_size), torch.zeros(kv_heads * head_size)
         query[:POSITION_DIGITS] = 2.0 ** (BITS * torch.arange(POSITION_DIGITS) - _SHIFT)
         query[POSITION_DIGITS] = -8.0  # where any other token's key is 1: a weight of e^-512
         plain[POSITION_DIGITS] = 1.0
-        digits = torch.full((head_size,), 63)  # shifts everything out
+        digits = torch.full((kv_heads * head_size,), 63)  # shifts everything out
         digits[:POSITION_DIGITS] = BITS * torch.arange(POSITION_DIGITS)
-        values = torch.zeros(self.adapters + 2, head_size)  # of each slot, and of tokens that switch to none
+        values = torch.zeros(self.adapters + 2, kv_heads * head_size)  # of each slot, and of tokens that switch to none
         values[:-1, :SLOT_DIGITS] = _digits(torch.arange(self.adapters + 1), digits[:SLOT_DIGITS]).float()
         device, dtype = torch.get_default_device(), torch.get_default_dtype()
         for name, table in [("query", query), ("plain", plain), ("values", values)]:

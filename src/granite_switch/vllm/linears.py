@@ -1,0 +1,106 @@
+"""Where vLLM keeps the linears that adapters update: paths in the base's files to modules of vLLM's model.
+
+vLLM renames modules (`hf_to_vllm_mapper`) and packs linears into one (`packed_modules_mapping`); both are read from
+the model's class, so nothing here names a family.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.utils import get_packed_modules_mapping
+
+from granite_switch.errors import ServingError
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of the base's linears in vLLM's model."""
+
+    module: str  # the path of vLLM's linear
+    members: tuple[str, ...]  # the last names of the linears that it packs
+    index: int  # which of them this is
+    shape: tuple[int, int]  # (out, in) of this one, of all processes together
+
+
+def find(model: nn.Module, paths: Iterable[str]) -> dict[str, Place]:
+    """The places of linears, without those in another process of a pipeline.
+
+    Args:
+        model: vLLM's, whole.
+        paths: in the base's files.
+
+    Raises:
+        ServingError: with all that the model does not have, or cuts in a way that LoRA layers do not know.
+    """
+    finder, result, problems = _Finder(model), {}, []
+    for path in paths:
+        try:
+            place = finder.find(path)
+        except LookupError as error:
+            problems.append(error.args[0])
+        else:
+            result |= {path: place} if place else {}
+    if problems:
+        raise ServingError("vLLM's model lacks linears that adapters update", problems=problems[:20])
+    return result
+
+
+class _Finder:
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.packed = get_packed_modules_mapping(model)
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        # without packing where the release has it, since the names of packed linears are wanted
+        self.mapper = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+
+    def find(self, path: str) -> Place | None:
+        """The place of a linear; None if its layer is in another process of a pipeline."""
+        name = path
+        if self.mapper is not None:
+            mapped = self.mapper._map_name(f"{path}.weight")
+            name = mapped.removesuffix(".weight") if mapped else path
+        parent, _, last = name.rpartition(".")
+        candidates = [(name, tuple(self.packed.get(last, [last])), 0)]
+        for packed, members in self.packed.items():
+            if last in members:
+                candidates.append((f"{parent}.{packed}", tuple(members), members.index(last)))
+        for module, members, index in candidates:
+            linear = self.modules.get(module)
+            if isinstance(linear, LinearBase):
+                if len(members) > 1 and module == name:
+                    raise LookupError(f"{path}: vLLM packs others of that name into {module}")
+                return Place(module, members, index, (_rows(path, linear, len(members))[index], linear.input_size))
+        if self._elsewhere(name.split(".")):
+            return None
+        raise LookupError(f"{path}: vLLM's model has no such linear")
+
+    def _elsewhere(self, parts: list[str]) -> bool:
+        paths: Iterable[str] = (".".join(parts[:end]) for end in range(1, len(parts)))
+        return any(isinstance(self.modules.get(path), PPMissingLayer) for path in paths)
+
+
+def _rows(path: str, linear: LinearBase, members: int) -> list[int]:
+    """Rows of each of the linears that one of vLLM's packs."""
+    if isinstance(linear, QKVParallelLinear):
+        keys = linear.total_num_kv_heads
+        sizes = [
+            linear.total_num_heads * linear.head_size,
+            keys * linear.head_size,
+            keys * getattr(linear, "v_head_size", linear.head_size),
+        ]
+    else:
+        sizes = list(getattr(linear, "output_sizes", [linear.output_size]))
+    if members not in (1, len(sizes)):
+        raise LookupError(f"{path}: vLLM packs {members} linears in {len(sizes)} slices, which was not tried")
+    if linear.tp_size > 1 and _own_cut(linear):
+        raise LookupError(f"{path}: vLLM cuts it by a rule of its own; --tensor-parallel-size 1 works")
+    return sizes if members > 1 else [sum(sizes)]
+
+
+def _own_cut(linear: LinearBase) -> bool:
+    """Whether the model gave the linear's weight a loader of its own, as Mamba's in_proj has whose groups repeat."""
+    loader = getattr(getattr(linear, "weight", None), "weight_loader", None)
+    return loader is not None and getattr(loader, "__self__", None) is not linear

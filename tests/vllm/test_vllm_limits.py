@@ -1,0 +1,199 @@
+"""What is refused when an engine is configured; loading again renews the adapters and never leaves old ones."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from artefacts import edit_json
+from conftest import running, start, transformers_model
+from safetensors.torch import load_file, save_file
+from vllm import LLM, ModelRegistry, SamplingParams
+from vllm.config.cache import CacheDType
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.platforms import current_platform
+
+from granite_switch.errors import CheckpointError, ServingError
+from granite_switch.vllm import register
+from granite_switch.vllm.limits import limits
+
+PROMPT = [7, 60, 61, 90, 12, 33]
+
+
+def configured(**options: Any) -> Any:
+    """As much of vLLM's configuration as the limits read; a dotted name changes one thing."""
+    adapter = SimpleNamespace(ranks={"model.layers.0.mlp.up_proj": options.pop("rank", 16)})
+    spec = SimpleNamespace(hiding=options.pop("hiding", None), adapters=[adapter] * options.pop("adapters", 1))
+    model = {"runner_type": "generate", "max_model_len": 4096, "dtype": torch.bfloat16, "enable_prompt_embeds": False}
+    model |= {key: options.pop(key) for key in list(options) if key in model}
+    cache = SimpleNamespace(cache_dtype=options.pop("cache_dtype", "auto"))
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(switch_spec=spec), **model)
+    rest = {"lora_config": None, "speculative_config": None, **options}
+    return SimpleNamespace(model_config=model_config, cache_config=cache, **rest)
+
+
+def refused(cpu: bool, **options: Any) -> str:
+    """The reason; an empty text where it is allowed."""
+    with patch.object(type(current_platform), "is_cpu", lambda self: cpu):
+        try:
+            limits(None).verify_and_update_config(configured(**options))
+        except ServingError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_cache_types_are_allowed_by_name(cpu: bool) -> None:
+    allowed = {"auto", "float16", "bfloat16"} | ({"fp8", "fp8_e4m3", "fp8_e5m2"} if cpu else set())
+    every = set(CacheDType.__args__) | {"a_kind_to_come"}
+    assert {kind for kind in every if not refused(cpu, cache_dtype=kind)} == allowed
+    assert "--kv-cache-dtype nvfp4" in refused(cpu, cache_dtype="nvfp4")
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"runner_type": "pooling"}, "--runner pooling"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"lora_config": object()}, "--enable-lora"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculation by eagle3"),
+        ({"speculative_config": SimpleNamespace(method="draft_model")}, "speculation by draft_model"),
+        ({"max_model_len": 1 << 22}, "--max-model-len"),
+        ({"adapters": 4096}, "more than 4,095 adapters"),
+        ({"hiding": object()}, "granite-switch upgrade OLD NEW"),
+    ],
+)
+def test_what_was_not_tried_is_refused_in_words(cpu: bool, options: Any, words: str) -> None:
+    assert words in refused(cpu, **options)
+
+
+def test_what_gpus_kernels_do_not_take_is_refused_there_alone() -> None:
+    for options, words in [({"rank": 513}, "rank 513"), ({"dtype": torch.float32}, "--dtype float32")]:
+        assert words in refused(False, **options)
+        assert not refused(True, **options)
+    assert not refused(False)
+    for method in ("ngram", "suffix"):
+        assert not refused(False, speculative_config=SimpleNamespace(method=method))
+
+
+def test_a_switch_model_does_not_draft_for_another() -> None:
+    with pytest.raises(ServingError, match="as a draft model"):
+        limits(None).verify_and_update_model_config(SimpleNamespace(runner_type="draft"))
+
+
+def test_the_bases_hook_runs_first() -> None:
+    seen = []
+    base = SimpleNamespace(verify_and_update_config=seen.append, verify_and_update_model_config=seen.append)
+    limits(base).verify_and_update_config(config := configured())
+    limits(base).verify_and_update_model_config(config.model_config)
+    assert seen == [config, config.model_config]
+
+
+def test_registering_again_changes_no_name() -> None:
+    register()
+    before = set(ModelRegistry.get_supported_archs()), set(MODELS_CONFIG_MAP)
+    register()
+    assert before == (set(ModelRegistry.get_supported_archs()), set(MODELS_CONFIG_MAP))
+    assert {"GraniteSwitchForCausalLM", "Qwen3SwitchForCausalLM"} <= before[0]
+    assert not [name for name in before[0] if "SwitchSwitch" in name]
+
+
+PROGRAM = """
+import json, sys
+from transformers import AutoConfig, GraniteConfig
+from vllm import ModelRegistry
+from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+class Native(GraniteConfig):
+    model_type = "granite_switch"
+
+_CONFIG_REGISTRY["granite_switch"] = Native
+ModelRegistry.register_model("GraniteSwitchForCausalLM", "vllm.model_executor.models.granite:GraniteForCausalLM")
+from granite_switch.vllm import register
+register()
+register()
+for folder in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(folder)
+    model = ModelRegistry.models[config.architectures[0]]
+    print(type(config).__name__, model.module_name)
+"""
+
+
+def test_a_checkpoint_that_is_not_ours_goes_to_the_class_that_was_there(composed: Path, tmp_path: Path) -> None:
+    shutil.copy(composed / "config.json", tmp_path)
+    edit_json(tmp_path / "config.json", switch=None)
+    command = [sys.executable, "-c", PROGRAM, str(composed), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"VLLM_PLUGINS": ""}, check=True)
+    assert done.stdout.splitlines()[-2:] == [
+        "GraniteSwitchConfig granite_switch.vllm.model",
+        "Native vllm.model_executor.models.granite",
+    ]
+
+
+@pytest.mark.parametrize("options", [{"enable_lora": True, "enable_prompt_embeds": True}, {"runner": "pooling"}])
+def test_an_engine_refuses_at_its_start(composed: Path, options: Any) -> None:
+    with pytest.raises(Exception, match=r"cannot be served like this(?s:.*)--(enable-lora|runner)"):
+        start(composed, **options)
+
+
+def test_reloading_renews_base_and_adapters(composed: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(composed, old)
+    shutil.copytree(composed, new)
+    for file in new.glob("*.safetensors"):
+        changed = {n: t * 1.2 if "_lora" in n or "down_proj" in n else t for n, t in load_file(file).items()}
+        save_file(changed, file, metadata={"format": "pt"})
+    with running(old) as llm:
+        tokens = llm.llm_engine.model_config.hf_config.switch_spec.control_slots
+        prompts = [PROMPT, *([*PROMPT, token, 41, 42] for token in tokens)]
+        assert texts(llm, prompts) == written(old, prompts)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(new)})
+        llm.reset_prefix_cache()
+        assert texts(llm, prompts) == written(new, prompts) != written(old, prompts)
+        part = list(load_file(new / "adapter-citations.safetensors").items())
+        with pytest.raises(CheckpointError, match=r"missing: .*answerability"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": part})
+
+
+def test_two_switch_models_in_one_process_do_not_meet(composed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(composed, other)
+    for file in other.glob("adapter-*.safetensors"):
+        save_file({name: tensor * 1.3 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with running(composed) as first, running(other) as second:
+        tokens = first.llm_engine.model_config.hf_config.switch_spec.control_slots
+        prompts = [[*PROMPT, token, 41, 42] for token in tokens]
+        for _ in range(2):
+            assert texts(first, prompts) == written(composed, prompts)
+            assert texts(second, prompts) == written(other, prompts) != written(composed, prompts)
+
+
+def test_a_loader_that_hands_over_no_adapters_is_refused(composed: Path) -> None:
+    class OfAnotherKind(DummyModelLoader):
+        """Fills the parameters without asking the model, as loaders of sharded states do."""
+
+    register_model_loader("of_another_kind")(OfAnotherKind)
+    with pytest.raises(ServingError, match="--load-format of_another_kind does not hand the adapters"):
+        start(composed, load_format="of_another_kind")
+
+
+def texts(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def written(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """By the transformers backend."""
+    model = transformers_model(folder)
+    model.generation_config.eos_token_id = None
+    return [model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :].tolist() for p in prompts]
