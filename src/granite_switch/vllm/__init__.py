@@ -3,6 +3,8 @@
 It runs in each of vLLM's processes, so it only registers names; the model is imported when one is loaded.
 """
 
+from typing import Any
+
 ARCHITECTURE = "GraniteSwitchForCausalLM"
 
 
@@ -19,3 +21,12 @@ def register() -> None:
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = Limits
+
+
+def __getattr__(name: str) -> Any:
+    """`AdapterModels`, the server's middleware, imported where it is asked for."""
+    if name == "AdapterModels":
+        from granite_switch.vllm.serve import AdapterModels
+
+        return AdapterModels
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
