@@ -63,15 +63,15 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
 
 @contextmanager
 def serving(model: Path, name: str, log: Path, *options: object) -> Iterator[str]:
-    """An OpenAI-compatible server in float32 on loopback; gives its URL."""
+    """`granite-switch serve` in float32 on loopback, under one name or several; gives its URL."""
     import httpx
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
-    command += ["--enforce-eager", "--block-size", 32, "--max-model-len", 2048, *options]
+    command = [sys.executable, "-m", "granite_switch.cli", "serve", model, "--served-model-name", *name.split()]
+    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
+    command += ["--block-size", 32, "--max-model-len", 2048, *options]
     # the first request for log-probabilities compiles a kernel, which takes long on a busy machine
     patience = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200"}
     environment = os.environ | patience | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}

@@ -47,7 +47,7 @@ class AdapterModels:
         try:
             if scope["method"] == "POST" and path in PATHS:
                 _uncompressed(scope)
-                receive = _Body(receive, scope, catalogue, path, request)
+                receive = _Body(receive, catalogue, path, request)
                 send = _Answer(send, lambda: partial(_rename, request.model) if request.model else None)
             elif scope["method"] == "GET" and path == "/v1/models":
                 _uncompressed(scope)
@@ -124,10 +124,13 @@ def _uncompressed(scope: Scope) -> None:
 
 
 class _Body:
-    """The request's body, rewritten when the application asks for it: after authentication."""
+    """The request's body, rewritten when the application asks for it: after authentication.
 
-    def __init__(self, receive: Receive, scope: Scope, catalogue: Catalogue, path: str, request: Asked) -> None:
-        self.receive, self.scope, self.catalogue, self.path, self.request = receive, scope, catalogue, path, request
+    The headers were read by then; their content-length stays the client's, which is what vLLM's metrics count.
+    """
+
+    def __init__(self, receive: Receive, catalogue: Catalogue, path: str, request: Asked) -> None:
+        self.receive, self.catalogue, self.path, self.request = receive, catalogue, path, request
         self.read = False
 
     async def __call__(self) -> Message:
@@ -151,7 +154,6 @@ class _Body:
         except Refused as refusal:
             raise HTTPException(refusal.status, refusal.message) from None
         self.request.model, self.request.slot = call.model, call.slot
-        self.scope["headers"] = _with_length(self.scope["headers"], len(call.body))
         return call.body
 
 
