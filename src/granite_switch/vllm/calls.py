@@ -96,6 +96,8 @@ class Catalogue:
         if not isinstance(data, dict) or not isinstance(data.get("chat_template_kwargs") or {}, dict):
             return Call(body)
         name, adapter = self._split(data.get("model"))
+        if path == "/invocations" and isinstance(name, str) and name not in self.names:
+            raise Refused(f"The model `{name}` does not exist.", 404)  # there vLLM takes any name for the base's
         change: dict[str, Any] = {"model": name} if adapter else {}
         slot: int | None
         if path in _CHAT or (path in _EITHER and "prompt" not in data):

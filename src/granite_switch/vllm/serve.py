@@ -14,13 +14,16 @@ from typing import Any
 from granite_switch.core.chat import unwrap
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import ServingError, SwitchError
-from granite_switch.vllm.calls import PATHS, Catalogue, Refused
+from granite_switch.vllm.calls import PATHS, Call, Catalogue, Refused
 from granite_switch.vllm.engine import Asked, asked, watch
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+# a header whose value becomes the body's `model` after this middleware has read it
+_SAGEMAKER = b"x-amzn-sagemaker-adapter-identifier"
 
 
 class AdapterModels:
@@ -47,7 +50,8 @@ class AdapterModels:
         try:
             if scope["method"] == "POST" and path in PATHS:
                 _uncompressed(scope)
-                receive = _Body(receive, catalogue, path, request)
+                renamed = path == "/invocations" and _SAGEMAKER in dict(scope["headers"])
+                receive = _Body(receive, _refuse_header if renamed else partial(catalogue.read, path), request)
                 send = _Answer(send, lambda: partial(_rename, request.model) if request.model else None)
             elif scope["method"] == "GET" and path == "/v1/models":
                 _uncompressed(scope)
@@ -123,18 +127,22 @@ def _uncompressed(scope: Scope) -> None:
     scope["headers"] = [(key, value) for key, value in scope["headers"] if key.lower() != b"accept-encoding"]
 
 
+def _refuse_header(_: bytes) -> Call:
+    raise Refused(f"{_SAGEMAKER.decode()}: name the adapter in the body instead, as NAME:ADAPTER in `model`")
+
+
 class _Body:
     """The request's body, rewritten when the application asks for it: after authentication.
 
     The headers were read by then; their content-length stays the client's, which is what vLLM's metrics count.
     """
 
-    def __init__(self, receive: Receive, catalogue: Catalogue, path: str, request: Asked) -> None:
-        self.receive, self.catalogue, self.path, self.request = receive, catalogue, path, request
-        self.read = False
+    def __init__(self, receive: Receive, read: Callable[[bytes], Call], request: Asked) -> None:
+        self.receive, self.read, self.request = receive, read, request
+        self.done = False
 
     async def __call__(self) -> Message:
-        if self.read:
+        if self.done:
             return await self.receive()
         parts, more = [], True
         while more:
@@ -143,14 +151,14 @@ class _Body:
                 return message
             parts.append(message.get("body", b""))
             more = message.get("more_body", False)
-        self.read = True
+        self.done = True
         return {"type": "http.request", "body": self._rewritten(b"".join(parts)), "more_body": False}
 
     def _rewritten(self, body: bytes) -> bytes:
         from fastapi import HTTPException
 
         try:
-            call = self.catalogue.read(self.path, body)
+            call = self.read(body)
         except Refused as refusal:
             raise HTTPException(refusal.status, refusal.message) from None
         self.request.model, self.request.slot = call.model, call.slot
