@@ -82,9 +82,9 @@ def _prompts(model: Path) -> dict[str, list[int]]:
     """Name of a row to its token ids."""
     from transformers import AutoTokenizer
 
-    from granite_switch.config import GraniteSwitchConfig
+    from granite_switch.config import SwitchConfig
 
-    spec = GraniteSwitchConfig.from_pretrained(model).switch_spec
+    spec = SwitchConfig.from_pretrained(model).switch_spec
     text = AutoTokenizer.from_pretrained(model).encode(_QUESTION, add_special_tokens=False)
     prompts = {"base": text}
     prompts |= {a.name: [a.token_id, *text] for a in spec.active}
