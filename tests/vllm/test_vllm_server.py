@@ -157,6 +157,14 @@ def test_an_unknown_adapter_is_an_unknown_model(server: httpx.Client) -> None:
             assert "not" in error["type"].lower()
 
 
+def test_sagemakers_way_to_name_an_adapter_is_not_taken_for_the_base(server: httpx.Client) -> None:
+    header = {"x-amzn-sagemaker-adapter-identifier": "switch:citations"}
+    answer = server.post("/invocations", json=body(None), headers=header)
+    assert answer.status_code == 400
+    assert "`model`" in answer.json()["error"]["message"]
+    assert post(server, "/invocations", **body("citations"))["model"] == "switch:citations"
+
+
 def test_what_cannot_be_meant_is_the_clients_error(server: httpx.Client) -> None:
     kwargs = {"chat_template_kwargs": {"adapter_name": "query_rewrite"}}
     assert "citations" in refused(server, CHAT, **body("citations", **kwargs))
