@@ -316,6 +316,8 @@ def call(catalogue: Catalogue, path: str, **body: Any) -> Any:
         ({"model": "m", "messages": [{"role": "assistant", "adapter": "citations"}]}, 400, "only what a user says"),
         ({"model": "m", "messages": [{"role": "user", "adapter": "nobody"}]}, 400, "nobody"),
         ({"model": "m", "messages": [[{"role": "user", "adapter": "citations"}]]}, 400, "batch"),
+        ({"model": "m", "chat_template_kwargs": {"message_adapters": "citations"}}, 400, "list"),
+        ({"previous_response_id": "r", "chat_template_kwargs": {"message_adapters": []}}, 400, "previous_response_id"),
         ({"model": "m", "chat_template": "{{ messages }}"}, 400, "chat_template"),
         ({"model": "m", "chat_template_kwargs": {"chat_template": "{{ messages }}"}}, 400, "chat_template"),
         (
@@ -350,7 +352,7 @@ def test_adapters_of_messages_reach_the_template_which_vllm_gives_no_fields_of_i
     first = {"role": "user", "content": "a", "adapter": "citations"}
     tool = {"role": "user", "content": [{"type": "tool_result"}]}
     last = {"role": "user", "content": "b"}
-    messages = [{"role": "system", "content": "s"}, first, {"role": "assistant", "content": "x"}, tool, last]
+    messages: list[Any] = [{"role": "system", "content": "s"}, first, {"role": "assistant", "content": "x"}, tool, last]
     found = call(catalogue, CHAT, model="m:query_rewrite", messages=messages)
     body = json.loads(found.body)
     assert body["chat_template_kwargs"]["message_adapters"] == ["citations", "query_rewrite"]
@@ -359,6 +361,13 @@ def test_adapters_of_messages_reach_the_template_which_vllm_gives_no_fields_of_i
     found = call(catalogue, "/v1/responses", model="m", input=messages)
     assert json.loads(found.body)["chat_template_kwargs"] == {"message_adapters": ["citations", None]}
     assert found.slot == 0
+    earlier = {"message_adapters": ["citations"]}  # a list may end before the turn to come
+    found = call(catalogue, CHAT, model="m:query_rewrite", messages=[last, last], chat_template_kwargs=earlier)
+    assert found.slot == catalogue.spec.slot("query_rewrite")
+    found = call(catalogue, CHAT, model="m", messages=[last, last], chat_template_kwargs=earlier)
+    assert found.slot == 0
+    found = call(catalogue, CHAT, model="m", messages=[last], chat_template_kwargs=earlier)
+    assert found.slot == catalogue.spec.slot("citations")
     old = replace(catalogue, per_message=False)
     with pytest.raises(Refused, match="compose the model"):
         call(old, CHAT, model="m", messages=messages)

@@ -127,30 +127,21 @@ class Catalogue:
                 raise Refused("chat_template: is not of a composed model, so adapters and users' text would be misread")
         key = "input" if path.startswith("/v1/responses") or (path in _EITHER and "input" in data) else "messages"
         messages = data.get(key)
-        fields = self._fields(messages) if isinstance(messages, list) else None
-        listed = kwargs.get("message_adapters") if fields is None else fields
-        if kwargs.get("message_adapters") not in (None, listed):
-            raise Refused("message_adapters: differs from what the messages' own `adapter` says")
-        if listed is not None and not self.per_message:
-            raise Refused(
-                "an adapter for each message: the model's chat template does not know it; compose the model with "
-                "this release, or give the adapter of the turn to come as the model's name"
-            )
-        if listed is not None and (data.get("truncate_prompt_tokens") or data.get("truncation") == "auto"):
-            raise Refused("an adapter for each message: a truncated prompt could lose control tokens; do not truncate")
-        last = listed[-1] if isinstance(listed, list) and listed else None
+        said = self._said(messages) if isinstance(messages, list) else [None]
+        listed = self._listed(data, said if any(said) else None)
+        last = listed[len(said) - 1] if said and len(listed) >= len(said) else None
         named = self._agreed(model=adapter, adapter_name=kwargs.get("adapter_name"), message=last)
         new: dict[str, Any] = {"adapter_name": adapter} if adapter else {}
         change: dict[str, Any] = {}
-        if fields is not None and isinstance(messages, list):
-            new["message_adapters"] = [*fields[:-1], named]
+        if any(said) and isinstance(messages, list):
+            new["message_adapters"] = [*said[:-1], named]
             change[key] = [_without(message) for message in messages]
         if new:
             change["chat_template_kwargs"] = kwargs | new
         return change, self._slot(named or self.defaults.get("adapter_name"))
 
-    def _fields(self, messages: list[Any]) -> list[str | None] | None:
-        """The adapter of each user message, as the messages say it; None where none does."""
+    def _said(self, messages: list[Any]) -> list[str | None]:
+        """The adapter of each user message, as the messages say it."""
         found: list[str | None] = []
         for message in messages:
             if isinstance(message, list) and any(isinstance(m, dict) and m.get("adapter") for m in message):
@@ -163,7 +154,28 @@ class Catalogue:
                 found.append(name)
             elif name:
                 raise Refused(f"adapter: only what a user says names one; {name!r} stands in another message")
-        return found if any(found) else None
+        return found
+
+    def _listed(self, data: Mapping[str, Any], said: list[str | None] | None) -> list[Any]:
+        """The adapter of each user message, by the messages or the template's argument; empty where none is named."""
+        given = (data.get("chat_template_kwargs") or {}).get("message_adapters")
+        if said is not None and given not in (None, said):
+            raise Refused("message_adapters: differs from what the messages' own `adapter` says")
+        listed = given if said is None else said
+        if listed is None:
+            return []
+        if not isinstance(listed, list):
+            raise Refused("message_adapters: is a list, with an entry for each user message")
+        if not self.per_message:
+            raise Refused(
+                "an adapter for each message: the model's chat template does not know it; compose the model with "
+                "this release, or give the adapter of the turn to come as the model's name"
+            )
+        if data.get("truncate_prompt_tokens") is not None or data.get("truncation") == "auto":
+            raise Refused("an adapter for each message: a truncated prompt could lose control tokens; do not truncate")
+        if data.get("previous_response_id"):
+            raise Refused("an adapter for each message: send all messages, not previous_response_id")
+        return listed
 
     def _prompt(self, data: Mapping[str, Any], adapter: str) -> int | None:
         kwargs = data.get("chat_template_kwargs") or {}
