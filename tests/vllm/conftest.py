@@ -32,6 +32,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("models") / "base", hidden=128, pad_vocab=9)
 
 
+@pytest.fixture(scope="session")
+def spec(composed: Path) -> Any:
+    """The composed model's `SwitchSpec`."""
+    from granite_switch.core.checkpoint import read_json
+    from granite_switch.core.spec import SwitchSpec
+
+    return SwitchSpec.from_dict(read_json(composed / "config.json")["switch"])
+
+
 def start(model: Path, **options: Any) -> Any:
     """A small `vllm.LLM`, eager, in this process."""
     from vllm import LLM

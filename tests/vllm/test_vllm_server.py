@@ -30,11 +30,6 @@ def server(composed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield httpx.Client(base_url=url, headers={"authorization": "Bearer secret"}, timeout=600)
 
 
-@pytest.fixture(scope="module")
-def spec(composed: Path) -> SwitchSpec:
-    return SwitchSpec.from_dict(json.loads((composed / "config.json").read_text())["switch"])
-
-
 def model(name: str | None) -> str:
     return f"switch:{name}" if name else "switch"
 
