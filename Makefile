@@ -6,6 +6,8 @@ SAMPLE := $(OUT)/granite-switch-sample
 WORKERS ?= 2
 VLLM := 0.32.0
 MELLEA := 0.8.0
+LANGCHAIN := 1.7.4
+LITELLM := 1.110.2
 LLAMA := 0.3.36
 LLAMA_SDIST := .cache/sdist/llama_cpp_python-$(LLAMA).tar.gz
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF \
@@ -55,7 +57,7 @@ test-fast: setup
 
 # vLLM has an environment of its own: it brings its own versions of transformers and much else. Engines leave state
 # behind in their process, so each file gets one of its own, and is told apart in the output when it is done.
-test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp
+test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp .venv-clients/.stamp
 	mkdir -p $(OUT)
 	printf '%s\n' tests/vllm/test_*.py tests/compose/test_tokenizers.py | VLLM_CPU_KVCACHE_SPACE=1 xargs -P $(WORKERS) -I FILE sh -c \
 	  'log=$(OUT)/$$(basename FILE).log; .venv-vllm/bin/python -m pytest FILE -q >$$log 2>&1; code=$$?; cat $$log; exit $$code'
@@ -75,6 +77,12 @@ test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp
 	.venv-mellea/bin/pip install --quiet --constraint constraints.txt torch
 	.venv-mellea/bin/pip install --quiet --constraint constraints.txt mellea==$(MELLEA) transformers llguidance peft accelerate
 	.venv-mellea/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# Clients of OpenAI's API as others wrote them; nothing of this project is in there.
+.venv-clients/.stamp: Makefile
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet langchain-openai==$(LANGCHAIN) litellm==$(LITELLM)
 	touch $@
 
 # The engine is built from its sdist once (6 to 13 minutes on 2 cores), as a wheel in .cache; its own converter,

@@ -2,8 +2,9 @@
 
     .venv-vllm/bin/python benchmarks/vllm_soak.py MODEL [--minutes 5] [--concurrent 200] [--dtype float32]
 
-Starts the OpenAI-compatible server on loopback. Exits with 1 if an answer differs or is lost. In float32 by default: in
-shorter types the make-up of a batch can decide between two candidates. Memory is that of all the server's processes.
+Starts `granite-switch serve` on loopback and calls adapters as models. Exits with 1 if an answer differs or is lost. In
+float32 by default: in shorter types the make-up of a batch can decide between two candidates. Memory is that of all the
+server's processes.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
+    command = [sys.executable, "-m", "granite_switch.cli", "serve", str(options.model)]
     command += ["--served-model-name", "switch", "--host", "127.0.0.1", "--port", str(port), "--block-size", "32"]
     command += ["--dtype", options.dtype, "--enforce-eager", "--max-num-seqs", "256", "--max-model-len", "2048"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
@@ -56,6 +57,10 @@ async def soak(url: str, server: subprocess.Popen, options: argparse.Namespace) 
         await until_up(client, server)
         requests = [body(name, i) for i in range(8) for name in [None, *names(options.model)]]
         alone = [await ask(client, request) for request in requests]
+        if wrong := [
+            text for text, r in zip(alone, requests, strict=True) if not f"{text}".startswith(r["model"] + ": ")
+        ]:
+            raise SystemExit(f"not answered, or under another model's name: {wrong}")
         end = time.monotonic() + 60 * options.minutes
         counts = {"answers": 0, "different": 0, "lost": 0}
         memory = [resident(server)]
@@ -95,14 +100,18 @@ def names(model: Path) -> list[str]:
 
 def body(name: str | None, number: int) -> dict[str, Any]:
     message = {"role": "user", "content": f"Where does Anna live? Question {number} <rewrite>"}
-    fields = {"model": "switch", "messages": [message], "temperature": 0, "max_tokens": 24}
-    return fields | ({"chat_template_kwargs": {"adapter_name": name}} if name else {})
+    model = f"switch:{name}" if name else "switch"
+    return {"model": model, "messages": [message], "temperature": 0, "max_tokens": 24}
 
 
 async def ask(client: httpx.AsyncClient, request: dict[str, Any]) -> str | None:
+    """The answer, and the model that it says it is of."""
     try:
         answer = await client.post("/v1/chat/completions", json=request)
-        return answer.json()["choices"][0]["message"]["content"] if answer.status_code == 200 else None
+        if answer.status_code != 200:
+            return None
+        found = answer.json()
+        return f"{found['model']}: {found['choices'][0]['message']['content']}"
     except httpx.HTTPError as error:
         print(f"lost: {type(error).__name__} {error}", file=sys.stderr, flush=True)
         return None

@@ -32,6 +32,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("models") / "base", hidden=128, pad_vocab=9)
 
 
+@pytest.fixture(scope="session")
+def spec(composed: Path) -> Any:
+    """The composed model's `SwitchSpec`."""
+    from granite_switch.core.checkpoint import read_json
+    from granite_switch.core.spec import SwitchSpec
+
+    return SwitchSpec.from_dict(read_json(composed / "config.json")["switch"])
+
+
 def start(model: Path, **options: Any) -> Any:
     """A small `vllm.LLM`, eager, in this process."""
     from vllm import LLM
@@ -63,15 +72,15 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
 
 @contextmanager
 def serving(model: Path, name: str, log: Path, *options: object) -> Iterator[str]:
-    """An OpenAI-compatible server in float32 on loopback; gives its URL."""
+    """`granite-switch serve` in float32 on loopback, under one name or several; gives its URL."""
     import httpx
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
-    command += ["--enforce-eager", "--block-size", 32, "--max-model-len", 2048, *options]
+    command = [sys.executable, "-m", "granite_switch.cli", "serve", model, "--served-model-name", *name.split()]
+    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
+    command += ["--block-size", 32, "--max-model-len", 2048, *options]
     # the first request for log-probabilities compiles a kernel, which takes long on a busy machine
     patience = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200"}
     environment = os.environ | patience | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from granite_switch.cli import compose, export, generate, maintain, upgrade
+from granite_switch.cli import compose, export, generate, maintain, serve, upgrade
 from granite_switch.cli.console import console, error
 from granite_switch.errors import SwitchError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (compose, export, generate, maintain, upgrade):
+for group in (compose, export, generate, maintain, serve, upgrade):
     group.register(app)
 
 

@@ -61,3 +61,12 @@ def _register_config() -> None:
             return earlier.from_dict({**config_dict, "architectures": names}, **kwargs)
 
     AutoConfig.register(kind, OursOrEarlier, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    """`AdapterModels`, the server's middleware, imported where it is asked for."""
+    if name == "AdapterModels":
+        from granite_switch.vllm.serve import AdapterModels
+
+        return AdapterModels
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

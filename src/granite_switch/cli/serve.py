@@ -1,0 +1,84 @@
+"""`granite-switch serve`, vLLM's server with every adapter as a model, and `granite-switch check`."""
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from granite_switch.errors import ServingError
+from granite_switch.vllm import check
+
+_MIDDLEWARE = "granite_switch.vllm.AdapterModels"
+_ANY = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve", context_settings=_ANY)(serve)
+    app.command("check")(check.check)
+
+
+def serve(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="Composed model (local folder or hub id), then vLLM's options.", metavar="MODEL [OPTION]..."
+        ),
+    ],
+) -> None:
+    """Start vLLM's OpenAI server, with every adapter as a model: MODEL:ADAPTER.
+
+    All options are vLLM's own: `vllm serve --help` lists them.
+    """
+    model, *options = arguments
+    if model.startswith("-"):
+        raise typer.BadParameter("the model comes first, then vLLM's options", param_hint="MODEL")
+    _need_vllm()
+    _check(model, options)
+    command = command_line(model, options)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def command_line(model: str, options: list[str]) -> list[str]:
+    """What starts the server. Ours is the innermost of several middlewares, so that others see what clients see."""
+    try:
+        distribution("vllm")
+    except PackageNotFoundError:  # vLLM's own command asks for the metadata of this distribution; the CPU's is another
+        start = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    else:
+        start = ["-m", "vllm.entrypoints.cli.main", "serve", model]
+    return [sys.executable, *start, "--middleware", _MIDDLEWARE, *options]
+
+
+def _need_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise ServingError("vLLM is not installed here", hint="pip install 'granite-switch[vllm]'")
+
+
+def _check(model: str, options: list[str]) -> None:
+    """Refuse what the middleware would refuse, before the engine starts."""
+    from granite_switch.core.checkpoint import read_json
+    from granite_switch.core.legacy import UPGRADE, generation
+    from granite_switch.vllm.serve import template_problem, template_text
+
+    if Path(model).is_dir():
+        config = read_json(Path(model) / "config.json")
+        if generation(config):
+            raise ServingError(f"{model}: is of an older format, which vLLM serves without this command", hint=UPGRADE)
+        if "switch" not in config:
+            raise ServingError(f"{model}: is not a composed model", hint="compose it: granite-switch compose")
+    if (value := _option(options, "--chat-template")) and (problem := template_problem(template_text(value))):
+        raise ServingError(f"--chat-template {problem}")
+
+
+def _option(options: list[str], name: str) -> str:
+    """The value of one of vLLM's options; empty where it is not given."""
+    for word, following in zip(options, [*options[1:], ""], strict=True):
+        key, equals, value = word.partition("=")
+        if key.replace("_", "-") == name:
+            return value if equals else following
+    return ""

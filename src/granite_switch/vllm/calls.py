@@ -1,0 +1,240 @@
+"""Which adapter an HTTP request names, and the body that vLLM gets in place of the client's.
+
+Plain functions on parsed JSON; the middleware around them is in `serve.py`. Nothing here places a control token: the
+chat template does, and `engine.py` checks that the prompt that reaches the engine is the named adapter's.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from granite_switch.core.chat import unwrap
+from granite_switch.core.spec import SwitchSpec
+from granite_switch.errors import SwitchError
+
+# what vLLM renders with the chat template
+_CHAT = {
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/chat/completions/render",
+    "/v1/responses",
+    "/v1/responses/render",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/messages/render",
+}
+_PROMPT = {"/v1/completions", "/v1/completions/render", "/inference/v1/generate", "/detokenize"}
+_EITHER = {"/tokenize", "/invocations"}  # by what the body holds
+PATHS = frozenset(_CHAT | _PROMPT | _EITHER)
+
+
+class Refused(Exception):
+    """The request gets this HTTP status and message."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        self.message, self.status = message, status
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a request asks for."""
+
+    body: bytes  # for vLLM
+    model: str = ""  # what the answer's `model` has to be; empty: leave vLLM's
+    slot: int | None = None  # that has to answer; None: any
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The models that a server offers: each served name, and each of them with each adapter."""
+
+    names: tuple[str, ...]
+    spec: SwitchSpec
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of chat_template_kwargs
+    per_message: bool = True  # the chat template reads `message_adapters`
+    max_model_len: int = 0
+
+    def problems(self) -> list[str]:
+        """What is wrong with the server's options."""
+        doubles = {f"{name}:{adapter}" for name in self.names for adapter in self.spec.names} & set(self.names)
+        problems = [f"--served-model-name {name}: is also the name of an adapter's model" for name in sorted(doubles)]
+        default = self.defaults.get("adapter_name")
+        if default and default not in ("base", *self.spec.names):
+            problems.append(f"--default-chat-template-kwargs: there is no adapter {default!r}")
+        return problems
+
+    def cards(self, base: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Entries of /v1/models for the adapters, made of the base's."""
+        name = base["id"]
+        return [
+            {
+                **base,
+                "id": f"{name}:{a.name}",
+                "parent": name,
+                "technology": a.technology,
+                "invocation": a.invocation_text,
+            }
+            for a in self.spec.active
+        ]
+
+    def read(self, path: str, body: bytes) -> Call:
+        """Work out what is asked for.
+
+        Args:
+            path: one of PATHS.
+            body: as the client sent it. What is no JSON object is left to vLLM.
+
+        Raises:
+            Refused: an adapter that is not there, or two that differ.
+        """
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError):
+            return Call(body)
+        if not isinstance(data, dict) or not isinstance(data.get("chat_template_kwargs") or {}, dict):
+            return Call(body)
+        name, adapter = self._split(data.get("model"))
+        if path == "/invocations" and isinstance(name, str) and name not in self.names:
+            raise Refused(f"The model `{name}` does not exist.", 404)  # there vLLM takes any name for the base's
+        change: dict[str, Any] = {"model": name} if adapter else {}
+        slot: int | None
+        if path in _CHAT or (path in _EITHER and "prompt" not in data):
+            more, slot = self._chat(path, data, adapter)
+            change |= more
+        else:
+            slot = self._prompt(data, adapter)
+        new = json.dumps(data | change).encode() if change else body
+        return Call(new, data["model"] if adapter else "", slot)
+
+    def _split(self, model: Any) -> tuple[Any, str]:
+        """The served name and the adapter that a request's `model` names."""
+        if not isinstance(model, str) or model in self.names:
+            return model, ""
+        for name in sorted(self.names, key=len, reverse=True):
+            if model.startswith(f"{name}:"):
+                adapter = model[len(name) + 1 :]
+                if adapter in self.spec.names:
+                    return name, adapter
+                raise Refused(f"The model `{model}` does not exist. Adapters of `{name}`: {self._list()}.", 404)
+        return model, ""
+
+    def _chat(self, path: str, data: Mapping[str, Any], adapter: str) -> tuple[dict[str, Any], int]:
+        kwargs = data.get("chat_template_kwargs") or {}
+        for template in (data.get("chat_template"), kwargs.get("chat_template")):
+            if template is not None and unwrap(str(template)) is None:
+                raise Refused("chat_template: is not of a composed model, so adapters and users' text would be misread")
+        key = "input" if path.startswith("/v1/responses") or (path in _EITHER and "input" in data) else "messages"
+        messages = data.get(key)
+        said = self._said(messages) if isinstance(messages, list) else [None]
+        listed = self._listed(data, said if any(said) else None)
+        last = listed[len(said) - 1] if said and len(listed) >= len(said) else None
+        named = self._agreed(model=adapter, adapter_name=kwargs.get("adapter_name"), message=last)
+        new: dict[str, Any] = {"adapter_name": adapter} if adapter else {}
+        change: dict[str, Any] = {}
+        if any(said) and isinstance(messages, list):
+            new["message_adapters"] = [*said[:-1], named]
+            change[key] = [_without(message) for message in messages]
+        if new:
+            change["chat_template_kwargs"] = kwargs | new
+        return change, self._slot(named or self.defaults.get("adapter_name"))
+
+    def _said(self, messages: list[Any]) -> list[str | None]:
+        """The adapter of each user message, as the messages say it."""
+        found: list[str | None] = []
+        for message in messages:
+            if isinstance(message, list) and any(isinstance(m, dict) and m.get("adapter") for m in message):
+                raise Refused("adapter: messages of a batch cannot name adapters")
+            if not isinstance(message, dict):
+                continue
+            name = message.get("adapter") or None
+            if message.get("role") == "user" and _is_text(message):
+                self._slot(name)
+                found.append(name)
+            elif name:
+                raise Refused(f"adapter: only what a user says names one; {name!r} stands in another message")
+        return found
+
+    def _listed(self, data: Mapping[str, Any], said: list[str | None] | None) -> list[Any]:
+        """The adapter of each user message, by the messages or the template's argument; empty where none is named."""
+        given = (data.get("chat_template_kwargs") or {}).get("message_adapters")
+        if said is not None and given not in (None, said):
+            raise Refused("message_adapters: differs from what the messages' own `adapter` says")
+        listed = given if said is None else said
+        if listed is None:
+            return []
+        if not isinstance(listed, list):
+            raise Refused("message_adapters: is a list, with an entry for each user message")
+        if not self.per_message:
+            raise Refused(
+                "an adapter for each message: the model's chat template does not know it; compose the model with "
+                "this release, or give the adapter of the turn to come as the model's name"
+            )
+        if data.get("truncate_prompt_tokens") is not None or data.get("truncation") == "auto":
+            raise Refused("an adapter for each message: a truncated prompt could lose control tokens; do not truncate")
+        if data.get("previous_response_id"):
+            raise Refused("an adapter for each message: send all messages, not previous_response_id")
+        return listed
+
+    def _prompt(self, data: Mapping[str, Any], adapter: str) -> int | None:
+        kwargs = data.get("chat_template_kwargs") or {}
+        named = self._agreed(model=adapter, adapter_name=kwargs.get("adapter_name"))
+        limit = data.get("truncate_prompt_tokens")
+        if isinstance(limit, int):
+            limit = self.max_model_len - 1 if limit < 0 else limit
+            if any(self._can_be_cut(prompt, limit) for prompt in _prompts(data.get("prompt"))):
+                raise Refused("truncate_prompt_tokens: could cut control tokens off; send a prompt that needs no cut")
+        return None if named is None else self._slot(named)
+
+    def _can_be_cut(self, prompt: str | list[Any], limit: int) -> bool:
+        """Whether truncating to a limit can change which adapter a token of the prompt has."""
+        if isinstance(prompt, list):
+            return len(prompt) > limit and any(token in self.spec.control_slots for token in prompt)
+        texts = [self.spec.base_token, *(adapter.token for adapter in self.spec.adapters)]
+        return len(prompt.encode("utf-8", "replace")) >= limit and any(text in prompt for text in texts)
+
+    def _agreed(self, **named: Any) -> Any:
+        """The one adapter that several places name; None where none does."""
+        values = {place: value for place, value in named.items() if value not in (None, "")}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            said = ", ".join(f"{place} {value!r}" for place, value in values.items())
+            raise Refused(f"the request names different adapters: {said}")
+        return next(iter(values.values()), None)
+
+    def _slot(self, name: Any) -> int:
+        if not name:
+            return 0
+        try:
+            return self.spec.slot(name)
+        except SwitchError:
+            raise Refused(f"adapter_name: there is no adapter {name!r}. Adapters: {self._list()}") from None
+
+    def _list(self) -> str:
+        return ", ".join(self.spec.names)
+
+
+def last_slot(tokens: Sequence[int], control_slots: Mapping[int, int]) -> int:
+    """The slot of the last of some token ids."""
+    if control_slots.keys().isdisjoint(tokens):
+        return 0
+    return next(control_slots[token] for token in reversed(tokens) if token in control_slots)
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """The prompts of /v1/completions: text or token ids, one or a list of them."""
+    if isinstance(prompt, list) and any(isinstance(one, (str, list)) for one in prompt):
+        return [one for one in prompt if isinstance(one, (str, list))]
+    return [prompt] if isinstance(prompt, (str, list)) else []
+
+
+def _is_text(message: Mapping[str, Any]) -> bool:
+    """Whether a user message stays one; of results of tools alone, Anthropic's API makes messages of their own."""
+    content = message.get("content")
+    if not isinstance(content, list) or not content:
+        return True
+    return any(not isinstance(part, dict) or part.get("type") != "tool_result" for part in content)
+
+
+def _without(message: Any) -> Any:
+    return {k: v for k, v in message.items() if k != "adapter"} if isinstance(message, dict) else message
