@@ -36,6 +36,8 @@ __all__ = [
 _HOME = {name: f"granite_switch.compose.{name}" for name in ("extract", "inspect", "push", "verify")}
 _HOME |= dict.fromkeys(("add", "remove", "rename", "update"), "granite_switch.compose.edit")
 _HOME["Conversation"] = "granite_switch.conversation"
+_HOME["GraniteSwitchConfig"] = "granite_switch.config"
+_HOME["KVHistoryPolicy"] = "granite_switch.conversation"  # of releases up to 0.1.1: the error says what to use
 
 
 def __getattr__(name: str) -> Any:

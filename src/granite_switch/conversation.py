@@ -202,3 +202,12 @@ def _unmarked(message: Message) -> Message:
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many leading tokens two sequences share."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KVHistoryPolicy":
+        raise ImportError(
+            "KVHistoryPolicy was of granite-switch up to 0.1.1. Conversation(MODEL, keep=True) keeps the ids that were "
+            "sent (PRESERVE_MIXED_HISTORY), keep=False renders anew (RE_PREFILL); docs/migrate.md"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ and exits with 1; Python callers catch `SwitchError`.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 
 class SwitchError(Exception):
@@ -20,11 +21,28 @@ class SwitchError(Exception):
         self.message, self.problems, self.hint = message, tuple(problems), hint
         super().__init__(message, tuple(problems), hint)
 
+    def to_dict(self) -> dict[str, object]:
+        """As JSON has it, with every problem."""
+        return {"error": self.message, "problems": list(self.problems), "hint": self.hint}
+
     def __str__(self) -> str:
-        lines = [self.message, *(f"  - {problem}" for problem in self.problems)]
+        lines = [self.message, *(f"  - {problem}" for problem in shortened(self.problems))]
         if self.hint:
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
+
+
+def shortened(lines: Sequence[str], limit: int = 10) -> list[str]:
+    """A list for people: its first lines and how many more there are. Indented lines are lists of their own."""
+    result: list[str] = []
+    for inner, run in groupby(lines, lambda line: line.startswith(" ")):
+        part = list(run)
+        more = len(part) - limit
+        result += part if more <= 0 or not inner else [*part[:limit], f"  and {more} more (--json shows all)"]
+    outer = [i for i, line in enumerate(result) if not line.startswith(" ")]
+    if len(outer) > limit:
+        result[outer[limit] :] = [f"and {len(outer) - limit} more (--json shows all)"]
+    return result
 
 
 class BaseModelError(SwitchError):

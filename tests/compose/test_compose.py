@@ -203,7 +203,8 @@ def test_hub_ids_come_from_the_hubs_cache(base: Path, library: Path, tmp_path: P
     plan = prepare("org/base", ["org/lib"])
     assert plan.spec.base_model == "org/base"
     assert plan.spec.names == ("answerability", "citations")
-    assert plan.spec.adapters[0].source == "org/lib/answerability/base/alora"
+    assert plan.spec.base_commit == revision
+    assert plan.spec.adapters[0].source == f"org/lib/answerability/base/alora@{revision}"
     assert prepare("org/base", ["org/lib"], revision=revision).spec.names == ("answerability", "citations")
 
 

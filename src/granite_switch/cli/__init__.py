@@ -3,6 +3,7 @@
 Results go to stdout, progress and errors to stderr; exit code 0, 1 (failed) or 2 (usage).
 """
 
+import json
 import os
 import sys
 from typing import Annotated
@@ -47,6 +48,8 @@ def main() -> None:
         app()
     except SwitchError as problem:
         error(problem)
+        if "--json" in sys.argv:
+            console.print(json.dumps(problem.to_dict(), indent=2, ensure_ascii=False), markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,13 +1,15 @@
 """`granite-switch compose`."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from granite_switch.cli.console import console, progress, size, warn
+from granite_switch.cli.console import console, notes, progress, size, warn
 from granite_switch.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compose(
-    base: Annotated[str, typer.Argument(help="Granite model: local folder or hub id.")],
+    base: Annotated[str, typer.Argument(help="Base model: local folder or hub id.")],
     adapters: Annotated[
         list[str],
         typer.Option("--adapters", "-a", help="PEFT adapter folder, library folder, YAML manifest or hub id; repeat."),
@@ -30,7 +32,8 @@ def compose(
     include: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to take; repeat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to leave out; repeat.")] = None,
     technology: Annotated[str, typer.Option(help="alora or lora, where only one is wanted.")] = "",
-    revision: Annotated[str | None, typer.Option(help="Revision of the hub repositories.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of hub ids that name none (ID@REVISION).")] = None,
+    adapter_revision: Annotated[str | None, typer.Option(help="The same for those of adapters alone.")] = None,
     generatable: Annotated[bool, typer.Option(help="Let the model generate control tokens.")] = False,
     create_io_yaml: Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")] = False,
     place: Annotated[
@@ -42,6 +45,7 @@ def compose(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show what the sources hold and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, the list, or what is wrong.")] = False,
 ) -> None:
     """Compose a base model and adapters into one checkpoint."""
     from granite_switch.compose import prepare
@@ -55,7 +59,8 @@ def compose(
     places = {option.partition("=")[0]: option.partition("=")[2] for option in place or ()}
     sources = [*adapters, *(more or ())]
     if list_:
-        show_sources(sources, revision)
+        selection = (base, base_name, tuple(include or ()), tuple(exclude or ()), technology)
+        show_sources(sources, adapter_revision or revision, selection, as_json)
         return
     if output is None and not push and not dry_run:
         raise typer.BadParameter("say where the model is to stand", param_hint="--output")
@@ -65,6 +70,7 @@ def compose(
         base,
         sources,
         revision=revision,
+        adapter_revision=adapter_revision,
         base_name=base_name,
         include=include or (),
         exclude=exclude or (),
@@ -73,12 +79,16 @@ def compose(
         create_io_yaml=create_io_yaml,
         place=places,
     )
+    notes(plan.notes)
     for warning in plan.warnings:
         warn(warning)
     if output and not dry_run:
         _write(plan, output, force)
-    console.print(summary(plan))
-    if output or dry_run:
+    if as_json:
+        console.print(json.dumps(as_dict(plan), indent=2, ensure_ascii=False), markup=False)
+    else:
+        console.print(summary(plan))
+    if (output or dry_run) and not as_json:
         console.print(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
     if push and not dry_run:
         with TemporaryDirectory() as temporary:
@@ -124,23 +134,50 @@ def summary(plan: "Plan") -> Table:
     return table
 
 
-def show_sources(sources: list[str], revision: str | None) -> None:
-    """What the sources hold, for every base and technology."""
-    from granite_switch.compose.sources import scan
+def as_dict(plan: "Plan") -> dict[str, Any]:
+    """The plan as JSON has it."""
+    return {
+        "switch": plan.spec.to_dict(),
+        "vocab_size": plan.vocab_size,
+        "bytes": _bytes(plan),
+        "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
+    }
 
-    found = scan(sources, revision)
+
+def show_sources(sources: list[str], revision: str | None, selection: tuple[Any, ...], as_json: bool) -> None:
+    """What the sources hold, for every base and technology, and why some of it would be left out.
+
+    Args:
+        sources: of adapters.
+        revision: of hub ids.
+        selection: the base, and the fields of `Selection`.
+        as_json: print JSON.
+    """
+    from granite_switch.compose.sources import Selection, own_name, scan
+
+    base, base_name, *rest = selection
+    found = scan(sources, revision, Selection(base_name or own_name(base, Path(base)), *rest))
     if not found:
         raise AdapterError("the sources hold no adapter")
+    rows = [
+        {
+            "adapter": one.name,
+            "base": one.base_name or "any",
+            "kind": "retired" if one.retired else one.technology or "as its config says",
+            "source": one.source,
+            "left out": one.aside,
+        }
+        for one in found
+    ]
+    if as_json:
+        console.print(json.dumps(rows, indent=2, ensure_ascii=False), markup=False)
+        return
     table = Table()
-    for heading in ("adapter", "base", "kind", "source"):
-        table.add_column(heading)
-    for one in found:
-        table.add_row(
-            one.name,
-            one.base_name or "any",
-            "retired" if one.retired else one.technology or "as its config says",
-            one.source,
-        )
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
     console.print(table)
 
 

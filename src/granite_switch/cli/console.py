@@ -1,13 +1,13 @@
 """How the commands speak: results on stdout, progress and errors on stderr."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
 
-from granite_switch.errors import SwitchError
+from granite_switch.errors import SwitchError, shortened
 
 # what is piped into a file or another program is not folded at the width of a terminal
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
@@ -17,7 +17,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 def error(problem: SwitchError) -> None:
     """Print what is wrong, line by line, and the hint."""
     stderr.print(f"[bold red]error:[/] {escape(problem.message)}")
-    for line in problem.problems:
+    for line in shortened(problem.problems):
         stderr.print(f"  - {escape(line)}")
     if problem.hint:
         stderr.print(f"[bold cyan]hint:[/] {escape(problem.hint)}")
@@ -25,6 +25,12 @@ def error(problem: SwitchError) -> None:
 
 def warn(text: str) -> None:
     stderr.print(f"[bold yellow]warning:[/] {escape(text)}")
+
+
+def notes(lines: Sequence[str]) -> None:
+    """Print what was done otherwise than a user may expect."""
+    for line in shortened(lines):
+        stderr.print(f"[bold]note:[/] {escape(line)}")
 
 
 def size(count: int) -> str:

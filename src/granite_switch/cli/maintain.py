@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from granite_switch.cli.compose import summary
-from granite_switch.cli.console import console, size, warn
+from granite_switch.cli.console import console, notes, size, warn
 from granite_switch.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 Model: TypeAlias = Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")]
 Local: TypeAlias = Annotated[Path, typer.Argument(help="Composed model: local folder.", metavar="MODEL")]
-Sources: TypeAlias = Annotated[
-    list[str], typer.Argument(help="PEFT adapter folder, library folder, YAML manifest or hub id.", metavar="SOURCE...")
-]
+SOURCES = "PEFT adapter folder, library folder, YAML manifest or hub id."
+Sources: TypeAlias = Annotated[list[str], typer.Argument(help=SOURCES, metavar="SOURCE...")]
 Output: TypeAlias = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to make; by default the model is changed in place.")
 ]
@@ -101,7 +100,12 @@ def verify(
 
 def add(
     model: Model,
-    sources: Sources,
+    sources: Annotated[list[str] | None, typer.Argument(help=SOURCES, metavar="[SOURCE]...")] = None,
+    new: Annotated[str, typer.Option(help="Name of an empty adapter to train in the model, in place of sources.")] = "",
+    rank: Annotated[int, typer.Option(help="With --new: the rank.")] = 16,
+    alpha: Annotated[float | None, typer.Option(help="With --new: lora_alpha; twice the rank by default.")] = None,
+    targets: Annotated[str, typer.Option(help="With --new: linears, as q_proj,v_proj; the attention's.")] = "",
+    invocation: Annotated[str, typer.Option(help="With --new: the text from which it acts (aLoRA).")] = "",
     output: Output = None,
     base_name: BaseName = "",
     include: Include = None,
@@ -112,10 +116,17 @@ def add(
     force: Force = False,
 ) -> None:
     """Add adapters. Slots and token ids of the others stay."""
-    from granite_switch.compose import edit
+    from granite_switch.compose import edit, slot
 
+    if bool(new) == bool(sources):
+        raise typer.BadParameter("give sources of adapters, or --new NAME", param_hint="SOURCE")
+    if new:
+        names = [name.strip() for name in targets.split(",") if name.strip()]
+        settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": names, "invocation": invocation}
+        _changed(slot.add_empty(model, new, output=output, force=force, **settings), output or model)
+        return
     selection = _selection(base_name, include, exclude, technology, revision)
-    plan = edit.add(model, sources, output=output, force=force, create_io_yaml=create_io_yaml, **selection)
+    plan = edit.add(model, sources or [], output=output, force=force, create_io_yaml=create_io_yaml, **selection)
     _changed(plan, output or model)
 
 
@@ -203,6 +214,7 @@ def _selection(
 
 
 def _changed(plan: "Plan", where: str | Path) -> None:
+    notes(plan.notes)
     for warning in plan.warnings:
         warn(warning)
     console.print(summary(plan))

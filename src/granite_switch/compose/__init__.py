@@ -2,13 +2,15 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from granite_switch.compose.hub import snapshot_of
 from granite_switch.compose.plan import Plan, plan
-from granite_switch.compose.sources import Selection, base_folder, find, own_name, placed
+from granite_switch.compose.sources import Selection, base_folder, discover, own_name, placed
 from granite_switch.compose.write import write_model
 from granite_switch.core.staging import check_target, staged
 
@@ -54,6 +56,7 @@ def prepare(
     adapters: Sequence[Source],
     *,
     revision: str | None = None,
+    adapter_revision: str | None = None,
     base_name: str = "",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -67,7 +70,8 @@ def prepare(
     Args:
         base: local folder or hub id of a Granite model.
         adapters: PEFT adapter folders, library folders, YAML manifests or hub ids.
-        revision: of every hub repository that is given.
+        revision: of every hub repository that is given without one (`owner/repo@revision`).
+        adapter_revision: of those of adapters.
         base_name: the base's folder in adapter libraries; the base's own name by default.
         include: globs of adapter names to take; all by default.
         exclude: globs of adapter names to leave out.
@@ -79,11 +83,18 @@ def prepare(
     folder = base_folder(str(base), revision)
     name = base_name or own_name(str(base), folder)
     selection = Selection(name, tuple(include), tuple(exclude), technology)
-    found = placed(find([str(source) for source in adapters], selection, revision), place or {})
-    label = name if Path(base).exists() else str(base)
-    return plan(
-        folder, found, base_name=name, base_source=label, generatable=generatable, create_io_yaml=create_io_yaml
+    there = discover([str(source) for source in adapters], selection, adapter_revision or revision)
+    snapshot = snapshot_of(folder)
+    planned = plan(
+        folder,
+        placed(there.found, place or {}),
+        base_name=name,
+        base_source=str(replace(snapshot, revision=None)) if snapshot else name,
+        base_commit=(snapshot.revision or "") if snapshot else "",
+        generatable=generatable,
+        create_io_yaml=create_io_yaml,
     )
+    return replace(planned, notes=(*planned.notes, *map(str, there.left)))
 
 
 class _Callable(ModuleType):

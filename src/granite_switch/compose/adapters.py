@@ -1,28 +1,34 @@
 """Read one PEFT adapter and say all that keeps it from being composed.
 
 PEFT itself is not imported: its files are two, and their meaning is a few rules, each named after the PEFT function it
-follows. The tests hold the composed model against PEFT.
+follows. The tests hold the composed model against PEFT. What is not PEFT's is named by `recognise.py`, tensors' names
+are `names.py` and `weights.py`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
+import regex
+import yaml
 
 from granite_switch.compose.base import Base
+from granite_switch.compose.effect import effect_warnings
+from granite_switch.compose.recognise import refuse_foreign, without_weights
 from granite_switch.compose.sources import PROVENANCE, Found
+from granite_switch.compose.weights import Weights, nonfinite, read_weights
 from granite_switch.core.border import check_name, checked, read, read_yaml, shown
-from granite_switch.core.checkpoint import CHUNK, Tensor, read_header, sha256, to_float32
+from granite_switch.core.checkpoint import Tensor, sha256
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, digest, natural
-from granite_switch.core.records import AdapterConfig, IoConfig, Provenance, read_adapter_config
-from granite_switch.errors import AdapterError, CheckpointError, SwitchError
+from granite_switch.core.lora import scaling
+from granite_switch.core.records import AdapterConfig, IoConfig, Provenance, matches, read_adapter_config
+from granite_switch.errors import AdapterError, SwitchError
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-_BITS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+_QUANTISED = re.compile(r"(?:-unsloth)?-(?:bnb-)?(?:4bit|8bit|int4|int8|fp8|nf4|gptq|awq).*$")
+_PACKAGED = re.compile(r"@.*$|\.git$")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class Adapter:
     io_yaml: Path | None
     invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text is written
     file: Path | None = None  # of a composed model, where it holds these tensors under this adapter's name
+    made_for: str = ""  # its `base_model_name_or_path`
+    notes: tuple[str, ...] = ()  # what was taken otherwise than it stands in the files
+    warnings: tuple[str, ...] = ()  # what composes and may yet be wrong
 
     @property
     def nbytes(self) -> int:
@@ -69,45 +78,40 @@ def read_adapter(found: Found, base: Base) -> Adapter:
     Raises:
         AdapterError: with everything that is wrong, and what to do.
     """
-    where = str(found.folder)
     check_name(found.name)
+    refuse_foreign(found.folder)
     config = read_adapter_config(found.folder)
-    weights = found.folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        pickled = sorted(p.name for p in found.folder.glob("*.bin")) + sorted(p.name for p in found.folder.glob("*.pt"))
-        if pickled:
-            raise AdapterError(
-                f"{where}: its weights are pickled ({', '.join(pickled)})",
-                hint="pickles can run code; load it with PEFT and save_pretrained it again to get safetensors",
-            )
-        raise AdapterError(f"{weights}: no such file", hint="download or copy the adapter again")
-    try:
-        tensors = _tensors(inside(found.folder, weights.name), base)
-    except CheckpointError as error:
-        raise AdapterError(error.message, problems=error.problems, hint=error.hint) from None
-    ranks, problems = _ranks(tensors, config)
+    path = found.folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise without_weights(found.folder)
+    weights = read_weights(inside(found.folder, path.name), base)
+    tensors = weights.tensors
+    ranks, problems = _ranks(weights, config)
     if problems:
-        raise AdapterError(f"{weights}: does not fit its adapter_config.json", problems=problems)
-    _refuse_nonfinite(weights, tensors)
+        raise AdapterError(f"{path}: does not fit its adapter_config.json", problems=problems)
+    _refuse_nonfinite(path, tensors)
     rank, rank_pattern = _compact(ranks, config.r)
-    alpha, alpha_pattern = _alphas(ranks, config)
-    invocation = _invocation(where, config, base.vocab_size)
+    alphas = {linear: config.alpha_of(weights.paths[linear]) for linear in ranks}
+    scales = {linear: scaling(alphas[linear], r, config.use_rslora) for linear, r in ranks.items()}
+    invocation, notes = _invocation(found.folder, config, base)
     if found.invocation_placement and not invocation:
         raise AdapterError(f"{found.name}: has no invocation text to place; it is a LoRA and acts from the first token")
     io_yaml = found.folder / "io.yaml"
-    if io_yaml.is_file() and (problem := io_problem(io_yaml)):
+    if io_yaml.is_file() and (missing := io_missing(io_yaml)):
+        notes = [*notes, f"io.yaml lacks {', '.join(missing)}, which clients want; null is written"]
+    elif io_yaml.is_file() and (problem := io_problem(io_yaml)):
         raise AdapterError(problem, hint="clients could not load it; add the keys (null will do), or remove the file")
     contents = digest(tensors)
-    source, file_hash = _provenance(found, contents) or (found.source, sha256(weights))
+    source, file_hash = _provenance(found, contents) or (found.source, sha256(path))
     return Adapter(
         name=found.name,
         technology="alora" if invocation else "lora",
         rank=rank,
-        alpha=alpha,
+        alpha=config.lora_alpha,
         use_rslora=config.use_rslora,
         targets=tuple(ranks),
         rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
+        alpha_pattern={linear: value for linear, value in alphas.items() if value != config.lora_alpha},
         invocation_tokens=invocation,
         tensors=tensors,
         source=source,
@@ -115,6 +119,14 @@ def read_adapter(found: Found, base: Base) -> Adapter:
         digest=contents,
         io_yaml=io_yaml if io_yaml.is_file() else None,
         invocation_placement=found.invocation_placement,
+        made_for=config.base_model_name_or_path or "",
+        notes=(*weights.notes, *notes),
+        warnings=(
+            *([found.note] if found.note else []),
+            *weights.warnings,
+            *_config_warnings(config, weights),
+            *effect_warnings(tensors, scales, base.checkpoint),
+        ),
     )
 
 
@@ -136,6 +148,42 @@ def io_problem(path: Path) -> str:
     return ""
 
 
+def io_missing(path: Path) -> list[str]:
+    """The keys that an io.yaml lacks and that can be added at its end as null; none if it needs another hand."""
+    try:
+        data = read_yaml(inside(path.parent, path.name))
+        missing = [key for key in IoConfig.model_fields if key not in data] if isinstance(data, dict) else []
+        same = yaml.safe_load(_extended(path, missing)) == {**data, **dict.fromkeys(missing)} if missing else False
+    except (SwitchError, yaml.YAMLError):
+        return []
+    return missing if same else []
+
+
+def io_text(path: Path) -> bytes:
+    """An io.yaml with the keys that it lacks."""
+    return _extended(path, missing) if (missing := io_missing(path)) else path.read_bytes()
+
+
+def _extended(path: Path, missing: Sequence[str]) -> bytes:
+    text = path.read_bytes()
+    return b"".join([text, b"" if text.endswith(b"\n") else b"\n", *(f"{key}: null\n".encode() for key in missing)])
+
+
+def other_base(made_for: str, base_model: str) -> str:
+    """The warning for an adapter that was trained on another model; "" if it was not, or if nothing can be told.
+
+    Owners do not count (`unsloth/X` is `ibm-granite/X`), nor does quantisation; a local path says nothing.
+    """
+    local = made_for.startswith(("/", ".", "~", "\\")) or made_for.count("/") > 1 or ":" in made_for
+    if not made_for or local or Path(made_for).exists() or _model(made_for) == _model(base_model):
+        return ""
+    return f"trained on {made_for} (base_model_name_or_path), composed with {base_model}"
+
+
+def _model(name: str) -> str:
+    return _QUANTISED.sub("", _PACKAGED.sub("", name.strip().rstrip("/").lower()).rpartition("/")[2])
+
+
 def _provenance(found: Found, contents: str) -> tuple[str, str] | None:
     """Source and sha256 of an adapter that came out of a composed model, if its weights are still the same."""
     path = found.folder / PROVENANCE
@@ -145,68 +193,16 @@ def _provenance(found: Found, contents: str) -> tuple[str, str] | None:
     return (record.source, record.sha256) if record.digest == contents else None
 
 
-def _tensors(weights: Path, base: Base) -> dict[AdapterTensor, Tensor]:
-    """The adapter's matrices by linear, all checked against the base's shapes."""
-    header, _ = read_header(weights)
-    result: dict[AdapterTensor, Tensor] = {}
-    unknown, wrong = [], []
-    for name, tensor in header.items():
-        match = _KEY.fullmatch(name)
-        linear = _linear(match[1], base.linears) if match else None
-        if match and not linear and _elsewhere(match[1], base.linears):
-            wrong.append(f"{name}: the base has {base.layers} layers")
-            continue
-        if not match or not linear:
-            unknown.append(f"{name} {list(tensor.shape)}")
-            continue
-        matrix, (out, width) = match[2], base.linears[linear]
-        if len(tensor.shape) != 2 or tensor.shape[matrix == "A"] != (width if matrix == "A" else out):
-            expected = f"[r, {width}]" if matrix == "A" else f"[{out}, r]"
-            wrong.append(f"{name}: {list(tensor.shape)} where the base needs {expected}")
-        elif tensor.dtype not in _BITS:
-            wrong.append(f"{name}: dtype {tensor.dtype}; F32, F16 and BF16 can be composed")
-        else:
-            result[AdapterTensor("", linear, matrix)] = tensor
-    if unknown:
-        raise AdapterError(
-            f"{weights}: tensors that no linear of this base takes",
-            problems=unknown,
-            hint=f"adapters can target {', '.join(dict.fromkeys(p.rpartition('.')[2] for p in base.linears))}",
-        )
-    if wrong:
-        raise AdapterError(f"{weights}: made for another base model", problems=wrong)
-    if not result:
-        raise AdapterError(f"{weights}: holds no tensor")
-    return result
-
-
-def _linear(path: str, linears: Mapping[str, Any]) -> str | None:
-    """The base's linear of this path, or the only one whose path ends so; None if there is none."""
-    if path in linears:
-        return path
-    ends = [linear for linear in linears if linear.endswith(f".{path}")]
-    return ends[0] if len(ends) == 1 else None
-
-
-def _elsewhere(path: str, linears: Mapping[str, Any]) -> bool:
-    """Whether another layer has this linear."""
-    return any(_without_numbers(linear).endswith(_without_numbers(path)) for linear in linears)
-
-
-def _without_numbers(path: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".*", f".{path}")
-
-
-def _ranks(tensors: Mapping[AdapterTensor, Tensor], config: AdapterConfig) -> tuple[dict[str, int], list[str]]:
+def _ranks(weights: Weights, config: AdapterConfig) -> tuple[dict[str, int], list[str]]:
     """Rank of each linear, in natural order, and where pairs or ranks do not agree."""
     ranks: dict[str, int] = {}
     problems = []
-    for linear in sorted({key.linear for key in tensors}, key=natural):
-        a, b = (tensors.get(AdapterTensor("", linear, matrix)) for matrix in "AB")
+    for linear in sorted({key.linear for key in weights.tensors}, key=natural):
+        a, b = (weights.tensors.get(AdapterTensor("", linear, matrix)) for matrix in "AB")
         if a is None or b is None:
             problems.append(f"{linear}: lora_{'A' if a is None else 'B'} is missing")
             continue
-        expected = config.rank_of(linear)
+        expected = config.rank_of(weights.paths[linear])
         if not a.shape[0] == b.shape[1] == expected:
             problems.append(f"{linear}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, the config says {expected}")
         ranks[linear] = a.shape[0]
@@ -218,36 +214,75 @@ def _compact(ranks: Mapping[str, int], default: int) -> tuple[int, dict[str, int
     return rank, {linear: value for linear, value in ranks.items() if value != rank}
 
 
-def _alphas(ranks: Mapping[str, int], config: AdapterConfig) -> tuple[float, dict[str, float]]:
-    default = config.lora_alpha
-    alphas = {linear: config.alpha_of(linear) for linear in ranks}
-    return default, {linear: value for linear, value in alphas.items() if value != default}
+def _invocation(folder: Path, config: AdapterConfig, base: Base) -> tuple[tuple[int, ...], list[str]]:
+    """The tokens from the first of which the adapter acts, and what was converted.
 
-
-def _invocation(where: str, config: AdapterConfig, vocab_size: int) -> tuple[int, ...]:
-    tokens = config.alora_invocation_tokens or ()
-    if bad := [token for token in tokens if token >= vocab_size]:
-        raise AdapterError(f"{where}: alora_invocation_tokens {shown(bad)} are not in the base's vocabulary")
-    return tuple(tokens)
-
-
-def _refuse_nonfinite(weights: Path, tensors: Mapping[AdapterTensor, Tensor]) -> None:
-    if bad := [problem for tensor in tensors.values() if (problem := nonfinite(tensor))]:
-        raise AdapterError(f"{weights}: weights that are not finite", problems=bad, hint="train or save it again")
-
-
-def nonfinite(tensor: Tensor) -> str:
-    """How many NaN and inf a tensor holds, in words; "" if none, or if its dtype cannot tell.
-
-    They have an exponent of all ones: a test of bits, so that no dtype needs converting.
+    Older aLoRA trainers wrote `invocation_string` alone, and their adapters act after its first token. That is PEFT's
+    aLoRA with the tokens from the second on: the same tokens are the adapter's, the others the base's.
     """
-    if tensor.dtype not in _BITS:
-        return ""
-    dtype, exponent = _BITS[tensor.dtype]
-    nan = inf = 0
-    for start in range(0, tensor.nbytes, CHUNK):
-        data = tensor.read(start, min(CHUNK, tensor.nbytes - start))
-        if (np.frombuffer(data, dtype) & exponent == exponent).any():
-            values = to_float32(data, tensor.dtype)
-            nan, inf = nan + int(np.isnan(values).sum()), inf + int(np.isinf(values).sum())
-    return f"{tensor.name}: {nan} NaN, {inf} inf" if nan or inf else ""
+    if tokens := config.alora_invocation_tokens:
+        if bad := [token for token in tokens if token >= base.vocab_size]:
+            raise AdapterError(f"{folder}: alora_invocation_tokens {shown(bad)} are not in the base's vocabulary")
+        return tuple(tokens), []
+    text = config.invocation_string
+    if not text:
+        return (), []
+    library = base.tokenizer.library
+    ids = library.encode(text, add_special_tokens=False).ids
+    if library.decode(ids, skip_special_tokens=False) != text:
+        raise AdapterError(f"{folder}: invocation_string {shown(text)} cannot be spelled with the base's tokenizer")
+    if len(ids) < 2:
+        raise AdapterError(
+            f"{folder}: invocation_string {shown(text)} is one token, and an older aLoRA acts after its first token",
+            hint="no control token can stand for the token that follows; train it again with PEFT's "
+            "alora_invocation_tokens, or set that key if it was trained to act from this token on",
+        )
+    rest = tuple(ids[1:])
+    acts_from = library.decode(list(rest), skip_special_tokens=False)
+    return rest, [
+        f"invocation_string {shown(text)} is an older aLoRA's: it acts after its first token, from {shown(acts_from)}"
+    ]
+
+
+def _config_warnings(config: AdapterConfig, weights: Weights) -> list[str]:
+    """Keys of adapter_config.json that mean nothing for the weights, or other weights."""
+    modules = {*weights.paths, *weights.paths.values()}
+    result = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, key) or {}
+        result += [
+            f"{key}: {shown(pattern)} matches none of its modules"
+            for pattern in patterns
+            if not any(matches(pattern, module) for module in modules)
+        ]
+    targets = config.target_modules
+    if isinstance(targets, list):
+        absent = [t for t in targets if not any(_is_target(module, [t]) for module in modules)]
+        if absent:
+            result.append(f"target_modules has {', '.join(absent[:8])}, of which the weights hold nothing")
+    more = [
+        linear
+        for linear, path in weights.paths.items()
+        if not (_is_target(path, targets) or _is_target(linear, targets))
+    ]
+    if targets and more:
+        names = dict.fromkeys(linear.rpartition(".")[2] for linear in more)
+        result.append(
+            f"the weights hold {', '.join(names)}, which target_modules does not name; PEFT would leave them out"
+        )
+    return result
+
+
+def _is_target(module: str, targets: str | list[str] | None) -> bool:
+    """Whether `target_modules` names a module (PEFT `check_target_module_exists`)."""
+    if isinstance(targets, list):
+        return any(module == t or module.endswith(f".{t}") for t in targets)
+    try:
+        return targets in (None, "all-linear") or bool(regex.fullmatch(targets or "", module, timeout=0.25))
+    except (regex.error, TimeoutError):
+        return True
+
+
+def _refuse_nonfinite(path: Path, tensors: Mapping[AdapterTensor, Tensor]) -> None:
+    if bad := [problem for tensor in tensors.values() if (problem := nonfinite(tensor))]:
+        raise AdapterError(f"{path}: weights that are not finite", problems=bad, hint="train or save it again")

@@ -193,4 +193,5 @@ def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint, spec: Swit
         io_yaml=inside(folder, io_config(adapter.name)) if io_yaml.is_file() else None,
         invocation_placement=adapter.invocation_placement,
         file=folder / file,
+        warnings=adapter.warnings,
     )

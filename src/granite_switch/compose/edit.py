@@ -16,7 +16,7 @@ from granite_switch.compose.adapters import Adapter, Retired
 from granite_switch.compose.card import model_card
 from granite_switch.compose.composed import VERIFY, Composed, read_composed, read_config
 from granite_switch.compose.plan import Plan, assemble, read_slots
-from granite_switch.compose.sources import Found, Selection, find, model_folder
+from granite_switch.compose.sources import Discovery, Selection, discover, model_folder
 from granite_switch.compose.write import write_model
 from granite_switch.core.border import check_name
 from granite_switch.core.files import in_hub_cache, inside
@@ -55,8 +55,9 @@ def add(
     Raises:
         SwitchError: with all that is wrong; the model is then as it was.
     """
-    folder = _folder(model, output)
-    found = _find(folder, sources, **selection)
+    folder = folder_of(model, output)
+    sources_hold = _discover(folder, sources, **selection)
+    found = sources_hold.found
 
     def change(old: Composed) -> Slots:
         there = [one.name for one in found if one.name in old.adapters and not one.retired]
@@ -67,7 +68,8 @@ def add(
             )
         return [*old.slots, *read_slots(found, old.base)]
 
-    return _edit(folder, output, force, change, create_io_yaml)
+    plan = _edit(folder, output, force, change, create_io_yaml)
+    return replace(plan, notes=(*plan.notes, *map(str, sources_hold.left)))
 
 
 def update(
@@ -77,8 +79,8 @@ def update(
 
     Args, returns, raises: as for `add`.
     """
-    folder = _folder(model, output)
-    found = _find(folder, sources, **selection)
+    folder = folder_of(model, output)
+    found = _discover(folder, sources, **selection).found
 
     def change(old: Composed) -> Slots:
         _must_have(old, [one.name for one in found], "`granite-switch add` takes new ones, --include selects some")
@@ -97,7 +99,7 @@ def remove(model: Source, names: Sequence[str], *, output: Source | None = None,
         output: a folder to make; by default the model is changed in place.
         force: replace an existing output.
     """
-    folder = _folder(model, output)
+    folder = folder_of(model, output)
 
     def change(old: Composed) -> Slots:
         _must_have(old, names)
@@ -119,7 +121,7 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
         output: a folder to make; by default the model is changed in place.
         force: replace an existing output.
     """
-    folder = _folder(model, output)
+    folder = folder_of(model, output)
     check_name(new)
 
     def change(model: Composed) -> Slots:
@@ -135,7 +137,7 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
     return _edit(folder, output, force, change)
 
 
-def _folder(model: Source, output: Source | None) -> Path:
+def folder_of(model: Source, output: Source | None) -> Path:
     """The model's folder. What comes from the hub is in its cache, which every later load reads: it is not changed."""
     restore(Path(model))
     path = Path(model)
@@ -149,7 +151,7 @@ def _folder(model: Source, output: Source | None) -> Path:
     return model_folder(model)
 
 
-def _find(
+def _discover(
     folder: Path,
     sources: Sequence[Source],
     revision: str | None = None,
@@ -157,9 +159,9 @@ def _find(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     technology: str = "",
-) -> list[Found]:
+) -> Discovery:
     name = base_name or read_config(folder)[1].base_model.rstrip("/").split("/")[-1]
-    return find([str(s) for s in sources], Selection(name, tuple(include), tuple(exclude), technology), revision)
+    return discover([str(s) for s in sources], Selection(name, tuple(include), tuple(exclude), technology), revision)
 
 
 def _must_have(model: Composed, names: Sequence[str], more: str = "") -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from granite_switch.compose.composed import Composed, read_composed
+from granite_switch.compose.effect import product_norm
 from granite_switch.compose.sources import model_folder
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import steady
@@ -161,7 +162,7 @@ def _strengths(composed: Composed) -> Strengths:
             if a and b:
                 of_base = _base_norm(composed.base.checkpoint, linear) if of_base is None else of_base
                 scale = composed.spec.adapter(name).scale_of(linear)
-                values[name][modules.index(module), layer] = scale * _product_norm(a, b) / of_base
+                values[name][modules.index(module), layer] = scale * product_norm(a, b) / of_base
     return Strengths(modules, values)
 
 
@@ -179,12 +180,6 @@ def _base_norm(checkpoint: Checkpoint, linear: str) -> float:
 
 def _norm(weight: Tensor) -> float:
     return float(np.linalg.norm(weight.float32())) if weight.dtype in _FLOATS else math.nan
-
-
-def _product_norm(a: Tensor, b: Tensor) -> float:
-    """The norm of B A from two r x r matrices: |B A|^2 = trace((B^T B) (A A^T))."""
-    left, right = b.float32().astype(np.float64), a.float32().astype(np.float64)
-    return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T)))))
 
 
 def plot(strengths: Strengths, path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from granite_switch.compose import placement as place
-from granite_switch.compose.adapters import Adapter, Retired, read_adapter, read_retired
+from granite_switch.compose.adapters import Adapter, Retired, other_base, read_adapter, read_retired
 from granite_switch.compose.base import Base, read_base
 from granite_switch.compose.reading import UNREGISTERED
 from granite_switch.compose.sources import Found
@@ -38,6 +38,7 @@ class Plan:
     templates: Mapping[str, str]  # composed chat templates by name; empty if the base has none
     create_io_yaml: bool
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what was taken otherwise than it stands in the sources, or left out
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -78,6 +79,7 @@ def plan(
     *,
     base_name: str,
     base_source: str = "",
+    base_commit: str = "",
     generatable: bool = False,
     create_io_yaml: bool = False,
 ) -> Plan:
@@ -88,6 +90,7 @@ def plan(
         found: the adapters, in the order of their slots.
         base_name: how the base is called in the records.
         base_source: hub id or name under which it is recorded; `base_name` by default.
+        base_commit: the commit of that repository.
         generatable: let the model generate control tokens.
         create_io_yaml: write a minimal io.yaml for adapters without one.
 
@@ -96,7 +99,9 @@ def plan(
     """
     read = read_base(base)
     slots = read_slots(found, read)
-    return assemble(read, slots, base_source or base_name, generatable, create_io_yaml=create_io_yaml)
+    return assemble(
+        read, slots, base_source or base_name, generatable, create_io_yaml=create_io_yaml, base_commit=base_commit
+    )
 
 
 def assemble(
@@ -107,6 +112,7 @@ def assemble(
     *,
     create_io_yaml: bool = False,
     kept: SwitchSpec | None = None,
+    base_commit: str = "",
 ) -> Plan:
     """Work out the composed model from what has been read.
 
@@ -117,10 +123,13 @@ def assemble(
         generatable: let the model generate control tokens.
         create_io_yaml: write a minimal io.yaml for adapters without one.
         kept: the adapters of the model that is being changed; their token ids stay.
+        base_commit: the base's commit, where it came from the hub.
     """
+    slots = [_judged(slot, base_model) for slot in slots]
+    fresh = [slot for slot in slots if isinstance(slot, Adapter) and not slot.file]
     library = base.tokenizer.library
     template = base.tokenizer.templates.get("default")
-    warnings = []
+    warnings = [f"{slot.name}: {warning}" for slot in fresh for warning in slot.warnings]
     if template is None:
         samples: list[place.Chat] = []
         first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))
@@ -140,6 +149,7 @@ def assemble(
         base_token_id=first,
         base_substitute_token_id=kept.base_substitute_token_id if kept else turn_token.id,
         base_model=base_model,
+        base_commit=kept.base_commit if kept else base_commit,
         base_model_type=base.config["model_type"],
         base_architecture=base.architecture,
         generatable=generatable,
@@ -152,7 +162,15 @@ def assemble(
         placements = [place.placement(adapter, first_token.text, library) for adapter in spec.active]
         templates = place.templates(base.tokenizer.templates, spec, placements, library)
         place.prove(spec, placements, templates["default"], template, samples, library)
-    return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings))
+    notes = tuple(f"{slot.name}: {note}" for slot in fresh for note in slot.notes)
+    return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings), notes)
+
+
+def _judged(slot: Adapter | Retired, base_model: str) -> Adapter | Retired:
+    """An adapter that is new, with a warning where it was trained on another base."""
+    if not isinstance(slot, Adapter) or slot.file or not (warning := other_base(slot.made_for, base_model)):
+        return slot
+    return replace(slot, warnings=(warning, *slot.warnings), made_for="")
 
 
 def read_slots(found: Sequence[Found], base: Base) -> list[Adapter | Retired]:
@@ -233,6 +251,7 @@ def _record(slot: Adapter | Retired, token: str, token_id: int, opening_id: int,
         sha256=slot.sha256,
         digest=slot.digest,
         invocation_placement=slot.invocation_placement,
+        warnings=slot.warnings,
     )
 
 

@@ -1,24 +1,32 @@
-"""Where bases and adapters come from: local folders, hub repositories, library folders, YAML manifests.
+"""Where adapters come from: local folders, hub repositories, library folders, YAML manifests.
 
-Finds what there is and fetches only the files needed; reading and checking an adapter is `adapters.py`.
+A source is a list of files, local or on the hub. Which of its folders are adapters, and what they are called, is read
+from their paths (`_place`); which of them are wanted is decided next; only those are fetched. What is there and was
+left out is kept with its reason. Reading and checking an adapter is `adapters.py`.
 """
 
-import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from granite_switch.compose.hub import HubRef, Repository, files_below, open_repository, parse_ref, snapshot_of
+from granite_switch.compose.recognise import refuse, what_file_is
 from granite_switch.core.border import checked, read_yaml
 from granite_switch.core.records import ManifestEntry, RetiredEntry, read_adapter_config
-from granite_switch.errors import AdapterError, BaseModelError, CheckpointError
+from granite_switch.errors import AdapterError, BaseModelError, CheckpointError, SwitchError
 
 TECHNOLOGIES = ("alora", "lora")  # in order of preference
 PROVENANCE = "granite_switch.json"  # beside an adapter that `extract` took out of a composed model
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "io.yaml", PROVENANCE)
-_BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+CONFIG = "adapter_config.json"
+ADAPTER_FILES = (CONFIG, "adapter_model.safetensors", "io.yaml", PROVENANCE)
+_BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*"]
+_CHECKPOINT = re.compile(r"(?:checkpoint|epoch|step|iter)[-_]?\d+")
+_DEPTH = 4  # folders below a source in which adapters are looked for
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,34 @@ class Found:
 
     name: str
     folder: Path
-    source: str  # for the record: a hub id with its path, or the folder's own name
+    source: str  # for the record: a hub id with its path and commit, or the folder's own name
     technology: str = ""  # as the library's folder has it; "" where the adapter's config decides
     base_name: str = ""  # as the library's folder has it; "" for a plain adapter folder
     invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text goes
     retired: bool = False  # a removed adapter, whose slot is to stay taken
     substitute_token_id: int | None = None  # of a removed adapter; None for the base's
+    aside: str = ""  # why it is taken only where --include names it: it lies beneath another adapter
+    checkpoint: bool = False  # one of several states of one training
+    note: str = ""  # for the plan
+
+
+@dataclass(frozen=True)
+class Left:
+    """An adapter that a source holds and that was left out."""
+
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: left out: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What the sources hold."""
+
+    found: list[Found] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,55 +75,69 @@ class Selection:
     technology: str = ""
 
     def wants(self, name: str) -> bool:
-        included = not self.include or any(fnmatchcase(name, glob) for glob in self.include)
-        return included and not any(fnmatchcase(name, glob) for glob in self.exclude)
+        return (not self.include or self.names(name)) and not any(fnmatchcase(name, glob) for glob in self.exclude)
+
+    def names(self, name: str) -> bool:
+        """Whether --include asks for it."""
+        return any(fnmatchcase(name, glob) for glob in self.include)
 
 
 def base_folder(base: str, revision: str | None = None) -> Path:
     """The base model's folder; a hub repository is fetched first."""
-    path = Path(base)
-    if path.exists():
-        if not path.is_dir():
-            raise BaseModelError(f"{base}: is a file; give the model's folder")
-        return path
-    return _fetch(base, revision, _BASE_FILES, BaseModelError)
+    return _whole(base, revision, _BASE_FILES, BaseModelError)
 
 
 def model_folder(model: str | PathLike[str], revision: str | None = None) -> Path:
     """A composed model's folder; a hub repository is fetched first."""
+    return _whole(str(model), revision, [*_BASE_FILES, "README.md", "io_configs/*"], CheckpointError)
+
+
+def _whole(model: str, revision: str | None, files: list[str], error: type[SwitchError]) -> Path:
     path = Path(model)
     if path.exists():
         if not path.is_dir():
-            raise CheckpointError(f"{model}: is a file; give the model's folder")
+            raise error(f"{model}: is a file; give the model's folder")
         return path
-    return _fetch(str(model), revision, [*_BASE_FILES, "README.md", "io_configs/*"], CheckpointError)
+    ref = parse_ref(model, revision)
+    prefix = f"{ref.path}/" if ref.path else ""
+    folder = open_repository(ref, error).fetch([prefix + name for name in files], error) / ref.path
+    if not folder.is_dir():
+        raise error(f"{ref}: there is no such folder in the repository")
+    return folder
 
 
 def own_name(base: str, folder: Path) -> str:
     """The base's own name: the last part of its hub id or folder."""
-    if Path(base).exists():
-        return folder.resolve().name
-    return base.rstrip("/").split("/")[-1]
+    if not Path(base).exists():
+        ref = parse_ref(base)
+        return (ref.path or ref.repo).split("/")[-1]
+    ref_of = snapshot_of(folder)
+    return (ref_of.path or ref_of.repo).split("/")[-1] if ref_of else folder.resolve().name
 
 
 def find(sources: Sequence[str], selection: Selection, revision: str | None = None) -> list[Found]:
+    """`discover`, without what was left out."""
+    return discover(sources, selection, revision).found
+
+
+def discover(sources: Sequence[str], selection: Selection, revision: str | None = None) -> Discovery:
     """All wanted adapters of all sources, in order; of both technologies of one adapter the preferred one.
 
     Raises:
         AdapterError: a source is not there or holds no adapter; nothing is left after the selection; two of one name.
     """
-    found: list[Found] = []
+    result = Discovery()
     for source in sources:
-        here = list(_scan(source, selection, revision))
-        if not here:
-            raise AdapterError(
-                f"{source}: no adapter in it",
-                hint="give a PEFT adapter folder (adapter_config.json), a library folder or a YAML manifest",
-            )
-        found += _choose(source, here, selection)
-    if not found:
-        raise AdapterError("no adapter is left to compose", hint="see --list, --include, --exclude and --technology")
-    live = [f for f in found if not f.retired]
+        one = _discover(source, selection, revision)
+        result.found.extend(one.found)
+        result.left.extend(one.left)
+    if not result.found:
+        raise AdapterError(
+            "no adapter is left to compose",
+            problems=[str(left) for left in result.left],
+            hint="see --list, --include, --exclude and --technology",
+        )
+    live = [f for f in result.found if not f.retired]
     problems = [
         f"{name}: {', '.join(str(f.folder) for f in live if f.name == name)}"
         for name in dict.fromkeys(f.name for f in live)
@@ -105,7 +149,7 @@ def find(sources: Sequence[str], selection: Selection, revision: str | None = No
             problems=problems,
             hint="exclude one with --exclude, or give them other names in a YAML manifest",
         )
-    return found
+    return result
 
 
 def placed(found: Sequence[Found], places: Mapping[str, str]) -> list[Found]:
@@ -121,86 +165,202 @@ def placed(found: Sequence[Found], places: Mapping[str, str]) -> list[Found]:
     return [replace(one, invocation_placement=where.get(one.name, one.invocation_placement)) for one in found]
 
 
-def scan(sources: Sequence[str], revision: str | None = None) -> list[Found]:
-    """Everything that the sources hold, for every base and technology (`--list`)."""
-    return [found for source in sources for found in _scan(source, Selection(base_name="*"), revision)]
+def scan(sources: Sequence[str], revision: str | None = None, selection: Selection | None = None) -> list[Found]:
+    """Everything that the sources hold (`--list`); `aside` says why one is left out. Nothing is fetched."""
+    result: list[Found] = []
+    for source in sources:
+        path = Path(source)
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            result += _manifest(path, selection or Selection("*"))
+            continue
+        here, _ = _scan(source, selection or Selection("*"), revision)
+        try:
+            left = _choose(source, here, selection).left if selection else []
+            reasons = {one.source: one.reason for one in left}
+        except AdapterError as error:
+            reasons = {one.source: error.message.removeprefix(f"{source}: ") for one in here}
+        result += [replace(one, aside=reasons.get(one.source, "")) for one in here]
+    return result
 
 
-def _choose(source: str, found: list[Found], selection: Selection) -> list[Found]:
-    """Of a library's folders, those for this base; of two technologies, one."""
-    wanted = [f for f in found if selection.wants(f.name)]
-    bases = sorted({f.base_name for f in wanted if f.base_name})
-    matching = [f for f in wanted if f.base_name in ("", selection.base_name)]
-    if bases and not any(f.base_name for f in matching):
+def _discover(source: str, selection: Selection, revision: str | None) -> Discovery:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        chosen = Discovery()
+        for one in _manifest(path, selection):
+            if one.retired or selection.wants(one.name):
+                chosen.found.append(one)
+            else:
+                chosen.left.append(Left(f"{path.name}: {one.name}", "--include or --exclude leaves it out"))
+        return chosen
+    here, repository = _scan(source, selection, revision)
+    if not here:
+        refuse(path, source) if path.is_dir() else None
+        raise AdapterError(
+            f"{source}: no adapter in it",
+            hint="give a PEFT adapter folder (adapter_config.json), a library folder or a YAML manifest",
+        )
+    chosen = _choose(source, here, selection)
+    if repository:
+        chosen = replace(chosen, found=_fetched(repository, chosen.found))
+    return _of_technology(chosen, selection.technology)
+
+
+def _choose(source: str, here: Sequence[Found], selection: Selection) -> Discovery:
+    """Of what a source holds, what is asked for: by name, by base, and of two technologies one."""
+    result = Discovery()
+
+    def keep(candidates: Sequence[Found], reason: Callable[[Found], str]) -> list[Found]:
+        result.left.extend(Left(f.source, why) for f in candidates if (why := reason(f)))
+        return [f for f in candidates if not reason(f)]
+
+    kept = keep(here, lambda f: "" if selection.wants(f.name) else "--include or --exclude leaves it out")
+    kept = keep(kept, lambda f: "" if selection.names(f.name) else f.aside)
+    kept = _one_checkpoint(source, kept, selection, keep)
+    bases = sorted({f.base_name for f in kept if f.base_name})
+
+    def fits(one: Found) -> bool:
+        return selection.base_name == "*" or one.base_name in ("", selection.base_name)
+
+    if bases and not any(map(fits, kept)):
         raise AdapterError(
             f"{source}: nothing for base model {selection.base_name!r}",
             problems=[f"there is {name!r}" for name in bases],
             hint="choose one with --base-name",
         )
-    return [f for f in matching if f.retired or _preferred(f, matching, selection.technology)]
+    kept = keep(kept, lambda f: "" if fits(f) else f"it is for base {f.base_name!r}")
+    if selection.technology:
+        other = f"--technology says {selection.technology}"
+        kept = keep(kept, lambda f: "" if f.technology in ("", selection.technology) else other)
+    else:
+        both = {f.name for f in kept if f.technology == TECHNOLOGIES[0]}
+        kept = keep(kept, lambda f: "aLoRA is preferred to it" if f.technology == "lora" and f.name in both else "")
+    result.found.extend(kept)
+    return result
 
 
-def _preferred(found: Found, others: Sequence[Found], technology: str) -> bool:
-    """Whether an adapter is of the wanted technology, or of the better one where its library has both."""
-    if technology:
-        return _technology(found) == technology
-    both = {f.technology for f in others if f.name == found.name and not f.retired} == set(TECHNOLOGIES)
-    return not both or found.technology == TECHNOLOGIES[0]
+def _one_checkpoint(
+    source: str, kept: list[Found], selection: Selection, keep: Callable[..., list[Found]]
+) -> list[Found]:
+    """Of several states of one training, the finished one, or those that --include names; else the user is asked."""
+    finished = [f.folder for f in kept if not f.checkpoint]
+    states = [f for f in kept if f.checkpoint and not selection.names(f.name)]
+    earlier = [f for f in states if f.folder.parent in finished]
+    kept = keep(kept, lambda f: "an earlier state of the adapter above it (--include takes it)" if f in earlier else "")
+    trainings = [[f for f in states if f.folder.parent == parent] for parent in {f.folder.parent for f in states}]
+    states = next((t for t in trainings if len(t) > 1 and t[0] not in earlier), [])
+    states = sorted(states, key=lambda f: int(re.findall(r"\d+", f.name)[-1]))
+    if not states:
+        return kept
+    raise AdapterError(
+        f"{source}: holds {len(states)} checkpoints of a training; which one?",
+        problems=[f.name for f in states],
+        hint=f"--include {states[-1].name} takes that one",
+    )
+
+
+def _of_technology(chosen: Discovery, technology: str) -> Discovery:
+    if not technology:
+        return chosen
+    wrong = [f for f in chosen.found if not f.retired and _technology(f) != technology]
+    reasons = [Left(f.source, f"it is {_technology(f)}, and --technology says {technology}") for f in wrong]
+    return Discovery([f for f in chosen.found if f not in wrong], [*chosen.left, *reasons])
 
 
 def _technology(found: Found) -> str:
     if found.technology:
         return found.technology
-    return "alora" if read_adapter_config(found.folder).alora_invocation_tokens else "lora"
+    config = read_adapter_config(found.folder)
+    return "alora" if config.alora_invocation_tokens or config.invocation_string else "lora"
 
 
-def _scan(source: str, selection: Selection, revision: str | None) -> Iterable[Found]:
+def _scan(source: str, selection: Selection, revision: str | None) -> tuple[list[Found], Repository | None]:
+    """Every adapter of a source. On the hub its folder is a path in the repository, until it is fetched."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return _manifest(path, selection)
-    if path.is_dir():
-        return _folder(path, path.resolve().name)
+    if path.is_file():
+        raise AdapterError(f"{source}: {what_file_is(path)}", hint="give the adapter's folder, or a YAML manifest")
     if path.exists():
-        raise AdapterError(f"{source}: is neither a folder nor a YAML manifest")
-    names = selection.include or ("*",)
-    library = [f"{name}/{selection.base_name or '*'}/*/{file}" for name in names for file in ADAPTER_FILES]
-    folder = _fetch(source, revision, [*ADAPTER_FILES, *library], AdapterError, ignore=selection.exclude)
-    return _folder(folder, source)
+        ref = snapshot_of(path)
+        label = str(ref) if ref else Path(os.path.abspath(path)).name
+        name = (ref.path or ref.repo) if ref else os.path.abspath(path)
+        folders = [Path(p).parent for p in files_below(path, _DEPTH) if Path(p).name == CONFIG]
+        return list(_places(path, folders, name, ref or label, selection)), None
+    ref = parse_ref(source, revision)
+    repository = open_repository(ref, AdapterError)
+    folders = [
+        Path(p).parent.relative_to(ref.path)
+        for p in repository.files
+        if Path(p).name == CONFIG and Path(p).is_relative_to(ref.path)
+    ]
+    folders = [folder for folder in folders if len(folder.parts) <= _DEPTH]
+    return list(_places(Path(ref.path), folders, ref.path or ref.repo, ref, selection)), repository
 
 
-def _folder(path: Path, label: str) -> Iterable[Found]:
-    """A PEFT adapter folder, a folder of them, or a library <name>/<base>/<technology>."""
-    if (path / "adapter_config.json").is_file():
-        resolved = path.resolve()
-        if resolved.name in TECHNOLOGIES and len(resolved.parts) > 3:  # one leaf of a library
-            yield Found(resolved.parent.parent.name, path, label, resolved.name)
+def _places(
+    root: Path, folders: Sequence[Path], name: str, label: HubRef | str, selection: Selection
+) -> Iterator[Found]:
+    """Every adapter folder of a source with what its path says about it."""
+    above = tuple(Path(name).parts)
+    for folder in sorted(folders, key=lambda f: f.parts):
+        if isinstance(label, HubRef):
+            source = str(label.at(f"{label.path}/{folder.as_posix()}" if folder.parts else label.path))
         else:
-            yield Found(label.rstrip("/").split("/")[-1], path, label)
-        return
-    for config in sorted(path.glob("*/adapter_config.json")):
-        yield Found(config.parent.name, config.parent, f"{label}/{config.parent.name}")
-    for config in sorted(path.glob("*/*/*/adapter_config.json")):
-        folder = config.parent
-        if folder.name in TECHNOLOGIES:
-            name, base = folder.parent.parent.name, folder.parent.name
-            yield Found(name, folder, f"{label}/{name}/{base}/{folder.name}", folder.name, base)
+            source = f"{label}/{folder.as_posix()}" if folder.parts else label
+        found = _place(above, folder.parts, selection)
+        parent = next((p for p in folder.parents if p in folders), None) if folder.parts else None
+        if parent is not None and not found.checkpoint:
+            beneath = parent.as_posix() if parent.parts else "the source"
+            found = replace(found, aside=f"it lies beneath the adapter of {beneath} (--include, or give its own path)")
+        yield replace(found, folder=root / folder, source=source)
 
 
-def _manifest(path: Path, selection: Selection) -> Iterable[Found]:
-    """A YAML list of {name, path, revision, invocation_placement}, also under the key `adapters`.
+def _place(above: tuple[str, ...], parts: tuple[str, ...], selection: Selection) -> Found:
+    """What an adapter folder's path says: a plain folder, or a library's <name>/<base>/<technology>.
 
-    Paths are relative to the file.
+    Args:
+        above: the parts of the source's own path.
+        parts: those of the folder in the source.
+    """
+    whole = (*above, *parts)
+    *_, name, base, technology = ("", "", *whole)
+    if technology in TECHNOLOGIES and name and len(whole) > 2:
+        return Found(name, Path(), "", technology, base if parts else "")
+    older = base in TECHNOLOGIES and name and (len(parts) > 1 or technology == selection.base_name)
+    if older:  # the older layout: <name>/<technology>/<base>
+        return Found(name, Path(), "", base, technology if parts else "")
+    found = Found(whole[-1], Path(), "", checkpoint=bool(parts and _CHECKPOINT.fullmatch(parts[-1])))
+    if len(parts) > 1 and not found.checkpoint:
+        return replace(found, aside="it lies deeper than a library has adapters (--include, or give its own path)")
+    return found
 
-    An entry {name, retired: true, substitute_token_id} keeps a removed adapter's slot and token taken.
+
+def _fetched(repository: Repository, chosen: Sequence[Found]) -> list[Found]:
+    """The chosen adapters of a repository, here, with the commit in their records."""
+    if not chosen:
+        return []
+    prefixes = [f"{found.folder.as_posix()}/" if found.folder.parts else "" for found in chosen]
+    folder = repository.fetch([prefix + file for prefix in prefixes for file in ADAPTER_FILES], AdapterError)
+    commit = replace(repository.ref, revision=folder.name)
+    return [
+        replace(found, folder=folder / found.folder, source=str(commit.at(found.folder.as_posix().strip("."))))
+        for found in chosen
+    ]
+
+
+def _manifest(path: Path, selection: Selection) -> Iterator[Found]:
+    """A YAML list of adapters, also under the key `adapters`, or a mapping of them by name (`ManifestEntry`).
+
+    Paths are relative to the file. An entry {name, retired: true, substitute_token_id} keeps a removed adapter's slot
+    and token taken.
     """
     data = read_yaml(path)
-    records = data.get("adapters") if isinstance(data, dict) else data
+    records = data["adapters"] if isinstance(data, dict) and isinstance(data.get("adapters"), list) else data
+    if isinstance(records, dict) and records and all(isinstance(value, dict) for value in records.values()):
+        records = [{"name": name, **value} for name, value in records.items()]
     if not isinstance(records, list) or not records:
         raise AdapterError(f"{path}: holds no list of adapters", hint="each entry has `name`, `path`, `revision`")
-    found = []
     for number, record in enumerate(records, 1):
-        found.append(_manifest_entry(path, number, record, selection))
-    return found
+        yield _manifest_entry(path, number, record, selection)
 
 
 def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) -> Found:
@@ -212,17 +372,21 @@ def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) 
     entry = checked(ManifestEntry, record, where, AdapterError, hint)
     local = path.parent / Path(entry.path).expanduser()
     source = str(local) if local.exists() else entry.path
-    here = list(_scan(source, selection, entry.revision))
-    if len(here) > 1:
-        here = _choose(source, here, selection)
+    if entry.subfolder:
+        place, at, revision = source.partition("@") if not local.exists() else (source, "", "")
+        source = f"{place.rstrip('/')}/{entry.subfolder.strip('/')}{at}{revision}"
+    here = _discover(source, Selection(selection.base_name, technology=selection.technology), entry.revision).found
     if len(here) != 1:
         raise AdapterError(
-            f"{path}: entry {number}: {entry.path} holds {len(here)} adapters, not one",
+            f"{where}: {entry.path} holds {len(here)} adapters, not one",
             hint="give the path of one adapter's folder",
         )
-    name = entry.name or here[0].name
+    note = ""
+    if entry.type and (is_one := _technology(here[0])) != entry.type:
+        note = f"{path.name} calls it {entry.type}; its adapter_config.json makes it {is_one}"
     where_to = check_placement(where, entry.invocation_placement)
-    return Found(name, here[0].folder, here[0].source, here[0].technology, invocation_placement=where_to)
+    name = entry.name or here[0].name
+    return replace(here[0], name=name, base_name="", note=note, invocation_placement=where_to)
 
 
 def check_placement(who: str, where: Any) -> Literal["", "prefix", "suffix"]:
@@ -231,36 +395,3 @@ def check_placement(who: str, where: Any) -> Literal["", "prefix", "suffix"]:
         raise AdapterError(f"{who}: an invocation text is placed as `prefix` or `suffix`, not {where!r}")
     result: Literal["", "prefix", "suffix"] = where
     return result
-
-
-def _fetch(
-    repository: str, revision: str | None, patterns: list[str], error: type[Exception], ignore: Sequence[str] = ()
-) -> Path:
-    """Fetch some files of a hub repository into the hub's cache; what is there already needs no connection."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    def fetch(here_only: bool = False) -> Path:
-        ignored = [f"{glob}/*" for glob in ignore] or None
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=ignored,
-                local_files_only=here_only,
-            )
-        )
-
-    try:
-        return fetch()
-    except HFValidationError:
-        reason = "is neither a folder here nor a hub id"
-    except LocalEntryNotFoundError:
-        reason = "is not a folder here, and the hub cannot be reached"
-    except Exception as problem:  # a broken connection is of another class in each release of the hub's client
-        with contextlib.suppress(Exception):  # 1.x asks for a commit's list of files even when all of them are here
-            return fetch(here_only=True)
-        lines = str(problem).strip().splitlines() or [type(problem).__name__]
-        reason = f"is not a folder here, and the hub says: {lines[0]}"
-    raise error(f"{repository}: {reason}") from None

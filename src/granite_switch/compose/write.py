@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from granite_switch.compose.adapters import io_text
 from granite_switch.compose.card import model_card
 from granite_switch.compose.plan import Plan
 from granite_switch.compose.proof import finish_proof, start_proof
@@ -35,6 +36,7 @@ Progress = Callable[[int], Any]
 # base files that are written anew, or that speak of the base's own packaging
 _REPLACED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
 _REPLACED |= {"README.md", INDEX, "added_tokens.json", "special_tokens_map.json", "adapter_index.json"}
+_REPLACED |= {"adapter_config.json"}  # of an adapter merged into the base: with it, transformers loads another model
 _KEPT = {".json", ".txt", ".model"}
 
 # `model.safetensors` would be taken for the whole model; a base's own shard may be called as ours
@@ -131,7 +133,7 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
         source, target = plan.adapters[adapter.name].io_yaml, folder / io_config(adapter.name)
         if source or plan.create_io_yaml:
             target.parent.mkdir(parents=True)
-            target.write_bytes(source.read_bytes() if source else _IO_YAML)
+            target.write_bytes(io_text(source) if source else _IO_YAML)
     write_json(folder / "adapter_index.json", adapter_index(plan.spec, folder))
     (folder / "README.md").write_text(model_card(plan.spec, plan.adapters), encoding="utf-8", newline="\n")
 

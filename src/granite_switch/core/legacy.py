@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from granite_switch.core.border import checked
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, natural, parse_key
-from granite_switch.core.records import LegacyConfig, read_config
+from granite_switch.core.records import LegacyConfig, checked, read_config, shown
 from granite_switch.core.spec import (
     BASE_TOKEN,
     MODEL_TYPE,
@@ -66,9 +65,15 @@ _SWITCH_KEYS = {
     *("num_adapters", "adapter_names", "adapter_ranks", "adapter_token_ids", "adapter_substitute_token_ids"),
     *("adapter_third_party", "control_dims", "control_token_gain", "hiding_groups", "hiding_policy"),
     *("lora_target_modules", "max_lora_rank", "ms_code_m", "ms_code_type", "ms_counting_head_dim", "ms_memory_gain"),
-    *("switch_head_dim", "switch_type", "cross_stream_rank", "dual_stream"),
+    *("switch_head_dim", "switch_type", "cross_stream_rank", "dual_stream", "adapter_kinds"),
+    *("asr_enabled", "asr_model_id", "asr_device", "asr_dtype", "asr_pipeline_kwargs", "asr_generate_kwargs"),
+    *("asr_max_audio_clips", "asr_chunk_length_s", "asr_chunk_overlap_s", "asr_self_chunks"),  # beside the model
 }
-_SWITCH_PREFIXES = ("adapter_", "control_", "cross_stream", "dual_", "hiding_", "lora_", "ms_", "switch_")
+_SWITCH_PREFIXES = (
+    *("adapter_", "control_", "cross_stream", "dual_", "hiding_", "lora_", "ms_", "switch_", "asr_"),
+    *("classifier_", "label_", "audio_", "shadow_", "sr_"),
+)
+_RELEASES = ("granite_switch_version", "composer_version")  # keys that say which release wrote a config
 
 
 class Sliceable(Protocol):
@@ -96,7 +101,7 @@ def generation(config: Mapping[str, Any]) -> int:
     """Which generation a config.json is of: 1 to 3, or 0 for format 1 and for models that are no switch."""
     if config.get("model_type") != MODEL_TYPE or config.get("switch") is not None:
         return 0
-    if "ms_code_m" in config or config.get("switch_type") == "multi":
+    if "ms_code_m" in config or "adapter_kinds" in config or config.get("switch_type") == "multi":
         return 3
     if config.get("adapter_substitute_token_ids") is not None:
         return 2
@@ -314,9 +319,9 @@ def _check(config: Mapping[str, Any]) -> None:
     """Refuse what format 1 cannot hold, all at once."""
     checked(LegacyConfig, config, "config.json")
     count = config.get("num_adapters") or 0
-    problems = [
-        f"unknown key {key!r}" for key in config if key.startswith(_SWITCH_PREFIXES) and key not in _SWITCH_KEYS
-    ]
+    known = {*_SWITCH_KEYS, *_RELEASES}
+    problems = [f"unknown key {key!r}" for key in config if key.startswith(_SWITCH_PREFIXES) and key not in known]
+    problems += _kind_problems(config)
     if config.get("switch_type") not in (None, "single", "multi"):
         problems.append(f"switch_type {config['switch_type']!r} is unknown")
     if config.get("dual_stream") or config.get("cross_stream_rank") or config.get("unfused_qkv"):
@@ -342,10 +347,36 @@ def _check(config: Mapping[str, Any]) -> None:
             problems.append(f"{key} must have {count} entries: {value}")
     if problems:
         raise CheckpointError(
-            "config.json: cannot be read as an older generation of this project's checkpoints",
+            f"config.json: cannot be read as an older generation of this project's checkpoints{_release(config)}",
             problems=problems,
             hint="pip install --upgrade granite-switch, or compose the model anew from its adapters",
         )
+
+
+def _kind_problems(config: Mapping[str, Any]) -> list[str]:
+    """Slots that hold something else than a LoRA."""
+    kinds = config.get("adapter_kinds")
+    count = config.get("num_adapters") or 0
+    if kinds is None:
+        return []
+    if not isinstance(kinds, list) or len(kinds) != count:
+        return [f"adapter_kinds must have {count} entries: {shown(kinds)}"]
+    names = config.get("adapter_names") or range(count)
+    what = {"classifier": "a label head in a slot, which gives classes and no text"}
+    return [
+        f"adapter_kinds: {name} is {shown(kind)}: {what.get(str(kind), 'not known here')}; only 'lora' can be read"
+        for name, kind in zip(names, kinds, strict=False)
+        if kind != "lora"
+    ]
+
+
+def _release(config: Mapping[str, Any]) -> str:
+    """Which release wrote a config, where it says so."""
+    for key in _RELEASES:
+        if value := config.get(key):
+            return f" (written by granite-switch {shown(value)})"
+    value = config.get("transformers_version")
+    return f" (written with transformers {value})" if isinstance(value, str) else ""
 
 
 def _check_stacks(checkpoint: Checkpoint, spec: SwitchSpec, rows: Mapping[str, int]) -> None:

@@ -24,13 +24,13 @@ _SECONDS = 0.25  # for one pattern on one module's path; microseconds are usual
 
 # adapter_config.json: what changes the arithmetic beyond a pair of matrices, and why it cannot be composed
 _OFF: Mapping[str, str] = {
-    "use_dora": "DoRA rescales the base's weights",
+    "use_dora": "DoRA rescales the base's weights; docs/train.md shows how to take a LoRA from the merged model",
     "use_qalora": "QALoRA pools the adapter's input",
-    "lora_bias": "biases are not part of the update",
-    "modules_to_save": "whole modules replace the base's",
+    "lora_bias": "biases are not part of the update; train with lora_bias=False",
+    "modules_to_save": "whole modules replace the base's; train with LoRA on linears alone",
     "fan_in_fan_out": "transposed (Conv1D) weights",
-    "target_parameters": "updates of bare parameters",
-    "trainable_token_indices": "retrained embeddings replace the base's",
+    "target_parameters": "LoRA on bare parameters (stacked experts); target attention and shared linears instead",
+    "trainable_token_indices": "retrained embeddings replace the base's; use text that the tokenizer has",
     "layer_replication": "the base's layers are repeated",
     "use_bdlora": "block-diagonal matrices",
     "arrow_config": "a router over several adapters",
@@ -77,16 +77,18 @@ V = TypeVar("V")
 
 def _matched(patterns: Mapping[str, V] | None, path: str, default: V) -> V:
     """PEFT `get_pattern_key`: of the first pattern that matches the end of the path, its value."""
-    for key, value in (patterns or {}).items():
-        try:
-            if regex.match(rf"(.*\.)?({key})$", path, timeout=_SECONDS):
-                return value
-        except TimeoutError:
-            raise AdapterError(
-                f"adapter_config.json: the pattern {shown(key)} takes for ever on {path}",
-                hint="write it without nested *",
-            ) from None
-    return default
+    return next((value for key, value in (patterns or {}).items() if matches(key, path)), default)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` means a module."""
+    try:
+        return bool(regex.match(rf"(.*\.)?({pattern})$", path, timeout=_SECONDS))
+    except TimeoutError:
+        raise AdapterError(
+            f"adapter_config.json: the pattern {shown(pattern)} takes for ever on {path}",
+            hint="write it without nested *",
+        ) from None
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -106,7 +108,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise AdapterError(f"{path}: is not a JSON object", hint=hint)
     if data.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{path}: peft_type {shown(data.get('peft_type'))} cannot be composed", hint="LoRA and activated LoRA can"
+            f"{path}: peft_type {shown(data.get('peft_type'))} cannot be composed",
+            hint="LoRA and activated LoRA can; `peft.save_as_lora` makes a LoRA of many others (docs/train.md)",
         )
     config = checked(AdapterConfig, data, path, AdapterError, "train or save it again, or correct the file")
     _refuse_features(path, config)
@@ -119,10 +122,13 @@ def _refuse_features(path: Path, config: AdapterConfig) -> None:
     problems = [f"{key}: {_OFF[key]}" for key in asked if key in _OFF]
     problems += [f"{key}={shown(asked[key])}: is not known here" for key in asked if key not in _OFF]
     if config.bias != "none":
-        problems.append(f"bias={shown(config.bias)}: the base's biases are retrained")
+        problems.append(f"bias={shown(config.bias)}: the base's biases are retrained; train with bias='none'")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in _INIT:
-        problems.append(f"init_lora_weights={shown(init)}: it changes the base's weights")
+        problems.append(
+            f"init_lora_weights={shown(init)}: it changes the base's weights; PEFT's save_pretrained converts it with "
+            "path_initial_model_for_weight_conversion"
+        )
     if problems:
         raise AdapterError(
             f"{path.parent}: uses PEFT features that cannot be composed",
@@ -156,6 +162,8 @@ class ManifestEntry(Record):
     name: Name | None = None
     revision: str | None = None
     invocation_placement: Literal["", "prefix", "suffix"] = ""
+    subfolder: str | None = None  # of the path, as PEFT and the hub's library call it
+    type: Literal["lora", "alora"] | None = None  # of the older project's manifests; adapter_config.json decides
     retired: Literal[False] | None = None
 
 
@@ -284,6 +292,7 @@ class AdapterRecord(Record):
     sha256: str = ""
     digest: str = ""
     retired: bool = False
+    warnings: list[str] = []
 
 
 class LegacyConfig(Record):
@@ -302,6 +311,7 @@ class LegacyConfig(Record):
     layer_types: list[str] | None = None
     num_adapters: Annotated[int, Field(ge=0, le=10_000)] | None = None
     adapter_names: list[Name] | None = None
+    adapter_kinds: list[str] | None = None
     adapter_ranks: list[Count] | None = None
     adapter_token_ids: list[TokenId] | None = None
     adapter_substitute_token_ids: list[TokenId] | None = None
@@ -329,6 +339,7 @@ class SwitchRecord(Record):
     base_token_id: Annotated[int, Field(ge=-1, lt=LIMIT)]
     base_substitute_token_id: Annotated[int, Field(ge=-1, lt=LIMIT)]
     base_model: str = ""
+    base_commit: str = ""
     base_model_type: str = "granite"
     base_architecture: str = "GraniteForCausalLM"
     generatable: bool = False

@@ -62,6 +62,7 @@ class AdapterSpec:
     source: str = ""
     sha256: str = ""  # of the source's adapter_model.safetensors
     digest: str = ""  # of the tensors themselves, whatever file they stand in
+    warnings: tuple[str, ...] = ()  # what compose warned of
     retired: bool = False  # removed from the model; its slot and its token stay taken
 
     @cached_property
@@ -110,6 +111,7 @@ class SwitchSpec:
     base_token_id: int  # -1 in older generations that have no such token
     base_substitute_token_id: int
     base_model: str = ""
+    base_commit: str = ""  # of the hub repository, where it came from one
     base_model_type: str = "granite"  # what the base's config.json calls itself
     base_architecture: str = "GraniteForCausalLM"
     generatable: bool = False

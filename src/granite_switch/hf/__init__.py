@@ -22,8 +22,16 @@ AutoConfig.register(SwitchConfig.model_type, SwitchConfig, exist_ok=True)
 config.on_config_class(models.register)
 
 
+_OLD = {
+    "load_model": "use transformers' AutoModelForCausalLM.from_pretrained",
+    "MultiSwitch": "the switch has no module of its own any more",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Classes of any base by name: `GraniteSwitchForCausalLM`, `Qwen3SwitchConfig`."""
+    if name in _OLD:
+        raise ImportError(f"{name} was of granite-switch up to 0.1.1; {_OLD[name]} (docs/migrate.md)")
     found = getattr(config if name.endswith("Config") else models, name, None) if "Switch" in name else None
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -124,6 +124,7 @@ def _record(folder: Path, adapters: dict[str, dict[str, Tensor]]) -> None:
         tensors = {key: t for name, t in adapters.get(adapter["name"], {}).items() if (key := parse_key(name))}
         if adapter.get("digest") and tensors and adapter["digest"] != digest(tensors):
             adapter.update(digest=digest(tensors), sha256="")
+            adapter.pop("warnings", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

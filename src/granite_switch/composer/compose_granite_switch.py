@@ -1,0 +1,164 @@
+"""The composer's command of releases up to 0.1.1: their options, run by today's commands, which it names.
+
+Built-in adapters are empty slots (`compose.slot`). Options that chose how the old switch computes mean nothing.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from granite_switch import cli
+from granite_switch.cli.console import error, notes
+from granite_switch.errors import AdapterError, SwitchError
+
+if TYPE_CHECKING:
+    from granite_switch.compose.base import Base
+
+_BASE = "ibm-granite/granite-4.1-3b"
+_OUTPUT = "./granite-with-all-aloras"
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LINEARS += ("shared_mlp.input_linear", "shared_mlp.output_linear")
+
+# options without a meaning here, and why
+_WITHOUT_MEANING = {
+    "technology": "an adapter's adapter_config.json says whether it is LoRA or aLoRA; --technology-filter selects",
+    "switch_head_dim": "the switch has no size to choose",
+    "control_dims": "the switch has no size to choose",
+    "ms_code_m": "the switch has no code to choose",
+    "ms_memory_gain": "the switch has no gain to choose",
+    "base_reset_token": "every model has <|return_to_base|>",
+    "debug_fields": "config.json names each adapter's source",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the old command.
+
+    Args:
+        arguments: of the command line; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    options, audio = _parser().parse_known_args(arguments)
+    try:
+        _refuse_unknown(audio)
+        ignored = [name for name in _WITHOUT_MEANING if getattr(options, name)]
+        notes([f"--{name.replace('_', '-')} means nothing any more: {_WITHOUT_MEANING[name]}" for name in ignored])
+        command = _command(options)
+        added = [_added(options, name) for name in options.built_in_adapters]
+        notes([f"this command is now: {shlex.join(line)}" for line in (command, *added)])
+        if not options.built_in_adapters or options.list_adapters:
+            return _run(command[1:])
+        with TemporaryDirectory() as temporary:
+            if options.adapters:
+                return _run(command[1:]) or _add_empty(options)
+            slots = _empty_slots(options, Path(temporary))
+            return _run([*command[1:], *(part for slot in slots for part in ("--adapters", str(slot)))])
+    except SwitchError as problem:
+        error(problem)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m granite_switch.composer.compose_granite_switch", description=__doc__
+    )
+    parser.add_argument("--adapters", nargs="*", default=[], help="hub ids, folders or YAML manifests")
+    parser.add_argument("--base-model", default=_BASE, help="folder or hub id")
+    parser.add_argument("--target-model", default="", help="the base's folder in adapter libraries")
+    parser.add_argument("--output", default=_OUTPUT, help="folder to make")
+    parser.add_argument("--include-adapters", nargs="*", default=[], help="globs of names to take")
+    parser.add_argument("--exclude-adapters", nargs="*", default=[], help="globs of names to leave out")
+    parser.add_argument("--technology-filter", choices=["alora", "lora"], default="", help="take these alone")
+    parser.add_argument("--list-adapters", action="store_true", help="show what the sources hold and stop")
+    parser.add_argument("--create-ioyaml", action="store_true", help="write a minimal io.yaml where there is none")
+    parser.add_argument("--built-in-adapters", nargs="*", default=[], help="names of empty slots")
+    parser.add_argument("--lora-rank", type=int, default=8, help="of the empty slots")
+    parser.add_argument("--lora-alpha", type=float, default=None, help="of the empty slots; the rank by default")
+    for name in ("technology", "switch-head-dim", "control-dims", "ms-code-m", "ms-memory-gain"):
+        parser.add_argument(f"--{name}", default=None, help="means nothing any more")
+    for name in ("base-reset-token", "debug-fields"):
+        parser.add_argument(f"--{name}", action="store_true", help="means nothing any more")
+    return parser
+
+
+def _refuse_unknown(rest: Sequence[str]) -> None:
+    audio = [part for part in rest if part.startswith(("--asr-", "--enable-audio"))]
+    if audio:
+        raise AdapterError(
+            f"{', '.join(audio)}: audio cannot be composed",
+            hint="transcription is a model of its own before the language model; run it beside this one and send text",
+        )
+    if rest:
+        raise AdapterError(f"unknown: {' '.join(rest)}", hint="--help lists the options")
+
+
+def _command(options: argparse.Namespace) -> list[str]:
+    """Today's command for the old options, without the empty slots."""
+    command = ["granite-switch", "compose", options.base_model]
+    for option, values in (
+        ("--adapters", options.adapters),
+        ("--include", options.include_adapters),
+        ("--exclude", options.exclude_adapters),
+        ("--technology", [options.technology_filter] if options.technology_filter else []),
+        ("--base-name", [options.target_model.rstrip("/").split("/")[-1]] if options.target_model else []),
+        ("--output", [options.output]),
+    ):
+        command += [part for value in values for part in (option, value)]
+    command += ["--create-io-yaml"] * options.create_ioyaml
+    return command + ["--list"] * options.list_adapters
+
+
+def _added(options: argparse.Namespace, name: str) -> list[str]:
+    alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
+    command = ["granite-switch", "add", options.output, "--new", name, "--rank", str(options.lora_rank)]
+    return [*command, "--alpha", f"{alpha:g}", "--targets", ",".join(_LINEARS[:7])]
+
+
+def _settings(options: argparse.Namespace, base: "Base") -> dict[str, Any]:
+    alpha = float(options.lora_rank if options.lora_alpha is None else options.lora_alpha)
+    targets = [name for name in _LINEARS if any(path.endswith(f".{name}") for path in base.linears)]
+    return {"rank": options.lora_rank, "alpha": alpha, "targets": targets}
+
+
+def _add_empty(options: argparse.Namespace) -> int:
+    """Add the empty slots to the model that was composed."""
+    from granite_switch.compose.composed import read_composed
+    from granite_switch.compose.slot import add_empty
+
+    settings = _settings(options, read_composed(Path(options.output)).base)
+    for name in options.built_in_adapters:
+        add_empty(options.output, name, **settings)
+    return 0
+
+
+def _empty_slots(options: argparse.Namespace, folder: Path) -> list[Path]:
+    """Where there are no other adapters, empty slots are what is composed."""
+    from granite_switch.compose.base import read_base
+    from granite_switch.compose.slot import write_empty
+    from granite_switch.compose.sources import base_folder
+
+    base = read_base(base_folder(options.base_model))
+    settings = _settings(options, base)
+    return [write_empty(base, folder / name, **settings) for name in options.built_in_adapters]
+
+
+def _run(arguments: list[str]) -> int:
+    before = sys.argv
+    sys.argv = ["granite-switch", *arguments]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    finally:
+        sys.argv = before
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
