@@ -44,7 +44,7 @@ def main(model: Path, pool: Path, rounds: int, seed: int) -> None:
     duration, killed, changed = 0.05, 0, 0
     for _ in range(rounds):
         before = contents(model)
-        change = drawn.choice(changes(model, pool, verify(model).names))
+        change = drawn.choice(changes(model, pool, verify(model, prove=False).names))
         began = time.monotonic()
         child = run(change)
         time.sleep(drawn.uniform(0, 1.1 * duration))
@@ -56,15 +56,15 @@ def main(model: Path, pool: Path, rounds: int, seed: int) -> None:
         else:
             assert os.WEXITSTATUS(status) == 0
             duration = 0.8 * duration + 0.2 * (time.monotonic() - began)
-        verify(model, deep=True)
+        verify(model, deep=True, prove=False)
         after = contents(model)
         changed += after != before
         left = {path.name for path in model.parent.iterdir()} - {model.name}
         assert left <= {f".{model.name}.partial", f".{model.name}.lock"}, left
-    _, status = os.waitpid(run(changes(model, pool, verify(model).names)[0]), 0)
+    _, status = os.waitpid(run(changes(model, pool, verify(model, prove=False).names)[0]), 0)
     assert status == 0
     assert {path.name for path in model.parent.iterdir()} == {model.name}
-    verify(model, deep=True)
+    verify(model, deep=True, prove=False)
     print(f"{killed} killed, {changed} changed")
 
 

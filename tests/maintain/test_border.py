@@ -115,7 +115,7 @@ def test_readers_see_one_state_of_a_model_that_is_changed(model: Path) -> None:
                 report = inspect(model)
                 names = {one.name for one in report.adapters}
                 if len(seen) % 5 == 0:
-                    verify(model)
+                    verify(model, prove=False)
             except SwitchError as error:
                 problems.append(str(error))
                 continue

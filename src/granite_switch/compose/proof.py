@@ -29,11 +29,11 @@ class Proof:
 
 
 def start_proof(folder: Path, base: Path | None = None) -> Proof | None:
-    """Begin to prove the tokenizer of a composed folder; None without transformers.
+    """Begin to prove the tokenizer of a composed folder; None without transformers, or if nothing is left to prove.
 
     Args:
         folder: the composed folder; the tokenizer's files and config.json must be there.
-        base: the base's folder. One that is a composed model itself is not compared with.
+        base: the base's folder. Of one that is a composed model itself the reading was proved when it was composed.
     """
     try:
         if int(version("transformers").split(".")[0]) < 5:
@@ -41,7 +41,7 @@ def start_proof(folder: Path, base: Path | None = None) -> Proof | None:
     except PackageNotFoundError:
         return None
     if base and read_json(base / "config.json").get("model_type") == MODEL_TYPE:
-        base = None
+        return None
     process = None
     if "transformers" not in sys.modules:
         command = [sys.executable, "-m", _PROGRAM, str(folder), *([str(base)] if base else [])]

@@ -5,7 +5,6 @@ base's forward with everything else as it came; the linears' updates join by hoo
 adds what concerns logits and labels. Classes are made on demand, and found again by name when they are unpickled.
 """
 
-import inspect
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, ClassVar
@@ -24,12 +23,12 @@ from transformers.utils import ModelOutput
 from granite_switch.config import config_class
 from granite_switch.core.spec import SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, RoutingError
+from granite_switch.hf.arguments import Arguments, with_signature
 from granite_switch.hf.cache import add_slots, find_slots
 from granite_switch.hf.legacy import Hiding, masked, state_dict_of
 from granite_switch.hf.loading import load_adapters
 from granite_switch.hf.parallel import add_plans
 from granite_switch.hf.releases import (
-    CACHE_NAMES,
     accepted_arguments,
     cache_name,
     parameter_names,
@@ -145,6 +144,10 @@ class SwitchDecoder:
         self._accepted = accepted_arguments(self)  # type: ignore[arg-type]
         self.attach_adapters()
 
+    def accepted_arguments(self) -> frozenset[str]:
+        """Names of the arguments that some part of the model takes."""
+        return self._accepted
+
     def attach_adapters(self) -> None:
         """Put the hooks on the linears that are there now. Every forward does it; before `torch.compile`, call it."""
         for site in self.switch_sites:
@@ -218,9 +221,14 @@ class SwitchForCausalLM:
             decoder._install(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
         add_plans(self, decoder.switch_sites, f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
         record_outputs(self)  # type: ignore[arg-type]
-        decoder._accepted |= accepted_arguments(self)  # type: ignore[arg-type]
+        self._accepted = accepted_arguments(self)  # type: ignore[arg-type]
+        decoder._accepted |= self._accepted  # the base passes on what it does not take itself
         self.substitutes = spec.substitutes
         self.suppressed = tuple(_ranges(spec.suppressed))
+
+    def accepted_arguments(self) -> frozenset[str]:
+        """Names of the arguments that some part of the model takes."""
+        return self._accepted
 
     @property
     def loss_function(self) -> Any:
@@ -303,37 +311,6 @@ class SwitchForCausalLM:
         )
 
 
-class _Arguments:
-    """Reads a forward's arguments as the base names them."""
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name, the cache under the name that this release has for it.
-
-        Raises:
-            TypeError: an argument is given twice, or no part of the model takes it.
-        """
-        if len(args) > len(self._parameters_of_base):  # type: ignore[attr-defined]
-            raise TypeError(f"{type(self).__name__}.forward: {len(args)} positional arguments")
-        for name, value in zip(self._parameters_of_base, args, strict=False):  # type: ignore[attr-defined]
-            if name in kwargs:
-                raise TypeError(f"{type(self).__name__}.forward: {name!r} is given twice")
-            kwargs[name] = value
-        for alias in CACHE_NAMES:
-            if alias in kwargs and alias != self._cache_name:  # type: ignore[attr-defined]
-                value = kwargs.pop(alias)
-                if value is not None and kwargs.get(self._cache_name) is not None:  # type: ignore[attr-defined]
-                    raise TypeError(f"{type(self).__name__}.forward: {' and '.join(CACHE_NAMES)} are the same argument")
-                if value is not None:
-                    kwargs[self._cache_name] = value  # type: ignore[attr-defined]
-        known = decoder_of(self)._accepted  # type: ignore[arg-type]
-        unknown = [name for name in kwargs if name not in known]
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__}.forward: no part of the model takes {', '.join(map(repr, unknown))}"
-            )
-        return kwargs
-
-
 def decoder_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The switch model of a decoder without a head: `GraniteSwitchModel` of `GraniteModel`."""
     return _made(base, SwitchDecoder, (), config_class(base.config_class.model_type))
@@ -358,36 +335,11 @@ def _made(base: type[PreTrainedModel], part: type, more: tuple[type, ...], confi
     body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
     body["__doc__"] = f"`{base.__name__}` with adapters that control tokens switch."
     body |= {"_parameters_of_base": parameters, "_cache_name": cache_name(parameters)}
-    body |= {"forward": _with_signature(part.forward, base.forward)}  # type: ignore[attr-defined]
+    body |= {"forward": with_signature(part.forward, base.forward)}  # type: ignore[attr-defined]
     body["config_class"] = config
-    made = type(name, (part, _Arguments, pretrained_class(root), base, *more), body)
+    made = type(name, (part, Arguments, pretrained_class(root), base, *more), body)
     share_conversions(base, made)
     return made
-
-
-def _with_signature(forward: Any, base: Any) -> Any:
-    """A forward that tools see with the parameters of the base's, and `base_only`."""
-
-    def switched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    signature = inspect.signature(base)
-    parameters = list(signature.parameters.values())
-    extra = inspect.Parameter("base_only", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
-    switched.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore[attr-defined]
-    switched.__name__, switched.__qualname__ = "forward", "forward"
-    switched.__annotations__ = {**getattr(base, "__annotations__", {}), "base_only": bool}
-    switched.__doc__ = """As the base's.
-
-    Args:
-        base_only: with `inputs_embeds`, from which no control token can be read: all tokens are the base's.
-
-    Raises:
-        RoutingError: `inputs_embeds` without token ids and without `base_only`.
-        TypeError: an argument that no part of the model takes.
-    """
-    return switched
 
 
 def register(config: type[Any]) -> None:
