@@ -31,7 +31,6 @@ def play(
         raise SwitchError(f"needs {', '.join(missing)}", hint="pip install 'granite-switch[play]'")
     from granite_switch.compose.sources import model_folder
     from granite_switch.play.engine import Engine, Model
-    from granite_switch.play.page import launch
 
     engine: Engine
     files = Model.read(model_folder(model))
@@ -41,7 +40,11 @@ def play(
         engine = Remote(server, files, api_key)
     else:
         from granite_switch.cli.generate import load
+
+        loaded, _ = load(str(files.folder), device_map)  # before what follows: it keeps libraries' noise away
         from granite_switch.play.local import Local
 
-        engine = Local(load(str(files.folder), device_map)[0], files)
+        engine = Local(loaded, files)
+    from granite_switch.play.page import launch
+
     launch(engine, host, port, open_browser)

@@ -11,10 +11,10 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from granite_switch import conversation
-from granite_switch.conversation import Turn
+from granite_switch.conversation import Conversation, Turn
 from granite_switch.errors import SwitchError
-from granite_switch.hf.conversation import Conversation, Reply
+from granite_switch.hf.conversation import Conversation as Cached
+from granite_switch.hf.conversation import Reply
 from granite_switch.play.engine import Answer, Ask, Model, Sampling, Setting, fitting
 
 
@@ -29,7 +29,7 @@ class Local:
     def __init__(self, model: Any, files: Model) -> None:
         self.model, self.files = model, files
         self.limit = files.limit
-        self.place = f"in transformers, on {model.device}"
+        self.place = f"transformers, on {model.device}"
         self._lock = Lock()
         self._embedded = 0  # tokens that the model was given, since the last turn began
         model.get_input_embeddings().register_forward_hook(self._count)
@@ -37,12 +37,12 @@ class Local:
     def _count(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
         self._embedded += output.shape[-2]
 
-    def conversation(self, setting: Setting) -> conversation.Conversation:
+    def conversation(self, setting: Setting) -> Conversation:
         """As `Engine.conversation`."""
         return _Bounded(self.model, self.files, setting)
 
     def stream(
-        self, talk: conversation.Conversation, ask: Ask, sampling: Sampling, stop: Event
+        self, talk: Conversation, ask: Ask, sampling: Sampling, stop: Event
     ) -> Generator[str | Answer, None, None]:
         """As `Engine.stream`. Whoever stops reading stops the model."""
         assert isinstance(talk, _Bounded)
@@ -89,7 +89,7 @@ class Local:
             self._lock.release()
 
 
-class _Bounded(Conversation):
+class _Bounded(Cached):
     """Refuses a turn that leaves no room for an answer."""
 
     def __init__(self, model: Any, files: Model, setting: Setting) -> None:
@@ -108,9 +108,7 @@ class _Bounded(Conversation):
 class _Run(Thread, BaseStreamer):
     """One turn in a thread of its own, which hands over the ids so far, then None."""
 
-    def __init__(
-        self, talk: Conversation, ask: Ask, options: dict[str, Any], limit: int, stop: Event, embedded: Any
-    ) -> None:
+    def __init__(self, talk: Cached, ask: Ask, options: dict[str, Any], limit: int, stop: Event, embedded: Any) -> None:
         super().__init__(daemon=True)
         self.pieces: Queue[tuple[int, ...] | None] = Queue()
         self.computed, self.first, self.seconds = 0, 0.0, 0.0
@@ -120,13 +118,13 @@ class _Run(Thread, BaseStreamer):
         self._outcome: Reply | BaseException | None = None
 
     def run(self) -> None:
-        self._started = time.perf_counter()
+        self._began = time.perf_counter()
         try:
             ask = self._ask
             self._outcome = self._talk.say(ask.text, ask.adapter, keep=ask.keep, **self._options)
         except BaseException as error:  # raised again where the answer is waited for
             self._outcome = error
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = time.perf_counter() - self._began
         self.pieces.put(None)
 
     def reply(self) -> Reply:
@@ -142,7 +140,7 @@ class _Run(Thread, BaseStreamer):
             self._ids = ()
             return
         if not self._ids:
-            self.first, self.computed = time.perf_counter() - self._started, self._embedded()
+            self.first, self.computed = time.perf_counter() - self._began, self._embedded()
         self._ids = (*self._ids, *value.flatten().tolist())
         self.pieces.put(self._ids)
 

@@ -33,7 +33,6 @@ def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait
     """
     css = files("granite_switch.play").joinpath("page.css").read_text(encoding="utf-8")
     page = build(engine)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, url, _ = page.queue(default_concurrency_limit=8).launch(
             server_name=host,
@@ -44,7 +43,7 @@ def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait
             share=False,
             ssr_mode=False,
             footer_links=[],
-            theme=theme,
+            theme=_theme(),
             css=css + trace.style(len(engine.files.spec.adapters)),
         )
     except (OSError, ValueError) as error:
@@ -59,7 +58,7 @@ def build(engine: Engine) -> gr.Blocks:
     """The page over an engine."""
     with gr.Blocks(title=f"Granite Switch: {engine.files.folder.name}", analytics_enabled=False) as page:
         session = gr.State(None)
-        gr.Markdown(f"# {_plain(engine.files.folder.name)}\n{_plain(engine.place[:1].upper() + engine.place[1:])}.")
+        gr.Markdown(f"# Granite Switch: {_plain(engine.files.folder.name)}\nAnswers come from {_plain(engine.place)}.")
         with gr.Accordion("System prompt, documents, sampling", open=False):
             before = _before(engine)
         with gr.Tab("Chat"):
@@ -71,6 +70,19 @@ def build(engine: Engine) -> gr.Blocks:
             gr.HTML(_picture(engine.files.folder), elem_id="strengths", padding=False)
         page.load(lambda: Session(engine), None, session, api_visibility="private")
     return page
+
+
+def _theme() -> gr.themes.Base:
+    """System fonts, so that nothing is fetched, and text that passes WCAG AA, light and dark."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    subdued = ("body_text_color_subdued", "block_info_text_color", "input_placeholder_color", "block_label_text_color")
+    subdued += ("block_title_text_color",)
+    return gr.themes.Default(primary_hue="blue", **fonts).set(
+        **dict.fromkeys(subdued, "*neutral_600"),
+        **{f"{name}_dark": "*neutral_300" for name in subdued},
+        **{f"button_primary_background_fill{kind}": "*primary_700" for kind in ("", "_dark")},
+        **{f"button_primary_background_fill_hover{kind}": "*primary_800" for kind in ("", "_dark")},
+    )
 
 
 def _before(engine: Engine) -> list[Any]:
@@ -93,7 +105,9 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
     alert = gr.HTML("", elem_id="alert", padding=False)
     adapter = gr.Radio(_choices(engine), value="base", label="Who is to answer", elem_id="adapter")
     need = gr.HTML("", elem_id="need", padding=False)
-    text = gr.Textbox(label="Message", placeholder="Enter sends, Shift+Enter is a new line", lines=2, elem_id="message")
+    text = gr.Textbox(
+        label="Message", placeholder="Enter sends, Shift+Enter is a new line", max_lines=8, elem_id="message"
+    )
     with gr.Row():
         send = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
         stop = gr.Button("Stop", elem_id="stop", min_width=80)
@@ -115,13 +129,14 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
 
     def answer(current: Session, as_lora: bool, said: str, name: str, kept: bool, *form: Any) -> Iterator[list[Any]]:
         latest = 0.0
-        yield [gr.skip(), "", said, *[gr.skip()] * 2]
+        clear: Any = ""  # once: what is typed while the answer is written stays
         try:
             for _ in current.send(Ask(said, name, kept), *_read(*form)):
                 if time.monotonic() - latest >= _EVERY:
                     latest = time.monotonic()
-                    yield [views.chat(current.exchanges, spec), "", "", *[gr.skip()] * 2]
-            yield [views.chat(current.exchanges, spec), "", "", *shown(current, as_lora)]
+                    yield [views.chat(current.exchanges, spec), "", clear, *[gr.skip()] * 2]
+                    clear = gr.skip()
+            yield [views.chat(current.exchanges, spec), "", clear, *shown(current, as_lora)]
         except Exception as error:
             yield [views.chat(current.exchanges, spec), _told(error), said, *shown(current, as_lora)]
 
@@ -147,7 +162,7 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
 def _compare(engine: Engine, session: gr.State, before: list[Any]) -> None:
     spec = engine.files.spec
     names = gr.CheckboxGroup(_choices(engine), value=["base", *spec.names[:1]], label="Who answers", elem_id="several")
-    text = gr.Textbox(label="Message to all of them", lines=2, elem_id="compare_message")
+    text = gr.Textbox(label="Message to all of them", max_lines=8, elem_id="compare_message")
     after = gr.Checkbox(False, label="After what was said in the chat", elem_id="after")
     with gr.Row():
         go = gr.Button("Answer side by side", variant="primary", elem_id="compare")

@@ -41,7 +41,7 @@ class Remote:
             cards = {card["id"]: card for card in answer.json()["data"]}
         self._name, self._models = _names(self.url, cards, files.spec.names)
         self.limit = min(files.limit, cards[self._name].get("max_model_len") or files.limit)
-        self.place = f"on {self.url}, as {self._name}"
+        self.place = f"{self.url}, which serves it as {self._name}"
 
     def conversation(self, setting: Setting) -> Conversation:
         """As `Engine.conversation`."""

@@ -7,7 +7,7 @@ from itertools import takewhile
 from threading import Event, Lock
 
 from granite_switch.conversation import Conversation
-from granite_switch.errors import SwitchError
+from granite_switch.errors import SwitchError, TemplateError
 from granite_switch.play.engine import Answer, Ask, Engine, Sampling, Setting, fitting
 
 
@@ -74,6 +74,7 @@ class Session:
         with self._working():
             note = self._prepare(setting)
             assert self._talk is not None
+            self._check(ask)
             self.exchanges.append(Exchange(ask, note=note))
             said = len(self._talk.messages)
             try:
@@ -139,6 +140,13 @@ class Session:
         self._talk, self._setting = fresh, setting
         return "The system prompt or the documents changed: all of it is rendered and computed anew." if said else ""
 
+    def _check(self, ask: Ask) -> None:
+        if (text := needs_text(self.engine, ask.adapter)) and text not in ask.text:
+            raise SwitchError(
+                f"{ask.adapter} acts from {text}, which the message does not hold",
+                hint=f"write {text} where {ask.adapter} is to begin, or choose another adapter",
+            )
+
     def _measure(self, answer: Answer) -> Measure:
         ids, substitutes = answer.turn.ids, self.engine.files.spec.substitutes
         plain = tuple(substitutes.get(token, token) for token in (*ids, *answer.ids))
@@ -173,8 +181,8 @@ def needs_text(engine: Engine, adapter: str) -> str:
     """The text that a message to this adapter must hold; empty where the chat template writes it."""
     try:
         engine.conversation(Setting()).ask("a", adapter)
-    except SwitchError:
-        return engine.files.spec.adapter(adapter).invocation_text if adapter != "base" else ""
+    except TemplateError:
+        return engine.files.spec.adapter(adapter).invocation_text
     return ""
 
 

@@ -146,10 +146,16 @@ def compared(answers: Sequence[Compared], spec: SwitchSpec) -> str:
 
 
 def difference(left: str, right: str) -> str:
-    """The right text, what is only in it in <ins>, what is only in the left one in <del>; by words."""
+    """The right text, what is only in it in <ins>, what is only in the left one in <del>; by words.
+
+    Texts that have less than half in common are not mixed, which nobody could read.
+    """
     a, b = _WORDS.findall(left), _WORDS.findall(right)
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    if matcher.ratio() < 0.5:
+        return f"<ins>{escape(right)}</ins>" if right else ""
     parts = []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    for kind, i, j, k, m in matcher.get_opcodes():
         if kind == "equal":
             parts.append(escape("".join(b[k:m])))
             continue
@@ -178,7 +184,7 @@ def report(found: Report, spec: SwitchSpec) -> str:
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     base = (
-        f"{escape(found.base_model or found.base_model_type)}: {found.layers} layers, hidden size {found.hidden_size:,}, "
+        f"{escape(found.base_model or found.base_model_type)}: {found.layers} layers of {found.hidden_size:,}, "
         f"{found.parameters:,} parameters, {size(found.nbytes)}, {', '.join(found.dtypes)}. "
         f"<code>{escape(found.return_to_base)}</code> returns to the base."
     )
