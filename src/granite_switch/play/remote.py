@@ -45,7 +45,7 @@ class Remote:
 
     def conversation(self, setting: Setting) -> Conversation:
         """As `Engine.conversation`."""
-        return Conversation(self.folder, **setting.options())
+        return Conversation(self.files.folder, **setting.options())
 
     def stream(
         self, talk: Conversation, ask: Ask, sampling: Sampling, stop: Event
