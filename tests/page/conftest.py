@@ -1,5 +1,6 @@
 """The sample, composed, and both engines over it; a browser, where there is one."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def browse(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Opens a browser of its own each time it is called."""
     browser = pytest.importorskip("page_browser", reason="selenium is not installed")
     if not browser.CHROMIUM or not browser.DRIVER:
-        pytest.skip("no chromium with chromium-driver here; `make test-page` installs them where apt can be used")
+        (pytest.fail if "NEED_BROWSER" in os.environ else pytest.skip)("no chromium with chromium-driver here; `make test-page` installs them where apt can be used")
     opened: list[Any] = []
 
     def browse(url: str, **options: Any) -> Any:

@@ -89,12 +89,17 @@ class Page:
     def write(self, css: str, text: str) -> None:
         box = self.one(f"{css} textarea")
         box.clear()
-        box.send_keys(text)
+        if len(text) < 500:
+            box.send_keys(text)
+        else:  # the driver types ten letters in the time of this
+            self.driver.execute_script(
+                "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", box, text
+            )
 
     def settings(self, documents: str) -> None:
-        if not self.one("#documents").is_displayed():
+        if not self.all("#documents textarea"):
             self.press("button.label-wrap")
-            self.until(lambda: self.one("#documents").is_displayed())
+            self.until(lambda: self.all("#documents textarea"))
         self.write("#documents", documents)
 
     def choose(self, group: str, name: str) -> None:
@@ -103,11 +108,12 @@ class Page:
 
     def say(self, text: str, adapter: str) -> list[str]:
         """Send a message and wait for its figures, or for an error; gives the answers so far."""
-        turns = len(self.all("#figures tbody tr"))
+        turns, old = len(self.all("#figures tbody tr")), "document.querySelectorAll('#alert .gs-alert')"
+        self.driver.execute_script(f"{old}.forEach(e => e.dataset.old = 1)")
         self.choose("#adapter", adapter)
         self.write("#message", text)
         self.press("#send")
-        self.until(lambda: len(self.all("#figures tbody tr")) > turns or self.all("#alert .gs-alert"))
+        self.until(lambda: len(self.all("#figures tbody tr")) > turns or self.all("#alert .gs-alert:not([data-old])"))
         return self.texts("#chat .gs-answer")
 
     def open(self, tab: str) -> None:

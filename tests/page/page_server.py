@@ -34,9 +34,15 @@ class Server(uvicorn.Server):
         self.model, self.spec = local.model, local.files.spec
         self.seen: list[list[int]] = []
         self.told = True  # whether usage says what was cached
+        self.pause = 0.0  # seconds before each token
+        self.ended = threading.Event()
         self.breaks = False  # whether connections break after two tokens
         routes = [Route("/v1/models", self.models), Route("/v1/completions", self.completions, methods=["POST"])]
         super().__init__(uvicorn.Config(Starlette(routes=routes), port=port, log_level="error", lifespan="off"))
+
+    def run(self, *sockets: Any) -> None:
+        super().run(*sockets)
+        self.ended.set()
 
     def wait(self) -> None:
         while not self.started:
@@ -71,6 +77,7 @@ class Server(uvicorn.Server):
         for count, token in enumerate(new):
             if self.breaks and count == 2:
                 raise RuntimeError("the server breaks")
+            time.sleep(self.pause)
             yield _line({"choices": [{"text": "x", "token_ids": [token]}]})
         details = {"prompt_tokens_details": {"cached_tokens": cached}} if self.told else {}
         yield _line({"choices": [], "usage": {"prompt_tokens": len(prompt), **details}})
@@ -78,9 +85,9 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def serving(local: Any, port: int) -> Iterator[str]:
+def serving(local: Any, port: int, running: "Server | None" = None) -> Iterator[str]:
     """A server with the model, which is gone afterwards."""
-    running = Server(local, port)
+    running = running or Server(local, port)
     thread = threading.Thread(target=running.run)
     thread.start()
     try:

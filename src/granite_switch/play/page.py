@@ -58,7 +58,7 @@ def build(engine: Engine) -> gr.Blocks:
     """The page over an engine."""
     with gr.Blocks(title=f"Granite Switch: {engine.files.folder.name}", analytics_enabled=False) as page:
         session = gr.State(None)
-        gr.Markdown(f"# Granite Switch: {_plain(engine.files.folder.name)}\nAnswers come from {_plain(engine.place)}.")
+        gr.HTML(views.title(engine.files.folder.name, engine.place), padding=False)
         with gr.Accordion("System prompt, documents, sampling", open=False):
             before = _before(engine)
         with gr.Tab("Chat"):
@@ -129,6 +129,7 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
 
     def answer(current: Session, as_lora: bool, said: str, name: str, kept: bool, *form: Any) -> Iterator[list[Any]]:
         latest = 0.0
+        yield [gr.skip(), "", *[gr.skip()] * 3]
         clear: Any = ""  # once: what is typed while the answer is written stays
         try:
             for _ in current.send(Ask(said, name, kept), *_read(*form)):
@@ -211,8 +212,3 @@ def _picture(folder: Path) -> str:
         f'<h3>{title}</h3><div class="gs-scroll" tabindex="0" role="region" aria-label="{title}">'
         f'<img class="gs-picture" src="data:image/svg+xml;base64,{data}" alt="{title}, as a heat map"></div>'
     )
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+.!|$-])", r"\\\1", text)

@@ -17,6 +17,11 @@ _KINDS = {"alora": "aLoRA", "lora": "LoRA"}
 _WORDS = re.compile(r"\w+|\s+|.", re.DOTALL)
 
 
+def title(model: str, place: str) -> str:
+    """What stands on top of the page."""
+    return f"<h1>Granite Switch: {escape(model)}</h1><p>Answers come from {escape(place)}.</p>"
+
+
 def choice(spec: AdapterSpec) -> str:
     """An adapter in the list of those to choose from: kind, rank, invocation text."""
     invoked = f", from {spec.invocation_text!r}" if spec.invocation_text else ", from the first token of its turn"
