@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from artefacts import ROOT
 
-pytest.importorskip("gradio", reason="the extra `play` is not installed")
-
 from granite_switch import compose
 from granite_switch.cli.generate import load
 from granite_switch.play.engine import Engine, Model
@@ -19,6 +17,7 @@ from granite_switch.play.remote import Remote
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import page_browser
 from page_server import free_port, playing, serving
 
 
@@ -59,13 +58,13 @@ def page(sample: Path) -> Iterator[str]:
 @pytest.fixture
 def browse(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Opens a browser of its own each time it is called."""
-    browser = pytest.importorskip("page_browser", reason="selenium is not installed")
-    if not browser.CHROMIUM or not browser.DRIVER:
-        (pytest.fail if "NEED_BROWSER" in os.environ else pytest.skip)("no chromium with chromium-driver here; `make test-page` installs them where apt can be used")
+    if not page_browser.CHROMIUM or not page_browser.DRIVER:
+        missing = "no chromium with chromium-driver here; `make test-page` installs them where apt can be used"
+        (pytest.fail if "NEED_BROWSER" in os.environ else pytest.skip)(missing)
     opened: list[Any] = []
 
     def browse(url: str, **options: Any) -> Any:
-        opened.append(browser.Page(url, tmp_path / f"profile-{len(opened)}", **options))
+        opened.append(page_browser.Page(url, tmp_path / f"profile-{len(opened)}", **options))
         return opened[-1]
 
     yield browse

@@ -67,7 +67,7 @@ class Page:
         return self.driver.find_element(By.CSS_SELECTOR, css)
 
     def text(self, css: str) -> str:
-        return self.driver.execute_script("return document.querySelector(arguments[0]).textContent", css)
+        return self.driver.execute_script("return document.querySelector(arguments[0])?.textContent ?? ''", css)
 
     def texts(self, css: str) -> list[str]:
         return self.driver.execute_script(
@@ -123,9 +123,9 @@ class Page:
         """The whole page, from top to bottom."""
         path.parent.mkdir(parents=True, exist_ok=True)
         width = self.driver.execute_script("return innerWidth")
-        self.resize(width, 400)
-        self.resize(width, min(6000, self.driver.execute_script("return document.documentElement.scrollHeight")))
-        time.sleep(0.5)
+        for _ in range(2):  # what is taller shows more
+            self.resize(width, self.driver.execute_script("return document.documentElement.scrollHeight"))
+            time.sleep(0.3)
         self.driver.save_screenshot(str(path))
 
     def faint(self) -> list[Any]:

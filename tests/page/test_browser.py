@@ -32,8 +32,9 @@ COUNTS = ("prompt", "cached", "computed", "generated")
 
 def counts(page: Any) -> list[tuple[int, ...]]:
     """The figures of each turn, as the page shows them."""
-    columns = ([int(text) for text in page.texts(f'#figures td[data-is="{name}"]')] for name in COUNTS)
-    return list(zip(*columns, strict=True))
+    read = "return [...document.querySelectorAll('#figures tbody tr')].map(row => arguments[0].map(name =>"
+    rows = page.driver.execute_script(read + " row.querySelector(`[data-is=${name}]`).textContent))", COUNTS)
+    return [tuple(int(text.replace(",", "")) for text in row) for row in rows]
 
 
 def test_a_chat_through_three_adapters(page: str, browse: Callable[..., Any], model: Any, sample: Path) -> None:
@@ -67,6 +68,7 @@ def test_a_chat_through_three_adapters(page: str, browse: Callable[..., Any], mo
     seen.press("#lora input")
     anew = seen.until(lambda: seen.texts('#figures td[data-is="anew"]'))
     assert [int(text) for text in anew] == [prompt for prompt, *_ in expected]  # each adapter answered once
+    seen.press("button.label-wrap")
     seen.picture(PICTURES / "chat.png")
     seen.press("#new")
     seen.until(lambda: not seen.all("#figures tbody tr"))
@@ -176,24 +178,31 @@ def test_by_keyboard_alone(page: str, browse: Callable[..., Any]) -> None:
     seen.until(lambda: not seen.all("#chat article"))
 
 
-def test_side_by_side_and_the_model(page: str, browse: Callable[..., Any], sample: Path) -> None:
+def test_side_by_side_and_the_model(page: str, browse: Callable[..., Any], model: Any, sample: Path) -> None:
     from granite_switch.compose.inspect import inspect
 
     seen = browse(page)
     seen.settings(DOCUMENTS[0])
     seen.open("Side by side")
-    seen.choose("#several", "citations")
-    seen.write("#compare_message", "Where does Ada live?")
+    seen.choose("#several", "query_rewrite")
+    text, names = (
+        "And she? <rewrite> Write the last question so that it stands alone.",
+        ("base", "answerability", "query_rewrite"),
+    )
+    seen.write("#compare_message", text)
     seen.press("#compare")
     seen.until(lambda: len(seen.all("#compared article")) == 3)
-    base, checked, cited = seen.texts("#compared article .gs-text")
-    assert base == "Ada lives in Tarn."
-    assert checked == '{"answerability": "answerable"}'
-    assert cited not in (base, checked)
-    assert [len(card.find_elements("css selector", "ins")) > 0 for card in seen.all("#compared article")][:2] == [
-        False,
-        True,
-    ]
+    first = ""
+    for name, card in zip(names, seen.all("#compared article"), strict=True):
+        assert card.get_attribute("data-adapter") == name
+        alone = Conversation(model, sample, documents=[{"doc_id": "1", "text": DOCUMENTS[0]}])
+        alone = alone.say(text, name, max_new_tokens=256).text
+        kept = "const e = arguments[0].querySelector('.gs-text').cloneNode(true);"
+        kept += " e.querySelectorAll('del').forEach(d => d.remove()); return e.textContent"
+        assert seen.driver.execute_script(kept, card) == alone
+        first = first or alone
+        assert bool(card.find_elements("css selector", "ins")) == (alone != first)
+    assert seen.all("#compared ins")
     seen.open("Model")
     rows = [row.text for row in seen.all("#report tbody tr")]
     for row, adapter in zip(rows, inspect(sample).adapters, strict=True):

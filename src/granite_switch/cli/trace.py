@@ -129,7 +129,7 @@ _STYLE = """
 .trace .t { border-radius: 3px }
 .trace .t, .trace .slot { color: inherit }
 .trace .slot { font: bold .7em system-ui, sans-serif; border: 1px solid currentColor; border-radius: 3px;
-  padding: 0 .3em .15em; margin: 0 .3em; user-select: none }
+  display: inline-block; white-space: nowrap; line-height: 1.5; padding: 0 .3em; margin: 0 .3em; user-select: none }
 .trace .cache { display: block; font: bold .8em system-ui, sans-serif; border-top: 2px dashed currentColor }
 .trace .control { outline: 2px solid currentColor; font-weight: bold }
 .trace .new { border-bottom: 2px solid currentColor }

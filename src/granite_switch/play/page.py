@@ -111,7 +111,7 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
     with gr.Row():
         send = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
         stop = gr.Button("Stop", elem_id="stop", min_width=80)
-        new = gr.Button("New conversation", elem_id="new", min_width=80)
+        new = gr.Button("New conversation", elem_id="new", min_width=160)
     keep = gr.Checkbox(
         True,
         label="Keep what was computed",
