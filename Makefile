@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast test-vllm test-gguf test-matrix test-newest soak fuzz check format sample real bench bench-full bench-setup clean
+.PHONY: help setup demo test test-fast test-page test-vllm test-gguf test-matrix test-newest soak fuzz check format sample real bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test       everything that runs on a CPU here"
 	@echo "make test-fast  the part of it that takes under two minutes"
 	@echo "make test-vllm  the vLLM backend, in an environment of its own (part of make test)"
+	@echo "make test-page  the page of granite-switch play in a real browser; pictures of it in out/page"
 	@echo "make test-gguf  builds llama.cpp once and tests the export in it"
 	@echo "make test-matrix  the transformers backend on the oldest, a middle and the newest release"
 	@echo "make test-newest  the same with the newest release of every dependency, in an environment of its own"
@@ -54,6 +55,11 @@ test: setup $(if $(wildcard $(LLAMA_WHEEL)),.venv/.llama)
 
 test-fast: setup
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q -m "not slow"
+
+# The page in Debian's chromium, which is installed where apt can be used. `make test` runs this too where it is there.
+test-page: setup
+	command -v chromedriver || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver)
+	NEED_BROWSER=1 $(BIN)/python -m pytest tests/page -q
 
 # vLLM has an environment of its own: it brings its own versions of transformers and much else. Engines leave state
 # behind in their process, so each file gets one of its own, and is told apart in the output when it is done.

@@ -157,6 +157,10 @@ class Conversation:
         self._turn = None
         return text
 
+    def withdraw(self) -> None:
+        """Forget the last turn, which gets no answer; another can be asked in its place."""
+        self._turn = None
+
     def _render(self, messages: Sequence[Message], adapter: str) -> tuple[int, ...]:
         return self._encode(self._text([_unmarked(message) for message in messages], adapter))
 

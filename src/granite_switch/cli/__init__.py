@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from granite_switch.cli import compose, export, generate, maintain, serve, upgrade
+from granite_switch.cli import compose, export, generate, maintain, play, serve, upgrade
 from granite_switch.cli.console import console, error
 from granite_switch.errors import SwitchError
 
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (compose, export, generate, maintain, serve, upgrade):
+for group in (compose, export, generate, maintain, play, serve, upgrade):
     group.register(app)
 
 

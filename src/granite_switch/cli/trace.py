@@ -3,6 +3,7 @@
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.console import Console
 from rich.text import Text
@@ -12,6 +13,7 @@ from granite_switch.core.spec import SwitchSpec
 
 # terminal and page colours by slot; the base is plain, adapters go round
 _TERMINAL = ("cyan", "magenta", "green", "yellow", "blue", "red")
+INK = "#111111"
 _PAGE = ("#b3e5fc", "#f8bbd0", "#c8e6c9", "#fff59d", "#d1c4e9", "#ffccbc", "#b2dfdb", "#ffe0b2")
 
 
@@ -62,19 +64,53 @@ def show(tokens: Sequence[Token], spec: SwitchSpec, console: Console) -> None:
 
 def page(tokens: Sequence[Token], spec: SwitchSpec) -> str:
     """The same as one self-contained HTML page."""
-    spans = []
-    for index, token in enumerate(tokens):
-        kind = f"s{token.slot}" + (" control" if token.control else "") + (" new" if token.generated else "")
-        title = f"position {index}, token {token.id}, slot {token.slot}"
-        text = html.escape(token.text).replace("\n", "&#8629;<br>")
-        spans.append(f'<span class="{kind}" title="{title}">{text}</span>')
+    return _HTML.format(style=style(len(spec.adapters)), trace=fragment(tokens, spec))
+
+
+def fragment(tokens: Sequence[Token], spec: SwitchSpec, cached: int = 0) -> str:
+    """The same as a part of a page that holds `style`. Each run of a slot begins with the slot's name.
+
+    Args:
+        tokens, spec: as for `show`.
+        cached: so many tokens, from the start, came out of a cache; the end of them is marked.
+    """
+    names = ["base", *(adapter.name for adapter in spec.adapters)]
+    places = enumerate(tokens)
+    runs = []
+    for (slot, _), run in groupby(places, lambda place: (place[1].slot, place[0] < cached)):
+        first, *rest = run
+        mark = '<b class="cache">\u2191 from the cache, \u2193 computed</b>' if cached and first[0] == cached else ""
+        label = f'<b class="slot">{slot} {html.escape(names[slot])}</b>'
+        runs.append(
+            f'{mark}<span class="s{slot}" data-slot="{slot}">{label}{"".join(map(_span, (first, *rest)))}</span>'
+        )
     legend = "".join(
-        f'<li><span class="s{slot}">{html.escape(name)}</span> slot {slot}, {count} tokens</li>'
+        f'<li><span class="s{slot}">{slot} {html.escape(name)}</span> {count} tokens</li>'
         for slot, name, count in _legend(tokens, spec)
     )
-    used = sorted({token.slot for token in tokens})
-    colours = "".join(f".s{slot}{{background:{_PAGE[(slot - 1) % len(_PAGE)]}}}" for slot in used if slot)
-    return _HTML.format(colours=colours, spans="".join(spans), legend=legend)
+    return (
+        f'<div class="trace"><p>{"".join(runs)}</p><ul>{legend}</ul>'
+        "<p>Outlined: control tokens. Underlined: generated.</p></div>"
+    )
+
+
+def style(slots: int) -> str:
+    """The CSS of `fragment`: dark text on a light colour for each slot, whatever the page's own colours are."""
+    colours = (f".s{slot}{{background:{colour(slot)};color:{INK}}}" for slot in range(1, slots + 1))
+    return _STYLE + "".join(colours)
+
+
+def colour(slot: int) -> str:
+    """The background of an adapter's slot; text on it is `INK`."""
+    return _PAGE[(slot - 1) % len(_PAGE)]
+
+
+def _span(place: tuple[int, Token]) -> str:
+    position, token = place
+    kinds = " ".join(["t", *(["control"] if token.control else []), *(["new"] if token.generated else [])])
+    title = f"position {position}, token {token.id}, slot {token.slot}"
+    text = html.escape(token.text).replace("\n", "&#8629;<br>")
+    return f'<span class="{kinds}" title="{title}">{text}</span>'
 
 
 def _style(slot: int) -> str:
@@ -87,22 +123,29 @@ def _legend(tokens: Sequence[Token], spec: SwitchSpec) -> list[tuple[int, str, i
     return [(slot, names[slot], used.count(slot)) for slot in sorted(set(used))]
 
 
+_STYLE = """
+.trace { line-height: 1.9; overflow-wrap: anywhere }
+.trace > p:first-child { font-family: ui-monospace, monospace; white-space: pre-wrap }
+.trace .t { border-radius: 3px }
+.trace .t, .trace .slot { color: inherit }
+.trace .slot { font: bold .7em system-ui, sans-serif; border: 1px solid currentColor; border-radius: 3px;
+  display: inline-block; white-space: nowrap; line-height: 1.5; padding: 0 .3em; margin: 0 .3em; user-select: none }
+.trace .cache { display: block; font: bold .8em system-ui, sans-serif; border-top: 2px dashed currentColor }
+.trace .control { outline: 2px solid currentColor; font-weight: bold }
+.trace .new { border-bottom: 2px solid currentColor }
+.trace ul { list-style: none; padding: 0 }
+.trace li span { padding: 0 .5em; border-radius: 3px }
+"""
+
 _HTML = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <title>Granite Switch trace</title>
 <style>
-body {{ font: 16px/1.7 ui-monospace, monospace; margin: 2rem; max-width: 60rem; background: #fff; color: #111 }}
-span {{ border-radius: 3px }}
-.control {{ outline: 2px solid #111; font-weight: bold }}
-.new {{ border-bottom: 2px solid #111 }}
-ul {{ list-style: none; padding: 0; font-family: system-ui, sans-serif }}
-li span {{ padding: 0 .5em }}
-{colours}
+body {{ font: 16px/1.7 system-ui, sans-serif; margin: 2rem; max-width: 60rem; background: #fff; color: #111 }}
+{style}
 </style>
 <h1>Where each token was routed</h1>
-<p>{spans}</p>
-<ul>{legend}</ul>
-<p>Outlined: control tokens. Underlined: generated.</p>
+{trace}
 </html>
 """

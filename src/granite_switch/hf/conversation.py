@@ -63,7 +63,7 @@ class Conversation(conversation.Conversation):
             )
             new = tuple(output[0, len(turn.ids) :].tolist())
         except BaseException:  # Ctrl-C, memory, a streamer: the layers of the cache can be of different lengths
-            self._turn = None
+            self.withdraw()
             self._start()
             raise
         answer = self.answer(new)

@@ -1,0 +1,152 @@
+"""A running server that holds the model: `granite-switch serve`, or vLLM's own. Token ids go there and come back.
+
+What is rendered here is what the server computes, so the trace is exact, and any engine's cache counts as it says.
+"""
+
+import json
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+from typing import Any
+
+import httpx
+
+from granite_switch.conversation import Conversation, Turn
+from granite_switch.errors import ServingError, SwitchError
+from granite_switch.play.engine import Answer, Ask, Model, Sampling, Setting, fitting, sentence
+
+
+class Remote:
+    """The engine on a server.
+
+    Args:
+        url: of the server, with or without /v1.
+        files: of the model's folder.
+        key: the server's API key, if it has one.
+
+    Raises:
+        ServingError: there is no server, or it serves another model.
+    """
+
+    def __init__(self, url: str, files: Model, key: str = "") -> None:
+        self.url, self.files = url.rstrip("/").removesuffix("/v1"), files
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(600, connect=10))
+        with self._reaching():
+            answer = self._client.get("/v1/models")
+            if answer.status_code != 200:
+                raise ServingError(f"{self.url}: {answer.status_code}, {sentence(answer.text)}")
+            cards = {card["id"]: card for card in answer.json()["data"]}
+        self._name, self._models = _names(self.url, cards, files.spec.names)
+        self.limit = min(files.limit, cards[self._name].get("max_model_len") or files.limit)
+        self.place = f"{self.url}, which serves it as {self._name}"
+
+    def conversation(self, setting: Setting) -> Conversation:
+        """As `Engine.conversation`."""
+        return Conversation(self.files.folder, **setting.options())
+
+    def stream(
+        self, talk: Conversation, ask: Ask, sampling: Sampling, stop: Event
+    ) -> Generator[str | Answer, None, None]:
+        """As `Engine.stream`."""
+        answered = False
+        turn = talk.ask(ask.text, ask.adapter, keep=ask.keep)
+        try:
+            started, first, seconds = time.perf_counter(), 0.0, 0.0
+            ids: tuple[int, ...] = ()
+            usage: dict[str, Any] = {}
+            for new, said in self._events(fitting(turn, self.limit), sampling, stop):
+                usage = said or usage
+                if new:
+                    seconds = time.perf_counter() - started
+                    first = first or seconds
+                    ids = (*ids, *new)
+                    yield self.files.decode(ids)
+            if not ids:
+                raise SwitchError("stopped before the first token" if stop.is_set() else "the server sent no token")
+            text, answered = talk.answer(ids), True
+            yield Answer(turn, ids, text, _cached(usage), first, seconds)
+        finally:
+            if not answered:
+                talk.withdraw()
+
+    def batch(self, turns: Sequence[Turn], sampling: Sampling, stop: Event) -> list[tuple[int, ...]]:
+        """As `Engine.batch`: requests at the same time, which the server batches."""
+
+        def whole(turn: Turn) -> tuple[int, ...]:
+            return tuple(token for new, _ in self._events(turn, sampling, stop) for token in new)
+
+        with ThreadPoolExecutor(len(turns)) as pool:
+            return list(pool.map(whole, turns))
+
+    def _events(self, turn: Turn, sampling: Sampling, stop: Event) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
+        """New token ids and, where it is told, the usage."""
+        request = turn.completion(
+            self._models.get(turn.adapter, self._name),
+            stream=True,
+            stream_options={"include_usage": True},
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=min(sampling.max_new_tokens, self.limit - len(turn.ids)),
+        )
+        with self._reaching(), self._client.stream("POST", "/v1/completions", json=request) as answer:
+            if answer.status_code != 200:
+                answer.read()
+                raise ServingError(f"the server refuses: {sentence(answer.text)}")
+            for line in answer.iter_lines():
+                if stop.is_set() or line == "data: [DONE]":
+                    return
+                if line.startswith("data: "):
+                    yield _event(line.removeprefix("data: "))
+            raise ServingError("the server stopped in the middle of an answer", hint="see its log, then send again")
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+            raise ServingError(
+                f"the server {self.url} does not answer ({str(error) or type(error).__name__})",
+                hint=f"start it with: granite-switch serve {self.files.folder}",
+            ) from None
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, SwitchError):
+                raise
+            raise ServingError(f"{self.url}: does not answer as an OpenAI server does ({error!r})") from None
+
+
+def _names(url: str, cards: dict[str, Any], adapters: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The served name, and the models that are its adapters; none where the server lists no adapters.
+
+    Raises:
+        ServingError: the adapters are not this model's.
+    """
+    names = [name for name, card in cards.items() if not card.get("parent")]
+    if not names:
+        raise ServingError(f"{url}: serves no model")
+    mine = {key.removeprefix(f"{names[0]}:"): key for key, card in cards.items() if card.get("parent") == names[0]}
+    if mine and set(mine) != set(adapters):
+        raise ServingError(
+            f"{url}: serves another model: its adapters are {', '.join(sorted(mine))}",
+            hint=f"this one's are {', '.join(sorted(adapters))}",
+        )
+    return names[0], mine
+
+
+def _event(text: str) -> tuple[Sequence[int], dict[str, Any]]:
+    data = json.loads(text)
+    if "error" in data:
+        raise ServingError(f"the server says: {sentence(text)}")
+    new: list[int] = []
+    for choice in data.get("choices") or []:
+        if choice.get("text") and choice.get("token_ids") is None:
+            raise ServingError("the server sends no token ids", hint="it has to be vLLM, 0.29 or later")
+        new += choice.get("token_ids") or []
+    return new, data.get("usage") or {}
+
+
+def _cached(usage: dict[str, Any]) -> int | None:
+    cached: int | None = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return cached

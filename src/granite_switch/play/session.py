@@ -1,0 +1,190 @@
+"""One browser's conversation, and what was measured of each turn. Knows neither Gradio nor what engines are made of."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from threading import Event, Lock
+
+from granite_switch.conversation import Conversation
+from granite_switch.errors import SwitchError, TemplateError
+from granite_switch.play.engine import Answer, Ask, Engine, Sampling, Setting, fitting
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A message and what was answered so far."""
+
+    ask: Ask
+    text: str = ""
+    measure: "Measure | None" = None  # None until it is answered
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a turn took."""
+
+    prompt: int  # tokens
+    cached: int | None  # of them; None: the server does not say
+    anew: int  # of them, computed if every adapter acted from the first token and so kept a cache of its own
+    generated: int  # tokens
+    first: float  # seconds to the first one
+    rate: float  # tokens a second after it; 0: there was one
+
+    @property
+    def computed(self) -> int | None:
+        """Tokens of the prompt that were not in the cache."""
+        return None if self.cached is None else self.prompt - self.cached
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One adapter's answer, side by side with others'."""
+
+    adapter: str
+    text: str
+
+
+class Session:
+    """What one browser sees.
+
+    Args:
+        engine: shared by all sessions.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.exchanges: list[Exchange] = []
+        self.last: Answer | None = None
+        self._setting = Setting()
+        self._talk: Conversation | None = None
+        self._plain: list[tuple[str, tuple[int, ...]]] = []  # adapter, and what it read and wrote, as it is embedded
+        self._stop = Event()
+        self._busy = Lock()
+
+    def send(self, ask: Ask, setting: Setting, sampling: Sampling) -> Iterator[None]:
+        """Ask and follow the answer; `exchanges` changes with every step.
+
+        Raises:
+            SwitchError: it could not be answered; the conversation is as it was.
+        """
+        if not ask.text.strip():
+            raise SwitchError("the message is empty")
+        with self._working():
+            note = self._prepare(setting)
+            assert self._talk is not None
+            self._check(ask)
+            self.exchanges.append(Exchange(ask, note=note))
+            said = len(self._talk.messages)
+            try:
+                with closing(self.engine.stream(self._talk, ask, sampling, self._stop)) as parts:
+                    for part in parts:
+                        self._follow(part)
+                        yield
+            finally:
+                if self.exchanges[-1].measure is None:
+                    unread = len(self._talk.messages) > said  # stopped because nobody reads, and yet a turn
+                    left = [replace(self.exchanges[-1], note="The answer was cut off.")] if unread else []
+                    self.exchanges[-1:] = left
+
+    def _follow(self, part: str | Answer) -> None:
+        current = self.exchanges[-1]
+        if isinstance(part, str):
+            self.exchanges[-1] = replace(current, text=part)
+        else:
+            self.last = part
+            self.exchanges[-1] = replace(current, text=part.text, measure=self._measure(part))
+
+    def compare(
+        self, text: str, adapters: Sequence[str], setting: Setting, sampling: Sampling, after: bool
+    ) -> list[Compared]:
+        """The same message, answered by several adapters at once, beside the conversation.
+
+        Args:
+            after: the message continues the conversation; else it opens one.
+        """
+        if len(adapters) < 2:
+            raise SwitchError("choose two adapters or more")
+        if not text.strip():
+            raise SwitchError("the message is empty")
+        with self._working():
+            if after:
+                self._prepare(setting)
+            talk = self._talk if after else self.engine.conversation(setting)
+            assert talk is not None
+            try:
+                turns = [fitting(talk.ask(text, adapter, aside=True), self.engine.limit) for adapter in adapters]
+            finally:
+                talk.withdraw()
+            answers = self.engine.batch(turns, sampling, self._stop)
+            return [Compared(a, self.engine.files.decode(ids)) for a, ids in zip(adapters, answers, strict=True)]
+
+    def stop(self) -> None:
+        """End the answer that is being written; what was written stays."""
+        self._stop.set()
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self.stop()
+        with self._working(wait=True):
+            self.exchanges, self._plain, self._talk, self.last = [], [], None, None
+
+    def _prepare(self, setting: Setting) -> str:
+        """Have a conversation with this setting; what was said so far is kept, and rendered with it."""
+        if self._talk and setting == self._setting:
+            return ""
+        fresh, before = self.engine.conversation(setting), self._talk
+        said = [message for message in before.messages if message["role"] != "system"] if before else []
+        fresh.messages += said
+        self._talk, self._setting = fresh, setting
+        return "The system prompt or the documents changed: all of it is rendered and computed anew." if said else ""
+
+    def _check(self, ask: Ask) -> None:
+        if (text := needs_text(self.engine, ask.adapter)) and text not in ask.text:
+            raise SwitchError(
+                f"{ask.adapter} acts from {text}, which the message does not hold",
+                hint=f"write {text} where {ask.adapter} is to begin, or choose another adapter",
+            )
+
+    def _measure(self, answer: Answer) -> Measure:
+        ids, substitutes = answer.turn.ids, self.engine.files.spec.substitutes
+        plain = tuple(substitutes.get(token, token) for token in (*ids, *answer.ids))
+        mine = [earlier for adapter, earlier in self._plain if adapter == answer.turn.adapter]
+        shared = max((_common(plain, earlier) for earlier in mine), default=0)
+        self._plain.append((answer.turn.adapter, plain[:-1]))
+        after = answer.seconds - answer.first
+        rate = (len(answer.ids) - 1) / after if after > 0 else 0.0
+        anew = len(ids) - min(shared, len(ids) - 1)
+        return Measure(len(ids), answer.cached, anew, len(answer.ids), answer.first, rate)
+
+    def _working(self, wait: bool = False) -> "_Working":
+        return _Working(self._busy, self._stop, wait)
+
+
+class _Working:
+    """One thing at a time for each browser."""
+
+    def __init__(self, lock: Lock, stop: Event, wait: bool) -> None:
+        self.lock, self.stop, self.wait = lock, stop, wait
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(timeout=30 if self.wait else 0.001):
+            raise SwitchError("the last message is still being answered", hint="wait for it, or stop it")
+        self.stop.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def needs_text(engine: Engine, adapter: str) -> str:
+    """The text that a message to this adapter must hold; empty where the chat template writes it."""
+    try:
+        engine.conversation(Setting()).ask("a", adapter)
+    except TemplateError:
+        return engine.files.spec.adapter(adapter).invocation_text
+    return ""
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

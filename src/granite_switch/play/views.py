@@ -1,0 +1,222 @@
+"""What the page shows, as HTML. Everything that people or models wrote is escaped here and nowhere else."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from html import escape
+
+from granite_switch.cli import trace
+from granite_switch.cli.console import size
+from granite_switch.compose.inspect import Report
+from granite_switch.core.spec import AdapterSpec, SwitchSpec
+from granite_switch.errors import SwitchError
+from granite_switch.play.engine import Answer, Model
+from granite_switch.play.session import Compared, Exchange, Measure
+
+_KINDS = {"alora": "aLoRA", "lora": "LoRA"}
+_WORDS = re.compile(r"\w+|\s+|.", re.DOTALL)
+
+
+def title(model: str, place: str) -> str:
+    """What stands on top of the page."""
+    return f"<h1>Granite Switch: {escape(model)}</h1><p>Answers come from {escape(place)}.</p>"
+
+
+def choice(spec: AdapterSpec) -> str:
+    """An adapter in the list of those to choose from: kind, rank, invocation text."""
+    invoked = f", from {spec.invocation_text!r}" if spec.invocation_text else ", from the first token of its turn"
+    return f"{spec.name} ({_KINDS[spec.technology]}, rank {spec.rank}{invoked})"
+
+
+def need(name: str, text: str) -> str:
+    """What a message to this adapter has to hold, if anything."""
+    if not text:
+        return ""
+    where = f"A message to {escape(name)} has to hold <code>{escape(text)}</code>: from there it acts."
+    return f'<p class="gs-note">{where}</p>'
+
+
+def chat(exchanges: Sequence[Exchange], spec: SwitchSpec) -> str:
+    """The conversation, with the adapter of each turn."""
+    if not exchanges:
+        return '<p class="gs-empty">Nothing was said yet. Choose who is to answer, and write below.</p>'
+    turns = []
+    for exchange in exchanges:
+        name, measure = exchange.ask.adapter, exchange.measure
+        note = f'<p class="gs-note">{escape(exchange.note)}</p>' if exchange.note else ""
+        answer = escape(exchange.text) or ("(nothing but an end of text)" if measure else "\u2026")
+        figures = f'<p class="gs-note">{_figures(measure)}</p>' if measure else ""
+        turns.append(
+            f'<article class="gs-turn" data-adapter="{escape(name)}">{note}'
+            f'<h3>You</h3><p class="gs-text">{escape(exchange.ask.text)}</p>'
+            f'<h3>{_badge(name, spec)}</h3><p class="gs-text gs-answer">{answer}</p>{figures}</article>'
+        )
+    return f'<div role="log" aria-label="Conversation">{"".join(turns)}</div>'
+
+
+def _figures(measure: Measure) -> str:
+    cached = "" if measure.cached is None else f", {measure.cached:,} of them from the cache"
+    rate = f", then {measure.rate:,.0f} tokens a second" if measure.rate else ""
+    return f"{measure.prompt:,} tokens read{cached}; the first answer token after {_time(measure.first)}{rate}."
+
+
+def measures(exchanges: Sequence[Exchange], spec: SwitchSpec, as_lora: bool) -> str:
+    """A row for each turn: tokens from the cache and computed, times, and bars of them."""
+    rows = [(i, e, e.measure) for i, e in enumerate(exchanges, 1) if e.measure]
+    if not rows:
+        return '<p class="gs-empty">No turn was answered yet.</p>'
+    longest = max(m.prompt for _, _, m in rows)
+    slowest, fastest = max(m.first for _, _, m in rows), max(m.rate for _, _, m in rows)
+    lora = '<th scope="col">computed with LoRA semantics</th>' if as_lora else ""
+    body = []
+    for number, exchange, m in rows:
+        bars = _bar(m, longest) + (_lora_bar(m, longest) if as_lora else "")
+        extra = f'<td data-is="anew">{m.anew:,}</td>' if as_lora else ""
+        body.append(
+            f'<tr><th scope="row">{number}</th><td>{_badge(exchange.ask.adapter, spec)}</td>'
+            f'<td data-is="prompt">{m.prompt:,}</td><td data-is="cached">{_count(m.cached)}</td>'
+            f'<td data-is="computed">{_count(m.computed)}</td>{extra}<td class="gs-wide">{bars}</td>'
+            f'<td data-is="generated">{m.generated:,}</td>'
+            f"<td>{_time(m.first)}{_small(m.first, slowest)}</td>"
+            f"<td>{f'{m.rate:,.0f}' if m.rate else '-'}{_small(m.rate, fastest)}</td></tr>"
+        )
+    unsaid = any(m.cached is None for _, _, m in rows)
+    why = " The server does not say what came from its cache: start it with --enable-prompt-tokens-details."
+    more = (why if unsaid else "") + (_total(rows) if as_lora else "")
+    return (
+        '<div class="gs-scroll" tabindex="0" role="region" aria-label="Figures of each turn"><table class="gs-table">'
+        f'<thead><tr><th scope="col">turn</th><th scope="col">answered by</th><th scope="col">prompt tokens</th>'
+        f'<th scope="col">from the cache</th><th scope="col">computed</th>{lora}<th scope="col">chart</th>'
+        '<th scope="col">written</th><th scope="col">time to first token</th><th scope="col">tokens a second</th>'
+        f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        '<p class="gs-note"><span class="gs-key gs-cached"></span> from the cache (striped) '
+        f'<span class="gs-key gs-computed"></span> computed (solid).{more}</p>'
+    )
+
+
+def _total(rows: Sequence[tuple[int, Exchange, Measure]]) -> str:
+    anew = sum(m.anew for _, _, m in rows)
+    computed = [m.computed for _, _, m in rows if m.computed is not None]
+    here = f" instead of the {sum(computed):,} here" if len(computed) == len(rows) else ""
+    return (
+        f" With LoRA semantics every adapter acts from the first token and keeps a cache of its own: {anew:,} prompt "
+        f"tokens would have been computed{here}."
+    )
+
+
+def _bar(m: Measure, longest: int) -> str:
+    cached = m.cached or 0
+    label = f"{cached:,} of {m.prompt:,} prompt tokens from the cache" if m.cached is not None else f"{m.prompt:,}"
+    return _two(cached, m.prompt - cached, longest, label)
+
+
+def _lora_bar(m: Measure, longest: int) -> str:
+    label = f"with LoRA semantics {m.prompt - m.anew:,} of {m.prompt:,} from a cache"
+    return _two(m.prompt - m.anew, m.anew, longest, label)
+
+
+def _two(cached: int, computed: int, longest: int, label: str) -> str:
+    parts = (("gs-cached", cached), ("gs-computed", computed))
+    spans = "".join(f'<span class="{kind}" style="width:{100 * count / longest:.1f}%"></span>' for kind, count in parts)
+    return f'<div class="gs-bar" role="img" aria-label="{label}" title="{label}">{spans}</div>'
+
+
+def _small(value: float, largest: float) -> str:
+    width = 100 * value / largest if largest else 0
+    return f'<div class="gs-bar gs-small"><span class="gs-computed" style="width:{width:.1f}%"></span></div>'
+
+
+def sequence(answer: Answer | None, files: Model) -> str:
+    """The trace of everything that the model read and wrote in the last turn."""
+    if answer is None:
+        return ""
+    ids = answer.turn.ids
+    tokens = trace.trace([*ids, *answer.ids], len(ids), files.spec, files.token)
+    return trace.fragment(tokens, files.spec, answer.cached or 0)
+
+
+def compared(answers: Sequence[Compared], spec: SwitchSpec) -> str:
+    """Answers beside each other; in all but the first, what differs from the first is marked."""
+    first = answers[0].text
+    cards = []
+    for index, answer in enumerate(answers):
+        text = escape(answer.text) if not index else difference(first, answer.text)
+        same = '<p class="gs-note">The same as the first.</p>' if index and answer.text == first else ""
+        cards.append(
+            f'<article class="gs-card" data-adapter="{escape(answer.adapter)}"><h3>{_badge(answer.adapter, spec)}</h3>'
+            f'<p class="gs-text">{text or "(nothing but an end of text)"}</p>{same}</article>'
+        )
+    key = f"Against {escape(answers[0].adapter)}: <ins>only here</ins>, <del>only there</del>."
+    return f'<div class="gs-cards">{"".join(cards)}</div><p class="gs-note">{key}</p>'
+
+
+def difference(left: str, right: str) -> str:
+    """The right text, what is only in it in <ins>, what is only in the left one in <del>; by words.
+
+    Texts that have less than half in common are not mixed, which nobody could read.
+    """
+    a, b = _WORDS.findall(left), _WORDS.findall(right)
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    if matcher.ratio() < 0.5:
+        return f"<ins>{escape(right)}</ins>" if right else ""
+    parts = []
+    for kind, i, j, k, m in matcher.get_opcodes():
+        if kind == "equal":
+            parts.append(escape("".join(b[k:m])))
+            continue
+        parts += [f"<del>{escape(''.join(a[i:j]))}</del>"] if j > i else []
+        parts += [f"<ins>{escape(''.join(b[k:m]))}</ins>"] if m > k else []
+    return "".join(parts)
+
+
+def report(found: Report, spec: SwitchSpec) -> str:
+    """What is in the model: `inspect`'s table."""
+    columns = ("adapter", "kind", "rank", "alpha", "projections", "parameters", "size", "invocation text", "token")
+    rows = []
+    for a in found.adapters:
+        low, high = a.ranks
+        cells = (
+            _badge(a.name, spec),
+            _KINDS[a.technology],
+            f"{low} to {high}" if low != high else str(high),
+            f"{a.alpha:g}{' (rslora)' if a.use_rslora else ''}",
+            escape(", ".join(name.removesuffix("_proj") for name in a.target_modules)),
+            f"{a.parameters:,}",
+            f"{size(a.nbytes)} ({a.share:.1%})",
+            f"<code>{escape(a.invocation_text)}</code>" if a.invocation_text else "from the first token",
+            f"<code>{escape(a.token)}</code>",
+        )
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
+    base = (
+        f"{escape(found.base_model or found.base_model_type)}: {found.layers} layers of {found.hidden_size:,}, "
+        f"{found.parameters:,} parameters, {size(found.nbytes)}, {', '.join(found.dtypes)}. "
+        f"<code>{escape(found.return_to_base)}</code> returns to the base."
+    )
+    return (
+        f'<p>{base}</p><div class="gs-scroll" tabindex="0" role="region" aria-label="Adapters">'
+        f'<table class="gs-table"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def alert(problem: SwitchError | None) -> str:
+    """What went wrong, in sentences; empty if nothing did."""
+    if problem is None:
+        return ""
+    more = "".join(f"<li>{escape(line)}</li>" for line in problem.problems)
+    hint = f"<p>What to do: {escape(problem.hint)}</p>" if problem.hint else ""
+    said = f"<p><b>Not done:</b> {escape(problem.message)}</p>"
+    return f'<div class="gs-alert" role="alert">{said}<ul>{more}</ul>{hint}</div>'
+
+
+def _badge(name: str, spec: SwitchSpec) -> str:
+    slot = spec.slot(name)
+    return f'<span class="gs-badge s{slot}" data-slot="{slot}">{slot} {escape(name)}</span>'
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
