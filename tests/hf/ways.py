@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from granite_switch.hf import GraniteSwitchForCausalLM
+import granite_switch.hf  # noqa: F401  (registers the Auto classes)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Reference:
     def __init__(self, folder: Path, conversations: Mapping[str, Sequence[Conversation]] | Conversation) -> None:
         self.folder = folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.model = GraniteSwitchForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.spec = self.model.config.switch_spec
         self.prompts: dict[str | None, Tensor] = {}
         self.asked: dict[str, list[tuple[str, str | None]]] = {}  # adapter -> prompts, and the same without its token
