@@ -125,7 +125,7 @@ def sentence(body: str) -> str:
     try:
         data = json.loads(body)
     except ValueError:
-        return body.strip()[:300]
+        return "" if body.lstrip().startswith("<") else body.strip()[:300]
     if not isinstance(data, dict):
         return str(data)[:300]
     error = data.get("error", data)

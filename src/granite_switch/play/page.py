@@ -33,6 +33,7 @@ def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait
     """
     css = files("granite_switch.play").joinpath("page.css").read_text(encoding="utf-8")
     page = build(engine)
+    url: str
     try:
         _, url, _ = page.queue(default_concurrency_limit=8).launch(
             server_name=host,
@@ -46,8 +47,9 @@ def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait
             theme=_theme(),
             css=css + trace.style(len(engine.files.spec.adapters)),
         )
-    except (OSError, ValueError) as error:
-        raise SwitchError(f"the page cannot be served at {host}, port {port} ({error})", hint="--port N") from None
+    except (OSError, ValueError):
+        place = f"port {port} is taken" if port else "no port from 7860 is free"
+        raise SwitchError(f"{place}, or {host} is no address of this machine", hint="--port N") from None
     print(f"open {url} (Ctrl-C ends it)", flush=True)
     if wait:
         page.block_thread()
@@ -56,6 +58,7 @@ def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait
 
 def build(engine: Engine) -> gr.Blocks:
     """The page over an engine."""
+    page: gr.Blocks
     with gr.Blocks(title=f"Granite Switch: {engine.files.folder.name}", analytics_enabled=False) as page:
         session = gr.State(None)
         gr.HTML(views.title(engine.files.folder.name, engine.place), padding=False)
@@ -74,9 +77,9 @@ def build(engine: Engine) -> gr.Blocks:
 
 def _theme() -> gr.themes.Base:
     """System fonts, so that nothing is fetched, and text that passes WCAG AA, light and dark."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    subdued = ("body_text_color_subdued", "block_info_text_color", "input_placeholder_color", "block_label_text_color")
-    subdued += ("block_title_text_color",)
+    subdued = ["body_text_color_subdued", "block_info_text_color", "input_placeholder_color"]
+    subdued += ["block_label_text_color", "block_title_text_color"]
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gr.themes.Default(primary_hue="blue", **fonts).set(
         **dict.fromkeys(subdued, "*neutral_600"),
         **{f"{name}_dark": "*neutral_300" for name in subdued},

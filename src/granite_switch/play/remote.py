@@ -37,7 +37,9 @@ class Remote:
         with self._reaching():
             answer = self._client.get("/v1/models")
             if answer.status_code != 200:
-                raise ServingError(f"{self.url}: {answer.status_code}, {sentence(answer.text)}")
+                raise ServingError(
+                    f"{self.url}: answers {answer.status_code} {sentence(answer.text) or answer.reason_phrase}"
+                )
             cards = {card["id"]: card for card in answer.json()["data"]}
         self._name, self._models = _names(self.url, cards, files.spec.names)
         self.limit = min(files.limit, cards[self._name].get("max_model_len") or files.limit)

@@ -81,7 +81,8 @@ def measures(exchanges: Sequence[Exchange], spec: SwitchSpec, as_lora: bool) -> 
             f"<td>{f'{m.rate:,.0f}' if m.rate else '-'}{_small(m.rate, fastest)}</td></tr>"
         )
     unsaid = any(m.cached is None for _, _, m in rows)
-    why = " The server does not say what came from its cache: start it with --enable-prompt-tokens-details."
+    why = " Unknown: the answer was stopped, after which a server tells no counts, or it was started without "
+    why += "--enable-prompt-tokens-details."
     more = (why if unsaid else "") + (_total(rows) if as_lora else "")
     return (
         '<div class="gs-scroll" tabindex="0" role="region" aria-label="Figures of each turn"><table class="gs-table">'
