@@ -58,7 +58,7 @@ class Conversation(conversation.Conversation):
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=self._cache,
+                **{self.model._cache_name: self._cache},
                 **{"do_sample": False, **options},
             )
             new = tuple(output[0, len(turn.ids) :].tolist())
