@@ -5,42 +5,14 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from artefacts import ASSISTANT, ROOT, edit_json, make_adapter
 from families import make_decoder
+from stand_ins import BASES, LIBRARIES, TARGETS, Reader
 
-sys.path.insert(0, str(ROOT / "tests" / "maintain"))
-from hub import Hub, hub
-
-# published bases: model_type and layers as the table of real ones has them, everything else tiny
-BASES = {
-    "ibm-granite/granite-4.0-micro": "granitemoehybrid",
-    "ibm-granite/granite-4.0-h-micro": "granitemoehybrid_mamba",
-    "ibm-granite/granite-4.1-3b": "granite",
-}
-# published libraries: adapters, and the technologies in which each is there
-LIBRARIES = {
-    "ibm-granite/granitelib-rag-r1.0": {
-        "answerability": ("alora", "lora"),
-        "citations": ("lora",),
-        "hallucination_detection": ("lora",),
-        "query_rewrite": ("alora", "lora"),
-    },
-    "ibm-granite/granitelib-core-r1.0": {"requirement_check": ("alora", "lora"), "uncertainty": ("alora",)},
-}
-TARGETS = ("q_proj", "k_proj", "v_proj")
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Somebody who follows the pages: a folder to be in, and the environment of their shell."""
-
-    folder: Path
-    environment: dict[str, str]
-    hub: Hub
+from hub import hub  # isort: skip
 
 
 @pytest.fixture(scope="session")
