@@ -13,18 +13,23 @@ _INLINE = re.compile(r"`((?:granite-switch|vllm serve|VLLM_\w+=\d+ vllm serve) [
 _MARK = re.compile(r"<!-- needs (.+?) -->\s*\Z")
 
 
-def commands(page: Path) -> list[str]:
-    """Every command of the page, in order, comments and continued lines resolved."""
+def blocks(page: Path) -> list[list[str]]:
+    """The page's commands in order: those of one fenced block follow on each other, others stand alone."""
     text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
-    lines: list[tuple[int, str]] = []
+    found: list[tuple[int, list[str]]] = []
     for match in _FENCE.finditer(text):
         if match[1] in ("", "bash", "console", "sh"):
-            lines += [(match.start(), line.removeprefix("$ ")) for line in match[2].splitlines()]
+            found.append((match.start(), match[2].splitlines()))
     rest = _FENCE.sub(lambda match: " " * len(match[0]), text)
-    lines += [(m.start(), m[1]) for m in re.finditer(r"^ {4}(\S.*)$", rest, re.MULTILINE)]
-    lines += [(m.start(), m[1]) for m in _INLINE.finditer(rest)]
-    found = [re.sub(r"\s+#\s.*$", "", line).strip() for _, line in sorted(lines)]
-    return [line for line in found if line.split(" ")[0] in PROGRAMS]
+    found += [(m.start(), [m[1]]) for m in re.finditer(r"^ {4}(\S.*)$", rest, re.MULTILINE)]
+    found += [(m.start(), [m[1]]) for m in _INLINE.finditer(rest)]
+    return [[c for line in lines if (c := _command(line))] for _, lines in sorted(found)]
+
+
+def _command(line: str) -> str:
+    """A line without its prompt and comment; "" where it is no command."""
+    line = re.sub(r"\s+#\s.*$", "", line.removeprefix("$ ")).strip()
+    return line if line.split(" ")[0] in PROGRAMS else ""
 
 
 def snippets(page: Path) -> list[str]:

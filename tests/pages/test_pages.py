@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from artefacts import ROOT, make_adapter
-from commands import commands, filled, snippets
+from commands import blocks, filled, snippets
 from stand_ins import BASES, LIBRARIES, Reader
 
 from layouts import write_old  # isort: skip
@@ -46,7 +46,7 @@ def test_the_readme_from_top_to_bottom(reader: Reader) -> None:
 
 
 def readme() -> list[str]:
-    return [line for line in commands(ROOT / "README.md") if " OLD" not in line and " MODEL" not in line]
+    return [line for lines in blocks(ROOT / "README.md") for line in lines if " OLD" not in line and " MODEL" not in line]
 
 
 @pytest.mark.slow
@@ -54,16 +54,22 @@ def readme() -> list[str]:
 def test_commands_of_the_pages(page: Path, reader: Reader, composed: Path, base: Path, adapters: Path) -> None:
     if page.name in HISTORY:
         pytest.skip("history")
-    own = [line.split() for line in commands(page) if line.startswith("granite-switch")]
-    own = [" ".join(words) for words in own if words[1] != "serve" and len(words) > 2]  # fewer only name a command
-    if not own:
+    found = [[line for line in lines if ours(line)] for lines in blocks(page)]
+    if not any(found):
         pytest.skip("it names no command of ours")
     make_adapter(reader.folder / "more" / "certainty", base, seed=9)
     write_old(reader.folder / "old", 3, base, adapters, ("answerability", "citations", "guardian-core"))
-    for line in own:
+    for lines in found:
         shutil.rmtree(reader.folder / "model", ignore_errors=True)
         shutil.copytree(composed, reader.folder / "model")
-        run(reader, prepared(line, reader, base, adapters))
+        for line in lines:
+            run(reader, prepared(line, reader, base, adapters))
+
+
+def ours(line: str) -> bool:
+    """Whether a line is to be run: fewer than three words only name a command, and a server does not end."""
+    words = line.split()
+    return words[0] == "granite-switch" and len(words) > 2 and words[1] not in ("serve", "play")
 
 
 def prepared(line: str, reader: Reader, base: Path, adapters: Path) -> str:
@@ -72,13 +78,16 @@ def prepared(line: str, reader: Reader, base: Path, adapters: Path) -> str:
     words = {"MODEL": "model", "SOURCE": str(source), "BASE": str(base), "ADAPTERS": str(adapters)}
     words |= {"FOLDER": str(source / "certainty"), "DIR": "taken", "NAME": "citations", "NEW": "renamed"}
     words |= {"OLD": "citations" if " rename " in line else "old", "FILE": "file"}
+    words |= {"TRAINED": "model", "TEXT": "Judge:"}
     if "--new" in line:
         words["NAME"] = "fresh"
-    if "--against" in line and "FOLDER" in line:
+    if "--output MODEL" in line:
+        words["MODEL"] = "made"
+    if "--against FOLDER" in line:
         words["FOLDER"] = str(adapters)
     if ".gguf" in line and "inspect" in line:
         line = f"granite-switch export gguf MODEL --output {line.split()[-1]} --force && {line}"
-    for made in ("renamed", "taken", "model.gguf", "model-q8.gguf"):
+    for made in ("renamed", "taken", "made", "model.gguf", "model-q8.gguf"):
         shutil.rmtree(reader.folder / made, ignore_errors=True)
         (reader.folder / made).unlink(missing_ok=True)
     return filled(line, words)
