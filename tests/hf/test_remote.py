@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from artefacts import make_adapter, make_base
+from artefacts import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import granite_switch.hf  # noqa: F401

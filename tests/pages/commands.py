@@ -16,10 +16,8 @@ _MARK = re.compile(r"<!-- needs (.+?) -->\s*\Z")
 def blocks(page: Path) -> list[list[str]]:
     """The page's commands in order: those of one fenced block follow on each other, others stand alone."""
     text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
-    found: list[tuple[int, list[str]]] = []
-    for match in _FENCE.finditer(text):
-        if match[1] in ("", "bash", "console", "sh"):
-            found.append((match.start(), match[2].splitlines()))
+    shells = [m for m in _FENCE.finditer(text) if m[1] in ("", "bash", "console", "sh")]
+    found = [(m.start(), m[2].splitlines()) for m in shells]
     rest = _FENCE.sub(lambda match: " " * len(match[0]), text)
     found += [(m.start(), [m[1]]) for m in re.finditer(r"^ {4}(\S.*)$", rest, re.MULTILINE)]
     found += [(m.start(), [m[1]]) for m in _INLINE.finditer(rest)]

@@ -46,7 +46,9 @@ def test_the_readme_from_top_to_bottom(reader: Reader) -> None:
 
 
 def readme() -> list[str]:
-    return [line for lines in blocks(ROOT / "README.md") for line in lines if " OLD" not in line and " MODEL" not in line]
+    return [
+        line for lines in blocks(ROOT / "README.md") for line in lines if " OLD" not in line and " MODEL" not in line
+    ]
 
 
 @pytest.mark.slow

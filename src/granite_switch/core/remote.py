@@ -1,8 +1,8 @@
 """The module that a composed folder carries for tools that cannot be told to import this package.
 
-`pipeline(..., trust_remote_code=True)`, lm_eval and TRL load it from the folder. It holds no code of a model: it imports
-the installed package, which registers itself with transformers. Where the package is imported already, transformers
-takes that and never looks at the module.
+`pipeline(..., trust_remote_code=True)`, lm_eval and TRL load it from the folder. It holds no code of a model: it
+imports the installed package, which registers itself with transformers. Where the package is imported already,
+transformers takes that and never looks at the module.
 """
 
 from pathlib import Path
