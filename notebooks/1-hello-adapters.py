@@ -59,9 +59,10 @@ ASK = [{"role": "user", "content": "Where does Ada live?"}]
 TALK = [
     {"role": "user", "content": "What does Ada work as?"},
     {"role": "assistant", "content": "Ada works as a baker."},
-    {"role": "user", "content": "<rewrite> Where does she live?"},
+    {"role": "user", "content": "Where does she live?"},
+    {"role": "user", "content": "<rewrite> Write the last question so that it stands alone."},
 ]
-CLAIM = [*ASK, {"role": "assistant", "content": "Ada lives in Oslo."}]
+CLAIM = [*ASK, {"role": "assistant", "content": "Ada lives in Selby."}]
 
 
 def call(messages, adapter=None):

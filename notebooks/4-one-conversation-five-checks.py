@@ -129,4 +129,4 @@ own = Path("../.venv-mellea/bin/python")
 python = str(own) if own.exists() else sys.executable
 line = [python, "../examples/mellea_adapters.py", str(WORK / "model")]
 done = subprocess.run(line, capture_output=True, text=True)
-print(done.stdout or done.stderr.strip().splitlines()[-1])
+print(done.stdout[done.stdout.index("{\n") :] if done.returncode == 0 else done.stderr.strip().splitlines()[-1])

@@ -43,7 +43,9 @@ def reader(published: dict[str, dict[str, bytes]], tmp_path: Path) -> Iterator[R
     here.mkdir()
     for name in ("sample", "pyproject.toml", "examples", "src"):
         (here / name).symlink_to(ROOT / name)
-    script(programs / "granite-switch", f'exec {sys.executable} -m granite_switch.cli "$@"')
+    notes = f'printf "%s\\n" "granite-switch $*" >> {tmp_path}/noted'
+    ours = f'exec {sys.executable} -m granite_switch.cli "$@"'
+    script(programs / "granite-switch", f'case "$1" in serve|play|check) {notes};; *) {ours};; esac')
     for name in ("pip", "vllm", "llama-server"):
         script(programs / name, f'printf "%s\\n" "{name} $*" >> {tmp_path}/noted')
     with hub() as server:

@@ -35,7 +35,7 @@ def test_the_readme_from_top_to_bottom(reader: Reader) -> None:
     assert texts[0].strip() == "Ada lives in Tarn."
     assert '{"answerability": "answerable"}' in texts[1].replace("\n", "")
     noted = (reader.folder.parent / "noted").read_text().splitlines()
-    assert "vllm serve my-model" in noted
+    assert "granite-switch serve my-model" in noted
     assert (reader.folder / "my-model.gguf").is_file()
     for code in snippets(ROOT / "README.md"):
         done = subprocess.run(
