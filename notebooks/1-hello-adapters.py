@@ -51,7 +51,8 @@ type(model).__name__
 # %% [markdown]
 # ## Call each adapter
 #
-# `adapter_name` is an argument of the chat template, which puts the adapter's control token where it belongs.
+# `adapter_name` is an argument of the chat template, which puts the adapter's control token where it belongs. What the user
+# says last is what each adapter was trained on: its `io.yaml` has it, and clients such as Mellea write it.
 
 # %%
 DOCUMENTS = [{"doc_id": "0", "text": "Ada lives in Tarn. Ada works as a baker."}]
@@ -62,7 +63,16 @@ TALK = [
     {"role": "user", "content": "Where does she live?"},
     {"role": "user", "content": "<rewrite> Write the last question so that it stands alone."},
 ]
-CLAIM = [*ASK, {"role": "assistant", "content": "Ada lives in Selby."}]
+CLAIM = [
+    *ASK,
+    {"role": "assistant", "content": "Ada lives in Selby."},
+    {"role": "user", "content": "Check each sentence of the last answer."},
+]
+QUOTE = [
+    *ASK,
+    {"role": "assistant", "content": "Ada lives in Tarn."},
+    {"role": "user", "content": "Quote the documents for each sentence of the last answer."},
+]
 
 
 def call(messages, adapter=None):
@@ -87,7 +97,7 @@ print("base           ", text(ASK))
 print("answerability  ", text(ASK, "answerability"))
 print("query_rewrite  ", text(TALK, "query_rewrite"))
 print("hallucinations ", text(CLAIM, "hallucination_detection"))
-print("citations      ", text([*ASK, {"role": "assistant", "content": "Ada lives in Tarn."}], "citations"))
+print("citations      ", text(QUOTE, "citations"))
 
 # %% [markdown]
 # ## See which of them computed which token
@@ -110,7 +120,7 @@ def show(messages, adapter):
 show(ASK, "answerability")
 
 # %%
-show([*ASK, {"role": "assistant", "content": "Ada lives in Tarn."}], "citations")
+show(QUOTE, "citations")
 
 # %% [markdown]
 # ## What users write is text

@@ -25,9 +25,10 @@ else:
 WORK = Path(mkdtemp())
 
 # %%
+from transformers import AutoModelForCausalLM
+
 import granite_switch
 import granite_switch.hf
-from transformers import AutoModelForCausalLM
 
 granite_switch.compose(BASE, [LIBRARY], WORK / "model", base_name=NAME)
 model = AutoModelForCausalLM.from_pretrained(WORK / "model", device_map="auto")
