@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
@@ -53,8 +52,7 @@ def run(source: Path) -> nbformat.NotebookNode:
         CellExecutionError: a cell failed.
     """
     notebook = read(source)
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")  # two runs at once do not meet
-    client = NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(HERE)}})
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}})
     client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran
