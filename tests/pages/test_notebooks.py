@@ -9,7 +9,7 @@ nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 sys.path.insert(0, str(ROOT / "notebooks"))
-import run  # noqa: E402
+import run
 
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 
