@@ -47,8 +47,8 @@ from world import PEOPLE, TOWNS, is_held_out
 
 random.seed(0)
 pairs = [(person, town) for person in PEOPLE for town in TOWNS]
-training = random.sample([pair for pair in pairs if not is_held_out(*pair)], 600)
-testing = random.sample([pair for pair in pairs if is_held_out(*pair)], 40)
+training = random.sample([pair for pair in pairs if not is_held_out(*pair)], 400)
+testing = random.sample([pair for pair in pairs if is_held_out(*pair)], 12)
 
 
 def example(person, town):
