@@ -1,4 +1,4 @@
-"""A stand-in for the hub on loopback: as much of its HTTP interface as uploading a folder needs, kept in memory."""
+"""A stand-in for the hub on loopback: as much of its HTTP interface as uploading and fetching a folder needs."""
 
 import base64
 import hashlib
@@ -7,6 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+COMMIT = "0" * 40
 
 
 class Hub(ThreadingHTTPServer):
@@ -35,11 +38,30 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         repo = "/".join(self.path.split("/")[3:5])
         files = self.server.repos.get(repo, {})
-        if "/tree/" in self.path:
-            self._json([{"type": "file", "path": p, "size": len(d), "oid": "0" * 40} for p, d in files.items()])
+        if "/resolve/" in self.path:
+            self._file()
+        elif "/tree/" in self.path:
+            self._json([{"type": "file", "path": p, "size": len(d), "oid": COMMIT} for p, d in files.items()])
         else:
-            record = {"id": repo, "sha": "0" * 40, "siblings": [{"rfilename": path} for path in files]}
+            record = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
             self._json({**record, "private": self.server.private.get(repo, False)})
+
+    def do_HEAD(self) -> None:
+        self._file()
+
+    def _file(self) -> None:
+        """A file of a repository: /owner/name/resolve/REVISION/PATH."""
+        _, owner, name, _, _, path = self.path.split("?")[0].split("/", 5)
+        data = self.server.repos.get(f"{owner}/{name}", {}).get(unquote(path))
+        self.send_response(404 if data is None else 200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(data or b"").hexdigest()}"')
+        self.send_header("Content-Length", str(len(data or b"")))
+        if data is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if data and self.command == "GET":
+            self.wfile.write(data)
 
     def do_PUT(self) -> None:
         self.server.blobs[self.path.split("/")[-1]] = self._body()
@@ -86,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = data
             elif record["key"] == "deletedFile":
                 del files[value["path"]]
-        self._json({"commitUrl": f"{self.server.url}/{repo}/commit/0", "commitOid": "0" * 40, "success": True})
+        self._json({"commitUrl": f"{self.server.url}/{repo}/commit/0", "commitOid": COMMIT, "success": True})
 
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))

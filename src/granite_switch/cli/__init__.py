@@ -3,7 +3,6 @@
 Results go to stdout, progress and errors to stderr; exit code 0, 1 (failed) or 2 (usage).
 """
 
-import json
 import os
 import sys
 from typing import Annotated
@@ -11,18 +10,18 @@ from typing import Annotated
 import typer
 
 from granite_switch.cli import compose, export, generate, maintain, play, serve, upgrade
-from granite_switch.cli.console import console, error
+from granite_switch.cli.command import START, dress
+from granite_switch.cli.console import calm_libraries, console, error, say_json
 from granite_switch.errors import SwitchError
 
 app = typer.Typer(
     name="granite-switch",
     help="One Granite checkpoint, many LoRA and aLoRA adapters, switched per token.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 for group in (compose, export, generate, maintain, play, serve, upgrade):
     group.register(app)
+dress(app)
 
 
 def _version(show: bool) -> None:
@@ -33,23 +32,26 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        console.print(START, markup=False)
 
 
 def main() -> None:
     """Entry point: bad input is a message and exit code 1, not a traceback."""
+    calm_libraries()
     try:
         app()
     except SwitchError as problem:
         error(problem)
         if "--json" in sys.argv:
-            console.print(json.dumps(problem.to_dict(), indent=2, ensure_ascii=False), markup=False)
+            say_json(problem.to_dict())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,6 +1,5 @@
 """`granite-switch compose`."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from granite_switch.cli.console import console, notes, progress, size, warn
+from granite_switch.cli.console import notes, progress, say, say_json, size, warn
 from granite_switch.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -27,7 +26,9 @@ def compose(
         typer.Option("--adapters", "-a", help="PEFT adapter folder, library folder, YAML manifest or hub id; repeat."),
     ],
     more: Annotated[list[str] | None, typer.Argument(help="More adapter sources.", metavar="[SOURCE]...")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to make.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to make; BASE-switch by default.")
+    ] = None,
     base_name: Annotated[str, typer.Option(help="The base's folder in libraries; its own name by default.")] = "",
     include: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to take; repeat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to leave out; repeat.")] = None,
@@ -49,6 +50,7 @@ def compose(
 ) -> None:
     """Compose a base model and adapters into one checkpoint."""
     from granite_switch.compose import prepare
+    from granite_switch.compose.hub import parse_ref
     from granite_switch.compose.push import push as upload
     from granite_switch.core.staging import check_target
 
@@ -62,8 +64,10 @@ def compose(
         selection = (base, base_name, tuple(include or ()), tuple(exclude or ()), technology)
         show_sources(sources, adapter_revision or revision, selection, as_json)
         return
-    if output is None and not push and not dry_run:
-        raise typer.BadParameter("say where the model is to stand", param_hint="--output")
+    if output is None and not push:
+        output = Path(
+            f"{Path(base).resolve().name if Path(base).exists() else parse_ref(base).repo.split('/')[-1]}-switch"
+        )
     if output and not dry_run:
         check_target(output, force=force)
     plan = prepare(
@@ -85,17 +89,17 @@ def compose(
     if output and not dry_run:
         _write(plan, output, force)
     if as_json:
-        console.print(json.dumps(as_dict(plan), indent=2, ensure_ascii=False), markup=False)
+        say_json(as_dict(plan))
     else:
-        console.print(summary(plan))
+        say(summary(plan))
     if (output or dry_run) and not as_json:
-        console.print(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
+        say(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
     if push and not dry_run:
         with TemporaryDirectory() as temporary:
             model = output or Path(temporary) / "model"
             if not output:
                 _write(plan, model, force)
-            console.print(f"pushed: {upload(model, push, private=private)}", markup=False)
+            say(f"pushed: {upload(model, push, private=private)}")
 
 
 def _write(plan: "Plan", output: Path, force: bool) -> None:
@@ -171,14 +175,14 @@ def show_sources(sources: list[str], revision: str | None, selection: tuple[Any,
         for one in found
     ]
     if as_json:
-        console.print(json.dumps(rows, indent=2, ensure_ascii=False), markup=False)
+        say_json(rows)
         return
     table = Table()
     for heading in rows[0]:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row.values()))
-    console.print(table)
+    say(table)
 
 
 def _bytes(plan: "Plan") -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from granite_switch.cli.console import console, progress, size, stderr, warn
+from granite_switch.cli.console import notes, progress, say, size, warn
 
 if TYPE_CHECKING:
     from granite_switch.gguf import Plan
@@ -50,12 +50,10 @@ def gguf(
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     adapters = ", ".join(plan.spec.names)
-    console.print(
-        f"written: {output} ({size(output.stat().st_size)}, {plan.outtype}, {plan.pre}): {adapters}", markup=False
-    )
+    say(f"written: {output} ({size(output.stat().st_size)}, {plan.outtype}, {plan.pre}): {adapters}")
     for path in texts:
-        console.print(f"written: {path}", markup=False)
-    stderr.print(f"[bold]note:[/] {_LIMITS}")
+        say(f"written: {path}")
+    notes([_LIMITS])
 
 
 def _modelfiles(plan: "Plan", output: Path) -> dict[Path, str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from granite_switch.cli.console import console, stderr
+from granite_switch.cli.console import calm_libraries, console, stderr
 from granite_switch.errors import CheckpointError, SwitchError, TemplateError
 
 
@@ -97,10 +97,7 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
         CheckpointError: there is no such model, or it holds no adapters.
     """
     _require("transformers", "torch", "accelerate", extra="hf")
-    import logging as python_logging
-
-    for noisy in ("torchao", "torch.utils._pytree"):  # quantisers that transformers imports where they are installed
-        python_logging.getLogger(noisy).setLevel(python_logging.ERROR)
+    calm_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

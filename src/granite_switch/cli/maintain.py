@@ -1,6 +1,7 @@
 """`granite-switch inspect`, `verify`, `add`, `remove`, `update`, `rename`, `extract` and `push`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -8,8 +9,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from granite_switch.cli.compose import summary
-from granite_switch.cli.console import console, notes, size, warn
+from granite_switch.cli.compose import as_dict, summary
+from granite_switch.cli.console import console, notes, say, say_json, size, warn
 from granite_switch.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ Include: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adap
 Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to leave out; repeat.")]
 Technology: TypeAlias = Annotated[str, typer.Option(help="alora or lora, where only one is wanted.")]
 Revision: TypeAlias = Annotated[str | None, typer.Option(help="Revision of the hub repositories.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or what is wrong.")]
 CreateIoYaml: TypeAlias = Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")]
 
 
@@ -62,13 +64,13 @@ def inspect(
         return
     report = look(folder)
     if as_json:
-        console.print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False), markup=False)
+        say_json(report.to_dict())
     else:
         _show(report)
     if plot:
         draw(strengths(folder), plot)
         if not as_json:
-            console.print(f"written: {plot}", markup=False)
+            say(f"written: {plot}")
 
 
 def verify(
@@ -83,6 +85,7 @@ def verify(
     base_name: BaseName = "",
     technology: Technology = "",
     revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: what was compared, or what is wrong.")] = False,
 ) -> None:
     """Check a composed model's files, and compare it with PEFT."""
     from granite_switch.compose.sources import model_folder
@@ -92,10 +95,18 @@ def verify(
         raise typer.BadParameter("is float32, bfloat16 or float16", param_hint="--dtype")
     folder = model_folder(model, revision)
     spec = check(folder, deep=deep)
-    console.print(f"{model}: {len(spec.active)} adapters, nothing wrong", markup=False)
+    results: list[Any] = []
+    if not as_json:
+        say(f"{model}: {len(spec.active)} adapters, nothing wrong")
     if against:
         base, adapters = _matched(spec, against, base_name, technology, revision)
-        _compare(folder, adapters, base, dtype)
+        results = _compare(folder, adapters, base, dtype)
+        if not as_json:
+            say(_comparison(results, dtype))
+        if wrong := [one.name for one in results if not one.within]:
+            raise CheckpointError(f"{folder}: differs from PEFT: {', '.join(wrong)}", hint="are these its sources?")
+    if as_json:
+        say_json({"adapters": list(spec.names), "compared": [asdict(one) for one in results]})
 
 
 def add(
@@ -114,6 +125,7 @@ def add(
     revision: Revision = None,
     create_io_yaml: CreateIoYaml = False,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Add adapters. Slots and token ids of the others stay."""
     from granite_switch.compose import edit, slot
@@ -123,11 +135,11 @@ def add(
     if new:
         names = [name.strip() for name in targets.split(",") if name.strip()]
         settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": names, "invocation": invocation}
-        _changed(slot.add_empty(model, new, output=output, force=force, **settings), output or model)
+        _changed(slot.add_empty(model, new, output=output, force=force, **settings), output or model, as_json)
         return
     selection = _selection(base_name, include, exclude, technology, revision)
     plan = edit.add(model, sources or [], output=output, force=force, create_io_yaml=create_io_yaml, **selection)
-    _changed(plan, output or model)
+    _changed(plan, output or model, as_json)
 
 
 def update(
@@ -140,12 +152,13 @@ def update(
     technology: Technology = "",
     revision: Revision = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Replace adapters by others of the same name. Slots and token ids stay."""
     from granite_switch.compose import edit
 
     selection = _selection(base_name, include, exclude, technology, revision)
-    _changed(edit.update(model, sources, output=output, force=force, **selection), output or model)
+    _changed(edit.update(model, sources, output=output, force=force, **selection), output or model, as_json)
 
 
 def remove(
@@ -153,11 +166,12 @@ def remove(
     names: Annotated[list[str], typer.Argument(help="Names of adapters.", metavar="NAME...")],
     output: Output = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Remove adapters. Their slots and tokens stay taken."""
     from granite_switch.compose import edit
 
-    _changed(edit.remove(model, names, output=output, force=force), output or model)
+    _changed(edit.remove(model, names, output=output, force=force), output or model, as_json)
 
 
 def rename(
@@ -166,11 +180,12 @@ def rename(
     new: Annotated[str, typer.Argument(help="Its new name.")],
     output: Output = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Rename an adapter. Its slot and token id stay."""
     from granite_switch.compose import edit
 
-    _changed(edit.rename(model, old, new, output=output, force=force), output or model)
+    _changed(edit.rename(model, old, new, output=output, force=force), output or model, as_json)
 
 
 def extract(
@@ -182,7 +197,7 @@ def extract(
     """Write an adapter as PEFT has it."""
     from granite_switch.compose.extract import extract as take
 
-    console.print(f"written: {take(model, name, output, force=force)}", markup=False)
+    say(f"written: {take(model, name, output, force=force)}")
 
 
 def push(
@@ -196,7 +211,7 @@ def push(
     from granite_switch.compose.push import push as upload
 
     url = upload(model, repo, private=private, revision=revision, message=message)
-    console.print(f"pushed: {url}", markup=False)
+    say(f"pushed: {url}")
 
 
 def _selection(
@@ -213,12 +228,15 @@ def _selection(
     }
 
 
-def _changed(plan: "Plan", where: str | Path) -> None:
+def _changed(plan: "Plan", where: str | Path, as_json: bool) -> None:
     notes(plan.notes)
     for warning in plan.warnings:
         warn(warning)
-    console.print(summary(plan))
-    console.print(f"written: {where}", markup=False)
+    if as_json:
+        say_json(as_dict(plan))
+        return
+    say(summary(plan))
+    say(f"written: {where}")
 
 
 def _show(report: "Report") -> None:
@@ -252,9 +270,9 @@ def _show(report: "Report") -> None:
             escape(one.source),
             one.sha256[:16],
         )
-    console.print(table)
+    say(table)
     if report.retired:
-        console.print(f"removed, their slots stay taken: {', '.join(report.retired)}", markup=False)
+        say(f"removed, their slots stay taken: {', '.join(report.retired)}")
 
 
 def _inspect_gguf(path: Path, as_json: bool) -> None:
@@ -266,7 +284,7 @@ def _inspect_gguf(path: Path, as_json: bool) -> None:
         ) from None
     record = describe(path)
     if as_json:
-        console.print(json.dumps(record, indent=2, ensure_ascii=False), markup=False)
+        say_json(record)
         return
     for key, value in record.items():
         if key != "adapters":
@@ -277,7 +295,7 @@ def _inspect_gguf(path: Path, as_json: bool) -> None:
         table.add_column(key, overflow="fold")
     for adapter in record["adapters"]:
         table.add_row(*(escape(_cell(adapter.get(key, ""))) for key in keys))
-    console.print(table)
+    say(table)
 
 
 def _cell(value: Any) -> str:
@@ -307,7 +325,7 @@ def _matched(
     return (bases[0] if bases else None), result
 
 
-def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: str) -> None:
+def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: str) -> list[Any]:
     try:
         import granite_switch.hf  # noqa: F401  (registers the Auto classes)
         from granite_switch.compose.proof import differences, start_proof
@@ -321,14 +339,15 @@ def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: 
         raise CheckpointError(
             f"{folder}: its tokenizer is not read as the base's", problems=problems[:8], hint="compose the model anew"
         )
-    results = compare(folder, adapters, base, dtype)
+    return list(compare(folder, adapters, base, dtype))
+
+
+def _comparison(results: list[Any], dtype: str) -> Table:
     table = Table(title=f"composed against PEFT, {dtype}", title_justify="left")
     for heading in ("adapter", "largest difference", "largest logit", "adapter moves logits by", ""):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for one in results:
-        effect = f"{one.effect:.3g}" if one.name in adapters else ""
+        effect = f"{one.effect:.3g}" if one.name != "base" else ""
         verdict = "equal" if one.within else "DIFFERS"
         table.add_row(escape(one.name), f"{one.difference:.3g}", f"{one.largest:.3g}", effect, verdict)
-    console.print(table)
-    if wrong := [one.name for one in results if not one.within]:
-        raise CheckpointError(f"{folder}: differs from PEFT: {', '.join(wrong)}", hint="are these its sources?")
+    return table

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from granite_switch.cli.compose import summary
-from granite_switch.cli.console import console, progress, size
+from granite_switch.cli.compose import as_dict, summary
+from granite_switch.cli.console import progress, say, say_json, size
 
 
 def register(app: typer.Typer) -> None:
@@ -18,6 +18,7 @@ def upgrade(
     new: Annotated[Path, typer.Argument(help="Folder to make.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or what is wrong.")] = False,
 ) -> None:
     """Rewrite a checkpoint of an older generation as format 1."""
     from granite_switch.compose.sources import model_folder
@@ -31,5 +32,8 @@ def upgrade(
     if not dry_run:
         with staged(new, force=force) as folder, progress("upgrading", total) as advance:
             carry_out(plan, folder, advance)
-    console.print(summary(plan))
-    console.print(f"{'would be written' if dry_run else 'written'}: {new} ({size(total)})", markup=False)
+    if as_json:
+        say_json(as_dict(plan))
+        return
+    say(summary(plan))
+    say(f"{'would be written' if dry_run else 'written'}: {new} ({size(total)})")

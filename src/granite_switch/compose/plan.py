@@ -20,6 +20,7 @@ from granite_switch.compose.sources import Found
 from granite_switch.compose.tokenizer import extended
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.layout import decoder_config
+from granite_switch.core.remote import AUTO_MAP
 from granite_switch.core.spec import BASE_TOKEN, MODEL_TYPE, AdapterSpec, SwitchSpec, architecture, control_token
 from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import AdapterError, SwitchError
@@ -61,7 +62,7 @@ class Plan:
             base["vocab_size"] = self.vocab_size
         else:
             base["text_config"] = {**decoder_config(base), "vocab_size": self.vocab_size}
-        return {**base, **head, **UNREGISTERED, "switch": self.spec.to_dict()}
+        return {**base, **head, **UNREGISTERED, **AUTO_MAP, "switch": self.spec.to_dict()}
 
     @property
     def grown(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from granite_switch.compose.verify import verify
 from granite_switch.compose.write import io_config
 from granite_switch.core.checkpoint import INDEX, Checkpoint
 from granite_switch.core.files import inside
+from granite_switch.core.remote import MODULE
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.staging import held
 from granite_switch.errors import OutputError
@@ -17,7 +18,7 @@ _OURS = ["*.safetensors", "io_configs/*", "additional_chat_templates/*"]  # what
 _SMALL = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "README.md"),
-    *("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "adapter_index.json"),
+    *(MODULE, "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "adapter_index.json"),
 )
 
 

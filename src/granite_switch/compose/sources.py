@@ -18,6 +18,7 @@ from granite_switch.compose.hub import HubRef, Repository, files_below, open_rep
 from granite_switch.compose.recognise import refuse, what_file_is
 from granite_switch.core.border import checked, read_yaml
 from granite_switch.core.records import ManifestEntry, RetiredEntry, read_adapter_config
+from granite_switch.core.remote import MODULE
 from granite_switch.errors import AdapterError, BaseModelError, CheckpointError, SwitchError
 
 TECHNOLOGIES = ("alora", "lora")  # in order of preference
@@ -89,7 +90,7 @@ def base_folder(base: str, revision: str | None = None) -> Path:
 
 def model_folder(model: str | PathLike[str], revision: str | None = None) -> Path:
     """A composed model's folder; a hub repository is fetched first."""
-    return _whole(str(model), revision, [*_BASE_FILES, "README.md", "io_configs/*"], CheckpointError)
+    return _whole(str(model), revision, [*_BASE_FILES, MODULE, "README.md", "io_configs/*"], CheckpointError)
 
 
 def _whole(model: str, revision: str | None, files: list[str], error: type[SwitchError]) -> Path:

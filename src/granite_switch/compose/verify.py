@@ -20,6 +20,7 @@ from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor
 from granite_switch.core.files import inside, steady
 from granite_switch.core.layout import AdapterTensor, decoder_config, digest, parse_key, vocabulary
 from granite_switch.core.records import ShardIndex
+from granite_switch.core.remote import AUTO_MAP, MODULE
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError, SwitchError
@@ -75,7 +76,7 @@ def find_problems(folder: Path, *, deep: bool = False, prove: bool = True) -> li
             found = [f"AutoTokenizer: {line}" for line in differences(start_proof(folder))]
         problems += found
         problems += _template_problems(folder, tokenizer, spec)
-    return problems + _client_problems(folder, spec)
+    return problems + _client_problems(folder, config, spec)
 
 
 def _attempt(problems: list[str], step: Callable[..., T], *args: Any) -> T | None:
@@ -162,10 +163,12 @@ def _prove(
     place.prove(spec, placements, tokenizer.templates["default"], bases["default"], samples, tokenizer.library)
 
 
-def _client_problems(folder: Path, spec: SwitchSpec) -> list[str]:
+def _client_problems(folder: Path, config: Mapping[str, Any], spec: SwitchSpec) -> list[str]:
     problems: list[str] = []
     index = _attempt(problems, lambda: read_json(inside(folder, "adapter_index.json")))
     if index is not None and index != adapter_index(spec, folder):
         problems.append("adapter_index.json: does not list the adapters of config.json and their io.yaml")
+    if config.get("auto_map") == AUTO_MAP["auto_map"] and not inside(folder, MODULE).is_file():
+        problems.append(f"{MODULE} is missing, which config.json's auto_map names")
     paths = [folder / io_config(adapter.name) for adapter in spec.active]
     return problems + [problem for path in paths if path.is_file() and (problem := io_problem(path))]

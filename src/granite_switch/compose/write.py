@@ -27,6 +27,7 @@ from granite_switch.core.checkpoint import (
 )
 from granite_switch.core.files import inside
 from granite_switch.core.layout import EMBEDDINGS, AdapterTensor, adapter_file
+from granite_switch.core.remote import write_module
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.staging import link_or_copy
 from granite_switch.errors import CheckpointError
@@ -117,6 +118,7 @@ def _entry(plan: Plan, tensor: Tensor) -> Entry:
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
     write_json(folder / "config.json", plan.config)
+    write_module(folder)
     write_json(folder / "tokenizer.json", plan.tokenizer_data)
     write_json(folder / "tokenizer_config.json", extended_config(plan.base.tokenizer, plan.tokenizer_data))
     for name, template in plan.templates.items():

@@ -30,6 +30,7 @@ from granite_switch.core.layout import (
     parse_key,
     vocabulary,
 )
+from granite_switch.core.remote import AUTO_MAP, write_module
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import OutputError
 
@@ -114,12 +115,16 @@ def _split(folder: Path, spec: SwitchSpec, source: Path, rows: int) -> None:
     for name in checkpoint.files.keys() - files.keys():
         (folder / name).unlink()
     write_index(folder, files)
+    write_module(folder)
     _record(folder, {name: files[adapter_file(name)] for name in adapters})
 
 
 def _record(folder: Path, adapters: dict[str, dict[str, Tensor]]) -> None:
-    """Where an adapter was trained further, it is no longer its source's: record its own digest."""
-    config = read_json(folder / "config.json")
+    """Where an adapter was trained further, it is no longer its source's: record its own digest.
+
+    A model that came from the hub names the module there; here it stands beside the weights.
+    """
+    config = read_json(folder / "config.json") | AUTO_MAP
     for adapter in config["switch"]["adapters"]:
         tensors = {key: t for name, t in adapters.get(adapter["name"], {}).items() if (key := parse_key(name))}
         if adapter.get("digest") and tensors and adapter["digest"] != digest(tensors):

@@ -1,0 +1,135 @@
+# %% [markdown]
+# # Hello, adapters
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/generative-computing/granite-switch/blob/main/notebooks/1-hello-adapters.ipynb)
+#
+# One checkpoint holds a base model and several adapters. A control token in the prompt says which of them computes the
+# tokens from there on. Here each is called once, and the trace shows which of them computed which token.
+
+# %% [markdown]
+# On Colab the next cell installs the package and takes a real Granite from the hub; elsewhere it takes the sample of this
+# repository, 1.7 million parameters, which runs on any machine.
+
+# %%
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import mkdtemp
+
+if "google.colab" in sys.modules:
+    subprocess.run(["git", "clone", "https://github.com/generative-computing/granite-switch"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./granite-switch[hf]", "peft"], check=True)
+    BASE, LIBRARY, NAME = "ibm-granite/granite-4.0-micro", "ibm-granite/granitelib-rag-r1.0", ""
+else:
+    BASE, LIBRARY, NAME = "../sample/base", "../sample/library", "granite-switch-sample"
+WORK = Path(mkdtemp())
+
+# %% [markdown]
+# ## One checkpoint of a base and its adapters
+
+# %%
+import granite_switch
+
+plan = granite_switch.compose(BASE, [LIBRARY], WORK / "model", base_name=NAME)
+for slot, adapter in enumerate(plan.spec.adapters, 1):
+    print(slot, adapter.name, adapter.technology, f"rank {adapter.rank}", adapter.token)
+
+# %% [markdown]
+# ## Load it, as any other model
+#
+# `import granite_switch.hf` registers the model with transformers; everything after it is transformers' own.
+
+# %%
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import granite_switch.hf
+
+model = AutoModelForCausalLM.from_pretrained(WORK / "model", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(WORK / "model")
+type(model).__name__
+
+# %% [markdown]
+# ## Call each adapter
+#
+# `adapter_name` is an argument of the chat template, which puts the adapter's control token where it belongs. What the user
+# says last is what each adapter was trained on: its `io.yaml` has it, and clients such as Mellea write it.
+
+# %%
+DOCUMENTS = [{"doc_id": "0", "text": "Ada lives in Tarn. Ada works as a baker."}]
+ASK = [{"role": "user", "content": "Where does Ada live?"}]
+TALK = [
+    {"role": "user", "content": "What does Ada work as?"},
+    {"role": "assistant", "content": "Ada works as a baker."},
+    {"role": "user", "content": "Where does she live?"},
+    {"role": "user", "content": "<rewrite> Write the last question so that it stands alone."},
+]
+CLAIM = [
+    *ASK,
+    {"role": "assistant", "content": "Ada lives in Selby."},
+    {"role": "user", "content": "Check each sentence of the last answer."},
+]
+QUOTE = [
+    *ASK,
+    {"role": "assistant", "content": "Ada lives in Tarn."},
+    {"role": "user", "content": "Quote the documents for each sentence of the last answer."},
+]
+
+
+def call(messages, adapter=None):
+    inputs = tokenizer.apply_chat_template(
+        messages,
+        documents=DOCUMENTS,
+        adapter_name=adapter,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    ).to(model.device)
+    sequence = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0].tolist()
+    return inputs["input_ids"].shape[1], sequence
+
+
+def text(messages, adapter=None):
+    length, sequence = call(messages, adapter)
+    return tokenizer.decode(sequence[length:], skip_special_tokens=True)
+
+
+print("base           ", text(ASK))
+print("answerability  ", text(ASK, "answerability"))
+print("query_rewrite  ", text(TALK, "query_rewrite"))
+print("hallucinations ", text(CLAIM, "hallucination_detection"))
+print("citations      ", text(QUOTE, "citations"))
+
+# %% [markdown]
+# ## See which of them computed which token
+#
+# answerability is an activated LoRA: it acts from the assistant's turn on, so all the prompt before it is the base's own
+# computation, and its cache is the base's. citations is a LoRA, and acts from the first token.
+
+# %%
+from IPython.display import HTML
+
+from granite_switch.cli import trace
+
+
+def show(messages, adapter):
+    length, sequence = call(messages, adapter)
+    tokens = trace.trace(sequence, length, model.config.switch_spec, lambda i: tokenizer.decode([i]))
+    return HTML(trace.page(tokens, model.config.switch_spec))
+
+
+show(ASK, "answerability")
+
+# %%
+show(QUOTE, "citations")
+
+# %% [markdown]
+# ## What users write is text
+#
+# A control token in a message is taken out before ours is placed: nobody switches an adapter from outside.
+
+# %%
+rendered = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Where <|citations|> does Ada live?"}], add_generation_prompt=True, tokenize=False
+)
+assert "<|citations|>" not in rendered
+print(rendered)

@@ -1,0 +1,126 @@
+# %% [markdown]
+# # Compose your own
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/generative-computing/granite-switch/blob/main/notebooks/2-compose-your-own.ipynb)
+#
+# What can be put together, what composing will do before it does it, how to check the result against PEFT, and what an
+# adapter costs in time.
+
+# %% [markdown]
+# On Colab the next cell installs the package and takes a real Granite from the hub; elsewhere it takes the sample of this
+# repository, 1.7 million parameters, which runs on any machine.
+
+# %%
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import mkdtemp
+
+if "google.colab" in sys.modules:
+    subprocess.run(["git", "clone", "https://github.com/generative-computing/granite-switch"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./granite-switch[hf]", "peft"], check=True)
+    BASE, LIBRARY, NAME = "ibm-granite/granite-4.0-micro", "ibm-granite/granitelib-rag-r1.0", ""
+else:
+    BASE, LIBRARY, NAME = "../sample/base", "../sample/library", "granite-switch-sample"
+WORK = Path(mkdtemp())
+
+# %% [markdown]
+# ## The plan
+#
+# `prepare` reads headers and configs and says everything that is wrong at once. It writes nothing.
+
+# %%
+import time
+
+import granite_switch
+from granite_switch.compose import prepare
+
+plan = prepare(BASE, [LIBRARY], base_name=NAME)
+print(f"{plan.spec.base_model}: {plan.checkpoint.nbytes / 1e6:.1f} MB, adapters {plan.adapter_bytes / 1e6:.1f} MB")
+for adapter in plan.spec.adapters:
+    where = repr(adapter.invocation_text) if adapter.technology == "alora" else "the first token"
+    print(f"{adapter.name:25}{adapter.technology:7}{adapter.rank:3}  acts from {where}")
+
+# %% [markdown]
+# What does not fit is an error with a hint, and nothing is left behind:
+
+# %%
+try:
+    prepare(BASE, [LIBRARY], base_name="another-base")
+except granite_switch.SwitchError as error:
+    print(error.message, *error.problems, error.hint, sep="\n  ")
+
+# %% [markdown]
+# ## Compose, and look
+#
+# The base's shards are linked, adapters copied; nothing is loaded as a model.
+
+# %%
+start = time.perf_counter()
+granite_switch.compose(BASE, [LIBRARY], WORK / "model", base_name=NAME)
+print(f"{time.perf_counter() - start:.1f} s")
+for path in sorted((WORK / "model").iterdir()):
+    print(f"{path.stat().st_size:>10,}  {path.name}")
+
+# %% [markdown]
+# How strongly each adapter changes each layer and projection, relative to the base's own weights:
+
+# %%
+from IPython.display import SVG
+
+from granite_switch.compose.inspect import plot, strengths
+
+plot(strengths(WORK / "model"), WORK / "strengths.svg")
+SVG(str(WORK / "strengths.svg"))
+
+# %% [markdown]
+# ## Equal to PEFT
+#
+# `verify` checks the files. `compare` runs each adapter in PEFT on the plain base and in the composed model.
+
+# %%
+import granite_switch.hf
+from granite_switch.compose.sources import Selection, base_folder, find
+from granite_switch.hf.verify import compare
+
+granite_switch.verify(WORK / "model", deep=True)
+found = find([LIBRARY], Selection(NAME or BASE.split("/")[-1]))
+for result in compare(WORK / "model", {one.name: one.folder for one in found}, base_folder(BASE), "float32"):
+    print(f"{result.name:25} largest difference {result.difference:.1e}, largest logit {result.largest:.1f}")
+    assert result.within
+
+# %% [markdown]
+# ## Change it
+#
+# Slots and token ids of the others stay, so their prompts and caches stay valid.
+
+# %%
+granite_switch.remove(WORK / "model", ["citations"])
+granite_switch.rename(WORK / "model", "query_rewrite", "rewrite")
+granite_switch.add(WORK / "model", [LIBRARY], include=["citations"], base_name=NAME)
+[(a.name, a.token, "retired" if a.retired else "") for a in granite_switch.verify(WORK / "model").adapters]
+
+# %% [markdown]
+# ## What an adapter costs
+#
+# Seconds to read a prompt of 512 tokens and to write 32, base and adapters in turn, the best of five. A small base shows the
+# cost of the calls, not of the arithmetic; docs/performance.md has a base of 367 MB.
+
+# %%
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(WORK / "model", device_map="auto")
+spec = model.config.switch_spec
+prompt = torch.randint(20, 300, (1, 512), device=model.device)
+seconds = {}
+for _ in range(5):
+    for name in ("base", *spec.names):
+        ids = prompt.clone()
+        if name != "base":
+            ids[0, 0] = spec.adapter(name).token_id
+        start = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=32, max_new_tokens=32, do_sample=False)
+        seconds[name] = min(seconds.get(name, 9e9), time.perf_counter() - start)
+for name, value in seconds.items():
+    print(f"{name:25}{value:6.2f} s  {value / seconds['base']:.2f} of the base's")

@@ -1,0 +1,38 @@
+"""What stands in for the repositories that the pages name, and where a reader of them is."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from artefacts import ROOT
+
+sys.path[:0] = [str(ROOT / "tests" / "maintain"), str(ROOT / "tests" / "legacy")]
+
+from hub import Hub
+
+# published bases: model_type and layers as the table of real ones has them, everything else tiny
+BASES = {
+    "ibm-granite/granite-4.0-micro": "granitemoehybrid",
+    "ibm-granite/granite-4.0-h-micro": "granitemoehybrid_mamba",
+    "ibm-granite/granite-4.1-3b": "granite",
+}
+# published libraries: adapters, and the technologies in which each is there
+LIBRARIES = {
+    "ibm-granite/granitelib-rag-r1.0": {
+        "answerability": ("alora", "lora"),
+        "citations": ("lora",),
+        "hallucination_detection": ("lora",),
+        "query_rewrite": ("alora", "lora"),
+    },
+    "ibm-granite/granitelib-core-r1.0": {"requirement_check": ("alora", "lora"), "uncertainty": ("alora",)},
+}
+TARGETS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Somebody who follows the pages: a folder to be in, and the environment of their shell."""
+
+    folder: Path
+    environment: dict[str, str]
+    hub: Hub

@@ -1,0 +1,30 @@
+"""The notebooks' two files are in step: what can be read as text, and what holds the outputs of its last run."""
+
+import sys
+
+import pytest
+from artefacts import ROOT
+
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("jupytext")
+pytest.importorskip("nbclient")
+sys.path.insert(0, str(ROOT / "notebooks"))
+import run
+
+SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+
+
+def test_there_are_five() -> None:
+    assert [path.name[0] for path in SOURCES] == list("12345")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_outputs_are_of_this_text(source) -> None:
+    kept = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    nbformat.validate(kept)
+    assert [c.source for c in kept.cells] == [c.source for c in run.read(source).cells]
+    outputs = [output for cell in kept.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert len(outputs) >= 3
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert f"notebooks/{source.stem}.ipynb" in kept.cells[0].source  # the badge opens this one
+    assert "google.colab" in source.read_text()
