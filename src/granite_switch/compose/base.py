@@ -12,6 +12,7 @@ from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
 from granite_switch.core.layout import Vocabulary, decoder_config, natural, vocabulary
 from granite_switch.core.linears import Shape, linears
+from granite_switch.core.packed import WAY_OUT, refused
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE
 from granite_switch.core.tokenizer import BaseTokenizer
@@ -33,7 +34,10 @@ class Base:
     @cached_property
     def linears(self) -> dict[str, Shape]:
         """(out, in) of what adapters can target, by path."""
-        return linears(self.checkpoint.tensors, self.config)
+        try:
+            return linears(self.checkpoint.tensors, self.config)
+        except CheckpointError as error:
+            raise BaseModelError(f"{self.folder}: {error.message}", problems=error.problems, hint=error.hint) from None
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -96,6 +100,8 @@ def read_base_config(folder: Path) -> dict[str, Any]:
             f"{where}: architectures {shown(names)} name no language model",
             hint=f"the class must end in {', '.join(_CAUSAL)}; save the model with its language-model head",
         )
+    if quantisation := refused(config):
+        raise BaseModelError(f"{where}: {quantisation}: adapters were not tried on it", hint=WAY_OUT)
     return config
 
 
