@@ -4,14 +4,15 @@ A new format is one function: it takes a weight [out, in] and gives its tensors,
 the weight that they stand for.
 """
 
-import json
+import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from artefacts import edit_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,8 +34,6 @@ class Format:
 
     config: Mapping[str, Any]
     pack: Callable[[Tensor], Packed]
-    ignore: str = "ignore"  # the key of the linears that are left as they are
-    left: Sequence[str] = field(default_factory=tuple)
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
@@ -88,20 +87,16 @@ def fp8_blocks(weight: Tensor) -> Packed:
     return Packed(tensors, (values.float() * scales[:, None, :, None]).flatten(2).flatten(0, 1))
 
 
-def gptq(bits: int) -> Callable[[Tensor], Packed]:
-    def pack(weight: Tensor) -> Packed:
-        values, scales = grouped(weight, bits)
-        zero = 2 ** (bits - 1)
-        zeros = torch.full((scales.shape[1], len(weight)), zero - 1)  # format 1 of GPTQ keeps them minus one
-        tensors = {
-            "qweight": pack_words(values + zero, bits).T.contiguous(),
-            "qzeros": pack_words(zeros, bits),
-            "scales": scales.T.contiguous().half(),
-            "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
-        }
-        return Packed(tensors, meant(values, scales.half()))
-
-    return pack
+def gptq(weight: Tensor) -> Packed:
+    values, scales = grouped(weight, 4)
+    zeros = torch.full((scales.shape[1], len(weight)), 7)  # kept minus one
+    tensors = {
+        "qweight": pack_words(values + 8, 4).T,
+        "qzeros": pack_words(zeros, 4),
+        "scales": scales.T.half(),
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+    }
+    return Packed(tensors, meant(values, scales.half()))
 
 
 def awq(weight: Tensor) -> Packed:
@@ -169,46 +164,46 @@ FORMATS: Mapping[str, Format] = {
     "fp8 in blocks": Format(
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP]},
         fp8_blocks,
-        "modules_to_not_convert",
     ),
     "gptq": Format(
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
         | {"checkpoint_format": "gptq", "lm_head": False},
-        gptq(4),
-        "modules_in_block_to_quantize",
+        gptq,
     ),
     "awq": Format(
         {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
         awq,
-        "modules_to_not_convert",
     ),
 }
 
 
-def quantise(plain: Path, folder: Path, name: str, *, keep: Sequence[str] = ()) -> Path:
-    """Write a base quantised, and beside it in `folder`-meant the plain base with the weights that it stands for.
+def quantise(plain: Path, folder: Path, name: str, *, keep: Sequence[str] = (), targets: Any = None, **more: Any) -> Path:
+    """Write a base quantised, and beside it the plain base with the weights that it stands for.
 
     Args:
         plain: a base in full precision, in one file.
         name: a key of `FORMATS`.
-        keep: ends of the linears that stay as they are.
+        keep: parts of the paths of linears that stay as they are.
+        targets: of compressed-tensors' group, in place of "Linear".
+        more: of quantization_config.
     """
-    form, stands = FORMATS[name], meant_by(folder)
+    stands = meant_by(folder)
     shutil.copytree(plain, folder)
     shutil.copytree(plain, stands)
     tensors, weights = load_file(plain / "model.safetensors"), {}
     for key in [key for key in tensors if key.endswith("_proj.weight")]:
         path = key.removesuffix(".weight")
-        if path.endswith(tuple(keep)):
+        if any(part in path for part in keep):
             continue
-        packed = form.pack(tensors.pop(key).float())
+        packed = FORMATS[name].pack(tensors.pop(key).float())
         tensors |= {f"{path}.{kind}": tensor.contiguous() for kind, tensor in packed.tensors.items()}
         weights[key] = packed.weight
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(load_file(plain / "model.safetensors") | weights, stands / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = dict(form.config)
-    (folder / "config.json").write_text(json.dumps(config))
+    quantisation = {**copy.deepcopy(dict(FORMATS[name].config)), **more}
+    if targets:
+        quantisation["config_groups"]["group_0"]["targets"] = targets
+    edit_json(folder / "config.json", quantization_config=quantisation)
     return folder
 
 

@@ -5,6 +5,7 @@ through that does not fit. A method, format or packing that is not here is refus
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ WORKS = (
     "nvfp4-pack-quantized), fp8 in blocks, gptq and awq in 4 bits"
 )
 WAY_OUT = f"compose from the base in full precision and quantise it as it is loaded, or from one of: {WORKS}"
+_PARTS = re.compile(r"\.(weight[._].+|input_\w+|qweight|qzeros|scales|g_idx|SCB)$")
 _CT_FORMATS = ("int-quantized", "float-quantized", "pack-quantized", "nvfp4-pack-quantized")
 
 
@@ -57,6 +59,11 @@ class Packed:
             problems=[f"{kind}: {tensor.dtype} {list(tensor.shape)}" for kind, tensor in kinds.items()],
             hint=WAY_OUT,
         )
+
+
+def plain_name(name: str) -> str:
+    """The name of a linear's weight, of the name of any of the tensors that quantisers write for it."""
+    return _PARTS.sub(".weight", name)
 
 
 def refused(config: Mapping[str, Any]) -> str:
@@ -103,6 +110,7 @@ def weight(one: Packed, tensor: Tensor) -> Shape | None:
     states = [f"{one.path}.weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
     if state := next((name for name in states if name in one.tensors), None):
         out, width = map(int, json.loads(one.tensors[state].read())["shape"])
+        one.shape_of("weight.absmax"), one.shape_of("weight.quant_map")
         return one.check((out, width), -(-out * width // 2) == tensor.nbytes)
     if len(tensor.shape) != 2:
         return None
