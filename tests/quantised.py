@@ -152,12 +152,8 @@ FORMATS: Mapping[str, Format] = {
     "compressed-tensors FP8": Format(
         ct("float-quantized", _arguments(8, "float", "channel"), {**_arguments(8, "float", ""), **_TOKENS}), ct_float8
     ),
-    "compressed-tensors W4A16": Format(
-        ct("pack-quantized", {**_arguments(4, "int", ""), **_GROUPS}), ct_packed(4)
-    ),
-    "compressed-tensors W8A16": Format(
-        ct("pack-quantized", {**_arguments(8, "int", ""), **_GROUPS}), ct_packed(8)
-    ),
+    "compressed-tensors W4A16": Format(ct("pack-quantized", {**_arguments(4, "int", ""), **_GROUPS}), ct_packed(4)),
+    "compressed-tensors W8A16": Format(ct("pack-quantized", {**_arguments(8, "int", ""), **_GROUPS}), ct_packed(8)),
     "compressed-tensors NVFP4": Format(
         ct("nvfp4-pack-quantized", _arguments(4, "float", "tensor_group", group_size=16)), fp4
     ),
@@ -177,7 +173,9 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def quantise(plain: Path, folder: Path, name: str, *, keep: Sequence[str] = (), targets: Any = None, **more: Any) -> Path:
+def quantise(
+    plain: Path, folder: Path, name: str, *, keep: Sequence[str] = (), targets: Any = None, **more: Any
+) -> Path:
     """Write a base quantised, and beside it the plain base with the weights that it stands for.
 
     Args:
