@@ -33,12 +33,13 @@ SHAPES = {
     "qwen3": ATTENTION | GATED,
 }
 _COMPOSE = """
-import sys, time; from granite_switch import compose
+import resource, sys, time; from granite_switch import compose
 start = time.perf_counter()
 compose(sys.argv[1], [sys.argv[2]], sys.argv[3])
 seconds = time.perf_counter() - start
 peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))
-print(seconds, int(peak) * 1024)
+usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(seconds, int(peak) * 1024, sum(one.ru_utime + one.ru_stime for one in usage))
 """
 
 
@@ -136,7 +137,7 @@ def main() -> None:
             os.sync()
             command = [sys.executable, "-c", _COMPOSE, work / "base", work / "adapters", work / "out"]
             run = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True, check=True)
-            took, peak = run.stdout.split()
+            took, peak, cpu = run.stdout.split()
             seconds.append(float(took))
             peaks.append(int(peak))
             files = copied_bytes(work / "out")
@@ -150,7 +151,7 @@ def main() -> None:
         to_copy = sum(p.stat().st_size for p in copied_bytes(work / "out"))
         linked = sum(p.stat().st_nlink > 1 for p in (work / "out").glob("*.safetensors"))
         print(f"{options.family}: {size / 1e9:.2f} GB in {layers + 1} shards, {linked} of them linked")
-        print(f"compose  {_spread(seconds)} s, peak memory {max(peaks) / 1e6:.0f} MB")
+        print(f"compose  {_spread(seconds)} s ({float(cpu):.1f} s of CPU time), peak memory {max(peaks) / 1e6:.0f} MB")
         print(f"cp       {_spread(copying)} s for the {to_copy / 1e9:.2f} GB that have to be copied")
         print(f"compose - cp: {_spread(np.subtract(seconds, copying).tolist())} s")
     finally:
