@@ -63,6 +63,8 @@ class TestShapes:
                     changed[key] = cut(whole[key]).contiguous()
                     if changed[key].shape == whole[key].shape or not changed[key].numel():
                         continue
+                    if key.endswith(".weight") and len(changed[key]) == len(whole[key]) and "compressed" in name:
+                        continue  # a number for each of the linear's, a scale for each row: the width is the tensor's
                 save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
                 if cut is None and key.endswith(("qweight", "weight", "weight_packed")):
                     assert path[:-1] not in read_base(base).linears or "weight_scale" in name

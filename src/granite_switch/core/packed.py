@@ -145,10 +145,15 @@ def weight_packed(one: Packed, tensor: Tensor) -> Shape:
     shape = one.tensors[f"{one.path}.weight_shape"] if one.shape_of("weight_shape") == (2,) else None
     if shape is None or shape.dtype not in ("I64", "I32"):
         return one.check((rows, columns), False)
-    out, width = np.frombuffer(shape.read(), "<i8" if shape.dtype == "I64" else "<i4").tolist()
-    words = {-(-width // (32 // int(s["num_bits"]))) for s in settings if 0 < int(s.get("num_bits") or 0) <= 8}
     scales = one.shape_of("weight_scale")
-    return one.check((out, width), rows == out and columns in words and scales[:1] == (out,))
+    out, width = np.frombuffer(shape.read(), "<i8" if shape.dtype == "I64" else "<i4").tolist()
+    packings = [(int(s.get("num_bits") or 0), int(s.get("group_size") or -1)) for s in settings]
+    fits = [
+        columns == -(-width // (32 // bits)) and scales == (out, -(-width // size) if size > 0 else 1)
+        for bits, size in packings
+        if bits in (4, 8)
+    ]
+    return one.check((out, width), rows == out and any(fits))
 
 
 def qweight(one: Packed, tensor: Tensor) -> Shape:
