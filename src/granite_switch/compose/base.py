@@ -11,8 +11,8 @@ from granite_switch.core.border import shown
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import inside
 from granite_switch.core.layout import Vocabulary, decoder_config, natural, vocabulary
-from granite_switch.core.linears import Shape, linears
-from granite_switch.core.packed import WAY_OUT, plain_name, refused
+from granite_switch.core.linears import linears
+from granite_switch.core.packed import WAY_OUT, Shape, plain_name, refused
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE
 from granite_switch.core.tokenizer import BaseTokenizer
