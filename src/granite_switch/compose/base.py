@@ -1,6 +1,6 @@
 """Read a base model and check that it can carry adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,10 +8,11 @@ from typing import Any
 
 from granite_switch.compose.reading import read_as_base
 from granite_switch.core.border import shown
-from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import inside
 from granite_switch.core.layout import Vocabulary, decoder_config, natural, vocabulary
-from granite_switch.core.linears import Shape, linears
+from granite_switch.core.linears import linears
+from granite_switch.core.packed import WAY_OUT, Shape, plain_name, refused
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE
 from granite_switch.core.tokenizer import BaseTokenizer
@@ -33,7 +34,10 @@ class Base:
     @cached_property
     def linears(self) -> dict[str, Shape]:
         """(out, in) of what adapters can target, by path."""
-        return linears(self.checkpoint.tensors, self.config)
+        try:
+            return linears(self.checkpoint.tensors, self.config)
+        except CheckpointError as error:
+            raise BaseModelError(f"{self.folder}: {error.message}", problems=error.problems, hint=error.hint) from None
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -96,13 +100,17 @@ def read_base_config(folder: Path) -> dict[str, Any]:
             f"{where}: architectures {shown(names)} name no language model",
             hint=f"the class must end in {', '.join(_CAUSAL)}; save the model with its language-model head",
         )
+    if quantisation := refused(config):
+        raise BaseModelError(f"{where}: {quantisation}: adapters were not tried on it", hint=WAY_OUT)
     return config
 
 
 def check_base(base: Base) -> None:
     """The layers must be whole, and the embedding must have rows to extend."""
     tensors, config = base.checkpoint.tensors, decoder_config(base.config)
-    if missing := [*_missing_layers(tensors, config), *_missing_norms(tensors, config)]:
+    quantised = base.config.get("quantization_config")  # then some linears may be left as they were
+    names_there = dict.fromkeys(map(plain_name, tensors) if quantised else tensors)
+    if missing := [*_missing_layers(names_there, config), *_missing_norms(names_there, config)]:
         raise BaseModelError(f"{base.folder}: its weights lack tensors that its config implies", problems=missing[:20])
     names = base.vocabulary
     tied = config.get("tie_word_embeddings", base.config.get("tie_word_embeddings"))
@@ -130,7 +138,7 @@ def check_base(base: Base) -> None:
         raise BaseModelError(f"{base.folder}: holds no linear (a 2-D weight in a numbered layer) for adapters")
 
 
-def _missing_layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
+def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list[str]:
     """Layers that are not there, and tensors that a layer lacks and all others of its type have."""
     layers: dict[int, set[str]] = {}
     heads: dict[str, int] = {}
@@ -161,7 +169,7 @@ def _missing_layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     return absent
 
 
-def _missing_norms(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
+def _missing_norms(tensors: Collection[str], config: Mapping[str, Any]) -> list[str]:
     """A decoder whose config has an epsilon for norms has norms, in its layers and at its end."""
     if not any(config.get(key) is not None for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")):
         return []

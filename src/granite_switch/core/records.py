@@ -218,12 +218,29 @@ class GenerationConfig(Record):
     eos_token_id: TokenId | list[TokenId] | None = None
 
 
+class QuantisedWeights(Record):
+    """`weights` of one of compressed-tensors' `config_groups`."""
+
+    num_bits: Annotated[int, Field(gt=0, le=32)] | None = None
+    group_size: Annotated[int, Field(ge=-1)] | None = None
+
+
+class QuantisedGroup(Record):
+    """One of compressed-tensors' `config_groups`."""
+
+    weights: QuantisedWeights | None = None
+    format: str | None = None
+
+
 class Quantisation(Record):
     """`quantization_config` of config.json."""
 
     quant_method: str | None = None
     bits: Annotated[int, Field(gt=0, le=32)] | None = None
-    w_bit: Annotated[int, Field(gt=0, le=32)] | None = None
+    group_size: Annotated[int, Field(ge=-1)] | None = None
+    weight_block_size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    config_groups: dict[str, QuantisedGroup] | None = None
+    sparsity_config: dict[str, Any] | None = None
 
 
 class DecoderConfig(Record):
