@@ -34,7 +34,7 @@ help:
 	@echo "make fuzz       every command on 20,000 damaged files (minutes)"
 	@echo "make check      format, lint, types, import arrows"
 	@echo "make sample     train the sample model and its adapters anew (about an hour)"
-	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine (half an hour)"
+	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine that is set up (half an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
 
 setup: .venv/.stamp
