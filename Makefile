@@ -37,7 +37,7 @@ help:
 	@echo "make docs       the pages and the API reference as a site, in out/site"
 	@echo "make check      format, lint, types, import arrows, the site"
 	@echo "make sample     train the sample model and its adapters anew (about an hour)"
-	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine (half an hour)"
+	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine that is set up (half an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
 
 setup: .venv/.stamp

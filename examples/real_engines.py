@@ -5,6 +5,7 @@ vLLM has an environment of its own, so this file is a program too: it reads prom
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,11 @@ def in_transformers(model: Any, prompts: Sequence[Sequence[int]], pad: int, batc
     return answers
 
 
+def in_switch(model: Any, prompts: Prompts, pad: int) -> Answers:
+    """The switch model's own answers: the control tokens in the prompts choose the adapter."""
+    return {name: in_transformers(model, some, pad) for name, some in prompts.items()}
+
+
 def in_peft(base: Path, adapters: Mapping[str, Path], prompts: Prompts, pad: int) -> Answers:
     """The reference: each adapter loaded onto the base, as it was trained."""
     from peft import PeftModel
@@ -51,7 +57,8 @@ def in_vllm(python: Path, composed: Path, prompts: Prompts, pad: int, work: Path
     """vLLM's answers, from its own environment."""
     asked, answered = work / "prompts.json", work / "vllm.json"
     asked.write_text(json.dumps({"model": str(composed), "prompts": prompts, "end": pad}))
-    subprocess.run([python, __file__, str(asked), str(answered)], check=True)
+    quiet = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    subprocess.run([python, __file__, str(asked), str(answered)], check=True, env=quiet)
     return dict(json.loads(answered.read_text()))
 
 
@@ -70,9 +77,11 @@ def vllm_program(asked: Path, answered: Path) -> None:
 
 def in_llama_cpp(file: Path, prompts: Prompts, end: int) -> Answers:
     """llama.cpp's answers, from a GGUF file."""
+    import torch
     from llama_cpp import Llama
 
-    llm = Llama(str(file), n_ctx=1024, verbose=False)
+    threads = torch.get_num_threads()  # as many as the other engines have
+    llm = Llama(str(file), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
     answers: Answers = {}
     for name, some in prompts.items():
         answers[name] = []

@@ -188,8 +188,8 @@ def padded(batch: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, 
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}
 
 
-def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> None:
-    """Compose, ask in every engine, and print what came out."""
+def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> Any:
+    """Compose, ask in every engine, and print what came out. Returns the switch model."""
     base, composed = work / "base", work / "composed"
     adapters = {name: work / "adapters" / name for name in ("json_answer", "one_line")}
     compose(base, [*adapters.values()], composed, base_name=WHEEL, force=True)
@@ -206,10 +206,7 @@ def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> No
     end = tokenizer.eos_token_id
     switch = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32).eval()
     answers = {"PEFT": timed("PEFT", engines.in_peft, base, adapters, exchanged, end)}
-    answers["transformers"] = timed(
-        "transformers",
-        lambda: {name: engines.in_transformers(switch, some, end) for name, some in prompts.items()},
-    )
+    answers["transformers"] = timed("transformers", engines.in_switch, switch, prompts, end)
     if "vllm" in wanted:
         answers["vLLM"] = timed("vLLM", engines.in_vllm, VLLM, composed, prompts, end, work)
     if "llama.cpp" in wanted:
@@ -218,7 +215,8 @@ def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> No
         subprocess.run([*command, "--output", str(file)], check=True)
         answers["llama.cpp"] = timed("llama.cpp", engines.in_llama_cpp, file, prompts, end)
     show(tokenizer, questions, answers)
-    compare(base, switch, composed, tokenizer, questions)
+    compare_perplexity(base, switch, [tokenizer.encode(e.question, add_special_tokens=False) for e in questions])
+    return switch
 
 
 def available() -> list[str]:
@@ -229,7 +227,7 @@ def available() -> list[str]:
 def timed(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     started = time.monotonic()
     result = function(*arguments)
-    print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{name} with loading: {time.monotonic() - started:.0f} s", flush=True)
     return result
 
 
@@ -246,20 +244,24 @@ def show(tokenizer: Any, questions: Sequence[Entry], answers: Mapping[str, engin
             print(f"| {label}: answers in its form | " + " | ".join(cells) + " |")
     for name, expected in answers["PEFT"].items():
         same = [sum(a == b for a, b in zip(found[name], expected, strict=True)) for found in answers.values()]
-        print(f"| `{name}`: tokens equal to PEFT's | " + " | ".join(map(str, same)) + " |")
+        print(f"| `{name}`: answers equal to PEFT's, token for token | " + " | ".join(map(str, same)) + " |")
     for name in answers["PEFT"]:
         print(f"\n{name}: {tokenizer.decode(answers['transformers'][name][0], skip_special_tokens=True)}")
 
 
-def compare(base: Path, switch: Any, composed: Path, tokenizer: Any, questions: Sequence[Entry]) -> None:
-    """The base's perplexity in both models, and the time to the first token of five checks."""
-    texts = [tokenizer.encode(entry.question, add_special_tokens=False) for entry in questions]
-    plain = AutoModelForCausalLM.from_pretrained(base).eval()
-    print(f"\nperplexity of the base: {engines.perplexity(plain, texts):.6f}, ", end="")
-    print(f"of the switch model without an adapter: {engines.perplexity(switch, texts):.6f}")
-    del plain
-    text = "\n\n".join(entry.question for entry in questions[:20])
-    checks = [entry.question for entry in questions[20:25]]
+def compare_perplexity(base: Path, switch: Any, texts: Sequence[Sequence[int]]) -> None:
+    """The base's perplexity in both models, which has to be the same number."""
+    plain = engines.perplexity(AutoModelForCausalLM.from_pretrained(base).eval(), texts)
+    ours = engines.perplexity(switch, texts)
+    print(f"\nperplexity of the base: {plain:.6f}, of the switch model without an adapter: {ours:.6f}")
+    if plain != ours:
+        raise SystemExit("the switch model without an adapter does not compute what its base computes")
+
+
+def compare_time(switch: Any, composed: Path, held_out: Sequence[Entry]) -> None:
+    """The time to the first token of five checks of one conversation."""
+    text = "\n\n".join(entry.question for entry in held_out[:10])
+    checks = [entry.question for entry in held_out[10:15]]
     times = engines.time_to_first_token(switch, composed, text, checks, "json_answer")
     print(
         f"five checks after {times['tokens']:.0f} tokens, time to their first tokens: "
@@ -270,14 +272,21 @@ def compare(base: Path, switch: Any, composed: Path, tokenizer: Any, questions: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "real", help="folder for all that is made")
-    parser.add_argument("--engines", nargs="*", default=available(), help="beside transformers: vllm, llama.cpp")
-    parser.add_argument("--questions", type=int, default=HELD_OUT, help="how many of the held-out questions to ask")
+    others = {"nargs": "*", "choices": ["vllm", "llama.cpp"], "help": "beside transformers"}
+    parser.add_argument("--engines", default=available(), **others)
+    count = {"type": int, "choices": range(1, HELD_OUT + 1), "metavar": f"1..{HELD_OUT}"}
+    parser.add_argument("--questions", default=HELD_OUT, help="how many of the held-out questions to ask", **count)
     options = parser.parse_args()
+    started = time.monotonic()
+    for name in {"vllm", "llama.cpp"}.difference(options.engines):
+        print(f"left out, because it is not set up or not asked for: {name}")
     lessons, questions = entries()
     base = make_base(options.work / "base", options.work / "wheel")
     for name in ("json_answer", "one_line"):
         train(base, name, lessons, options.work / "adapters" / name)
-    ask_all(options.work, questions[: options.questions], options.engines)
+    switch = ask_all(options.work, questions[: options.questions], options.engines)
+    compare_time(switch, options.work / "composed", questions)
+    print(f"all of it: {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
