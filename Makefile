@@ -145,7 +145,7 @@ test-newest:
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy src/granite_switch/core src/granite_switch/compose src/granite_switch/cli src/granite_switch/errors.py
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: setup

@@ -61,7 +61,7 @@ def _load(folder: Path, kind: str | None = None) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        options = {}
+        options: dict[str, Any] = {}
         if kind is not None:
             options["config"] = PreTrainedConfig()
             options["config"].model_type = kind

@@ -28,18 +28,20 @@ class Hiding(nn.Module):
         vocab_size: V.
     """
 
+    adapter_hiding_matrix: Tensor
+    token_to_group_mask: Tensor
+
     def __init__(self, spec: SwitchSpec, vocab_size: int) -> None:
         super().__init__()
-        self.spec = spec
-        groups = len(spec.hiding.groups)
-        self.register_buffer(
-            "adapter_hiding_matrix", torch.zeros(len(spec.adapters) + 1, groups, dtype=torch.bool), False
-        )
+        assert spec.hiding is not None
+        self.rules = spec.hiding
+        matrix = torch.zeros(len(spec.adapters) + 1, len(self.rules.groups), dtype=torch.bool)
+        self.register_buffer("adapter_hiding_matrix", matrix, persistent=False)
         self.resize(vocab_size, None)
 
     def resize(self, vocab_size: int, device: torch.device | None) -> None:
         """Make the table of tokens anew for another size of the vocabulary."""
-        table = torch.zeros(vocab_size, len(self.spec.hiding.groups), dtype=torch.bool, device=device)
+        table = torch.zeros(vocab_size, len(self.rules.groups), dtype=torch.bool, device=device)
         self.register_buffer("token_to_group_mask", table, persistent=False)
         self.fill()
 
@@ -48,10 +50,10 @@ class Hiding(nn.Module):
         """Write what the config says into the tables."""
         self.token_to_group_mask.zero_()
         self.adapter_hiding_matrix.zero_()
-        for group, tokens in enumerate(self.spec.hiding.groups):
+        for group, tokens in enumerate(self.rules.groups):
             for token in tokens:
                 self.token_to_group_mask[token, group] = True
-        for slot, hidden in enumerate(self.spec.hiding.policy):
+        for slot, hidden in enumerate(self.rules.policy):
             for group in hidden:
                 self.adapter_hiding_matrix[slot, group] = True
 
