@@ -89,7 +89,7 @@ def _base_problems(composed: Any, base: Any) -> Iterator[str]:
 
 
 def _control_problems(spec: SwitchSpec, composed: Any) -> Iterator[str]:
-    """Every control token must come out as one special token, wherever it stands."""
+    """Every control token must come out as one special token, at any position."""
     tokens = {spec.base_token: spec.base_token_id, **{a.token: a.token_id for a in spec.adapters}}
     for text, index in tokens.items():
         for around in (text, f"a{text}b", f" {text} {text}\n"):

@@ -124,7 +124,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _format_1(config_dict: dict[str, Any]) -> dict[str, Any]:
-    if legacy.generation(config_dict):
+    if legacy.legacy_format(config_dict):
         config_dict = legacy.format_1_config(config_dict)
     if config_dict.get("model_type") == MODEL_TYPE and not isinstance(config_dict.get("switch"), dict):
         raise CheckpointError("config.json: model_type granite_switch without a `switch` object or a legacy format")

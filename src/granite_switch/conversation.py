@@ -180,7 +180,7 @@ class Conversation:
         if not found:
             raise TemplateError("the chat template leaves earlier answers out", hint="ask with keep=False")
         ids = self._encode(tail)
-        # the token that ends an answer stands in the template's text too, and has been generated
+        # the token that ends an answer is in the template's text too, and has been generated
         return ids[1:] if ids[:1] == self.ids[-1:] and self._is_special(ids[0]) else ids
 
     def _is_special(self, token: int) -> bool:

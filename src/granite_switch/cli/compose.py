@@ -63,7 +63,7 @@ def compose(
         show_sources(sources, adapter_revision or revision, selection, as_json)
         return
     if output is None and not push and not dry_run:
-        raise typer.BadParameter("say where the model is to stand", param_hint="--output")
+        raise typer.BadParameter("say where to write the model", param_hint="--output")
     if output and not dry_run:
         check_target(output, force=force)
     plan = prepare(

@@ -53,9 +53,9 @@ def unused_token(index: int) -> str:
 
 
 def added_texts(spec: SwitchSpec, tokenizer: Tokenizer) -> list[str]:
-    """What may not stand in a prompt where users wrote it: the text of every token that composing added.
+    """What may not occur in the part of a prompt that users write: the text of every token that composing added.
 
-    Tokens in reserve and of padding rows can be hundreds; what they all begin with stands for them, unless a token of
+    Tokens in reserve and of padding rows can be hundreds; their common prefix represents them, unless a token of
     the base's own begins alike.
     """
     controls = [spec.base_token, *(adapter.token for adapter in spec.adapters)]

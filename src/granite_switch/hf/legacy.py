@@ -1,4 +1,4 @@
-"""Checkpoints of older generations in transformers: their tensors by format 1's names, and generation 1's hiding.
+"""Checkpoints in legacy formats in transformers: their tensors by format 1's names, and legacy format 1's hiding.
 
 Loading hands transformers a state dict of lazy slices, so that to quantisers, device maps and tensor parallelism an old
 checkpoint is one of format 1. Converters of transformers' own would give them q, k and v in one piece, and some
@@ -19,7 +19,7 @@ from granite_switch.errors import CheckpointError
 
 
 class Hiding(nn.Module):
-    """Generation 1: which keys a query does not see, and the positions that hidden tokens do not count for.
+    """Legacy format 1: which keys a query does not see, and the positions that hidden tokens do not count for.
 
     Its tables follow from the config: non-persistent, as `Switch`'s.
 
@@ -104,7 +104,7 @@ def masked(
     """
     if "flash" in config._attn_implementation:
         raise CheckpointError(
-            f"attention {config._attn_implementation!r} cannot hide control tokens, which generation 1 needs",
+            f"attention {config._attn_implementation!r} cannot hide control tokens, which legacy format 1 needs",
             hint=f"attn_implementation='sdpa', or {legacy.UPGRADE}",
         )
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
@@ -122,7 +122,7 @@ def masked(
 def state_dict_of(
     config: Any, state_dict: Mapping[str, Any] | None, files: Sequence[str] | None
 ) -> Mapping[str, Any] | None:
-    """A state dict under format 1's names, where what is to be loaded is of an older generation.
+    """A state dict under format 1's names, where the checkpoint is in a legacy format.
 
     Args:
         config: the model's.

@@ -1,6 +1,6 @@
 """Switch models: a subclass made from any `...ForCausalLM` of transformers and from its decoder.
 
-The decoder's forward reads the slots from the token ids, exchanges control tokens for their substitutes and calls the
+The decoder's forward reads the slots from the token ids, replaces control tokens by their substitutes and calls the
 base's forward with everything else as it came; the linears' updates join by hooks (`hf.updates`). The class with a head
 adds what concerns logits and labels. Classes are made on demand, and found again by name when they are unpickled.
 """
@@ -251,7 +251,7 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         kwargs = self._arguments(args, kwargs)
         for name in ("labels", "shift_labels"):
             if isinstance(kwargs.get(name), Tensor):
-                kwargs[name] = self._exchanged(kwargs[name])
+                kwargs[name] = self._substituted(kwargs[name])
         if not kwargs.get("base_only", True):
             del kwargs["base_only"]
         with_loss = kwargs.get("labels") is not None
@@ -279,12 +279,12 @@ class SwitchForCausalLM(Arguments, _CausalModel):
                 logits[..., tokens] = floor
         return logits
 
-    def _exchanged(self, labels: Tensor) -> Tensor:
+    def _substituted(self, labels: Tensor) -> Tensor:
         """Labels in which a control token counts as its substitute, which is what the model is to predict there."""
-        exchanged = labels
+        substituted = labels
         for token, substitute in self.substitutes.items():
-            exchanged = exchanged.masked_fill(labels == token, substitute)
-        return exchanged
+            substituted = substituted.masked_fill(labels == token, substitute)
+        return substituted
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """As transformers', and no processor that samples sees a control token. Guidance compares logits before it."""

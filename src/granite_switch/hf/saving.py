@@ -155,7 +155,7 @@ def _rounded(tensor: Tensor, dtype: str) -> Any:
 
 
 def _copy_companions(source: Path, target: Path) -> None:
-    """The small files that say how the adapters are called, where they stand beside the weights."""
+    """The small files with the adapters' names, where the folder of weights has them."""
     if (source / "adapter_index.json").is_file():
         shutil.copyfile(source / "adapter_index.json", target / "adapter_index.json")
     if (source / "io_configs").is_dir():

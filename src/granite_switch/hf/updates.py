@@ -1,9 +1,9 @@
 """The adapters' updates beside the linears of a decoder, whatever decoder it is.
 
-One module stands beside each linear that adapters target; a forward hook on the linear calls it. So the linear stays
-what the base made it, for quantisers, tensor parallelism and offloading. A and B are direct parameters of the module
-that uses them in its own call, because accelerate brings offloaded weights in on a module's call. Hooks are checked at
-every forward: a quantiser that replaces a linear takes its hook away. `core.lora` is the definition.
+One module is registered beside each linear that adapters target; a forward hook on the linear calls it. So the linear
+stays as the base made it, for quantisers, tensor parallelism and offloading. A and B are direct parameters of the
+module that uses them in its own call, because accelerate loads offloaded weights when a module is called. Hooks are
+checked at every forward: a quantiser that replaces a linear removes its hook. `core.lora` is the definition.
 """
 
 import math
@@ -265,7 +265,7 @@ class Layer(_Module):
             raise RoutingError(
                 f"{type(self).__name__} ran without calling linears that have adapters, so they did nothing",
                 problems=sorted(left_out),
-                hint="a fused kernel stands in for them; load the model without it (use_kernels, Liger, Mamba's)",
+                hint="a fused kernel replaces them; load the model without it (use_kernels, Liger, Mamba's)",
             )
         return output
 

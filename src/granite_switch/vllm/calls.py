@@ -153,7 +153,7 @@ class Catalogue:
                 self._slot(name)
                 found.append(name)
             elif name:
-                raise Refused(f"adapter: only what a user says names one; {name!r} stands in another message")
+                raise Refused(f"adapter: only what a user says names one; {name!r} is in another message")
         return found
 
     def _listed(self, data: Mapping[str, Any], said: Sequence[str | None] | None) -> list[Any]:

@@ -119,7 +119,7 @@ def fill(layer: BaseLayerWithLoRA, index: int, a: Sequence[Tensor | None], b: Se
 class TritonRouter(Router):
     """vLLM's kernels, with the metadata of `LoRAKernelMeta.prepare_tensors` in shapes that depend on T alone.
 
-    There an adapter that no token uses is left out of the lists; here it stands in them with no tokens, which the
+    There an adapter that no token uses is left out of the lists; here it is in them with no tokens, which the
     kernels leave at once. So nothing is asked of the device, and a CUDA graph can hold it all. The tables are buffers:
     vLLM's sleep mode restores them.
     """
@@ -240,7 +240,7 @@ def _add(y: Tensor, x: Tensor, name: str) -> None:
 
 
 def _nothing(*_: object) -> None:
-    """An operator that returns nothing needs no more to be traced."""
+    """Fake implementation: the operator writes in place, so there is no output to describe."""
 
 
 def make_router(spec: SwitchSpec, vllm_config: VllmConfig) -> Router:

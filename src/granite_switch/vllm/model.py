@@ -1,7 +1,8 @@
 """Any decoder that vLLM serves with LoRA, with adapters inside: a subclass of vLLM's class, made on demand.
 
-Control tokens are exchanged before embedding and give each token its slot (`switch`), the linears add the adapters'
-updates (`lora`), control tokens cannot be generated. The rest is vLLM's: loading, packing, parallelism, compilation.
+Control tokens set each token's slot and are replaced by their substitutes before embedding (`switch`), the linears add
+the adapters' updates (`lora`), control tokens cannot be generated. The rest is vLLM's: loading, packing, parallelism,
+compilation.
 """
 
 from collections.abc import Iterable, Iterator
