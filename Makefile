@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast test-page test-vllm test-gguf test-matrix test-newest soak fuzz check format sample real bench bench-full bench-setup clean
+.PHONY: help setup demo test test-fast test-page test-vllm test-gguf test-matrix matrix test-newest soak fuzz check format dist sample real bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make soak       two hundred kills, many random sequences of changes"
 	@echo "make fuzz       every command on 20,000 damaged files (minutes)"
 	@echo "make check      format, lint, types, import arrows"
+	@echo "make dist       sdist and wheel in dist/, checked; the wheel runs in an environment of its own"
 	@echo "make sample     train the sample model and its adapters anew (about an hour)"
 	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine (half an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
@@ -125,6 +126,10 @@ fuzz: setup
 # The fast transformers suite on the oldest, a middle and the newest release.
 test-matrix: $(addprefix test-tf-,$(MATRIX))
 
+# As JSON, for CI, which gives each release a machine.
+matrix:
+	@printf '%s\n' $(MATRIX) | sed 's/.*/"&"/' | paste -sd, | sed 's/.*/[&]/'
+
 test-tf-%: setup
 	test -x .venv-tf-$*/bin/python || $(PYTHON) -m venv .venv-tf-$*
 	.venv-tf-$*/bin/pip install --quiet torch==2.13.0
@@ -151,6 +156,18 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The wheel is installed without extras, and must run and hold its types. With TAG=vX.Y.Z the version must be X.Y.Z.
+dist:
+	rm -rf dist .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet build twine
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/twine check --strict dist/*
+	test -z "$(TAG)" -o -f "dist/granite_switch-$(TAG:v%=%)-py3-none-any.whl"
+	.venv-dist/bin/pip install --quiet dist/*.whl
+	.venv-dist/bin/python -c 'import importlib.resources as r; assert r.files("granite_switch").joinpath("py.typed").is_file()'
+	.venv-dist/bin/granite-switch --help >/dev/null
 
 sample: setup
 	$(BIN)/python sample/train.py
