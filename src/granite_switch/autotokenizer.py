@@ -118,6 +118,7 @@ def _short(text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Print the differences of two folders' tokenizers as JSON."""
     print(json.dumps(differences(*map(Path, arguments))))
 
 

@@ -44,8 +44,9 @@ class Turn:
         return {"model": model, "prompt": list(self.ids), "return_token_ids": True, **options}
 
     def chat(self, model: str, **options: Any) -> dict[str, Any]:
-        """The payload for /v1/chat/completions, where the server renders: the ids are those of `completion` wherever
-        the text of earlier answers is tokenised as it was generated.
+        """The payload for /v1/chat/completions, where the server renders the template.
+
+        The ids are those of `completion` wherever the text of earlier answers is tokenised as it was generated.
 
         Raises:
             SwitchError: an adapter answered without a user message, which no list of messages can say.

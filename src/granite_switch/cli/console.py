@@ -24,6 +24,7 @@ def error(problem: SwitchError) -> None:
 
 
 def warn(text: str) -> None:
+    """Print a warning to stderr."""
     stderr.print(f"[bold yellow]warning:[/] {escape(text)}")
 
 

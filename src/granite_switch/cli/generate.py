@@ -12,6 +12,7 @@ from granite_switch.errors import CheckpointError, SwitchError, TemplateError
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
     app.command("generate")(generate)
 
 

@@ -34,6 +34,7 @@ CreateIoYaml: TypeAlias = Annotated[bool, typer.Option(help="Write a minimal io.
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
     for command in (inspect, verify, add, remove, update, rename, extract, push):
         app.command()(command)
 

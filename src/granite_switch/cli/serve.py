@@ -17,6 +17,7 @@ _ANY = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
     app.command("serve", context_settings=_ANY)(serve)
     app.command("check")(check.check)
 

@@ -10,6 +10,7 @@ from granite_switch.cli.console import console, progress, size
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
     app.command("upgrade")(upgrade)
 
 

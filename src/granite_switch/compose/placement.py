@@ -92,8 +92,10 @@ def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
 
 
 def turn(template: str, samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
-    """The token that opens a turn, whose place return-to-base takes: the prompt's first or, where that is a
-    beginning-of-sequence token that no later turn holds, the one after it."""
+    """The token that opens a turn, which return-to-base replaces.
+
+    It is the prompt's first token or, where that is a beginning-of-sequence token that no later turn holds, the second.
+    """
     sample = samples[0]
     encoding = tokenizer.encode(sample.text, add_special_tokens=False)
     spans = list(zip(encoding.ids, encoding.offsets, strict=True))[:2]

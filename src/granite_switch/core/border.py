@@ -169,6 +169,7 @@ def _check_depth(value: Any) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, indented, in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

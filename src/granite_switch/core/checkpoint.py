@@ -298,5 +298,6 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,8 +33,11 @@ class BaseTokenizer:
 
     @cached_property
     def library(self) -> Tokenizer:
-        """The object to tokenise with. It gives every id of a text: what the file says of truncation and padding is
-        left from training (cut off, a control token would be lost without a word)."""
+        """The object to tokenise with; it gives every id of a text.
+
+        The file's truncation and padding are ignored: they are left from training, and truncation would drop control
+        tokens without an error.
+        """
         return Tokenizer.from_str(json.dumps({**self.data, "truncation": None, "padding": None}))
 
     @cached_property
