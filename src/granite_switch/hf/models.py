@@ -5,7 +5,6 @@ base's forward with everything else as it came; the linears' updates join by hoo
 adds what concerns logits and labels. Classes are made on demand, and found again by name when they are unpickled.
 """
 
-from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.masking_utils import create_masks_for_generate
@@ -37,6 +36,7 @@ from granite_switch.hf.releases import (
 )
 from granite_switch.hf.routing import Scope, Switch, route, sequence_starts
 from granite_switch.hf.saving import save_switch_model
+from granite_switch.hf.suppress import Suppress, ranges
 from granite_switch.hf.updates import Site, Updates, add_updates, wrap_layers
 
 _MARGIN = 128.0  # below a row's largest logit: exp(-128) is 0 in float32, and no arithmetic on logits overflows
@@ -230,7 +230,7 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         self._accepted = accepted_arguments(self)
         decoder._accepted |= self._accepted  # the base passes on what it does not take itself
         self.substitutes = spec.substitutes
-        self.suppressed = tuple(_ranges(spec.suppressed))
+        self.suppressed = tuple(ranges(spec.suppressed))
 
     @property
     def loss_function(self) -> Any:
@@ -291,7 +291,7 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
         if self.suppressed:
             guided = bool(processors) and type(processors[0]).__name__.startswith("UnbatchedClassifierFreeGuidance")
-            processors.insert(int(guided), _Suppress(self.suppressed))
+            processors.insert(int(guided), Suppress(self.suppressed))
         return processors
 
     def create_masks_for_generate(self, attention_mask: Any, **kwargs: Any) -> Any:
@@ -368,19 +368,6 @@ def decoder_of(model: Any) -> Any:
     return model if isinstance(model, SwitchDecoder) else model.base_model
 
 
-class _Suppress(LogitsProcessor):
-    """Gives tokens a score of -inf."""
-
-    def __init__(self, tokens: tuple[slice, ...]) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        for tokens in self.tokens:
-            scores[..., tokens] = float("-inf")
-        return scores
-
-
 def _cache_of(outputs: Any, name: str) -> Any:
     """The cache that a base's forward made and gives back."""
     if isinstance(outputs, ModelOutput):
@@ -404,16 +391,3 @@ def _no_ids(embeds: bool) -> RoutingError:
         "passes on no ids in its first step, nor does prompt tuning)",
         hint="pass input_ids alone, or base_only=True if every token of the embeddings is meant for the base model",
     )
-
-
-def _ranges(tokens: Iterable[int]) -> Iterator[slice]:
-    """Token ids as slices; control tokens are nearly always one."""
-    start = last = -2
-    for token in sorted(tokens):
-        if token != last + 1:
-            if start >= 0:
-                yield slice(start, last + 1)
-            start = token
-        last = token
-    if start >= 0:
-        yield slice(start, last + 1)
