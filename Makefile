@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast test-page test-vllm test-gguf test-matrix test-newest test-notebooks test-tools docs soak fuzz check format sample real bench bench-full bench-setup clean
+.PHONY: help setup demo test test-fast test-page test-vllm test-gguf test-matrix matrix test-newest test-notebooks test-tools docs soak fuzz check format dist sample real bench bench-full bench-setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make test-tools  lm_eval on a composed model, in a process that never imports the package"
 	@echo "make docs       the pages and the API reference as a site, in out/site"
 	@echo "make check      format, lint, types, import arrows, the site"
+	@echo "make dist       sdist and wheel in dist/, checked; the wheel runs in an environment of its own"
 	@echo "make sample     train the sample model and its adapters anew (about an hour)"
 	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine that is set up (half an hour)"
 	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
@@ -128,6 +129,10 @@ fuzz: setup
 # The fast transformers suite on the oldest, a middle and the newest release.
 test-matrix: $(addprefix test-tf-,$(MATRIX))
 
+# As JSON, for CI, which gives each release a machine.
+matrix:
+	@printf '%s\n' $(MATRIX) | sed 's/.*/"&"/' | paste -sd, | sed 's/.*/[&]/'
+
 test-tf-%: setup
 	test -x .venv-tf-$*/bin/python || $(PYTHON) -m venv .venv-tf-$*
 	.venv-tf-$*/bin/pip install --quiet torch==2.13.0
@@ -148,7 +153,7 @@ test-newest:
 check: setup docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy src/granite_switch/core src/granite_switch/compose src/granite_switch/cli src/granite_switch/errors.py
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # Strict: a link, an anchor or a name in the reference that leads nowhere fails.
@@ -161,11 +166,23 @@ test-notebooks: setup
 
 test-tools: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval
-	$(BIN)/python -m pytest tests/hf/test_remote.py -q
+	$(BIN)/python -m pytest tests/hf/test_remote_code.py -q
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The wheel is installed without extras, and must run and hold its types. With TAG=vX.Y.Z the version must be X.Y.Z.
+dist:
+	rm -rf dist .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet build twine
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/twine check --strict dist/*
+	test -z "$(TAG)" -o -f "dist/granite_switch-$(TAG:v%=%)-py3-none-any.whl"
+	.venv-dist/bin/pip install --quiet dist/*.whl
+	.venv-dist/bin/python -c 'import importlib.resources as r; assert r.files("granite_switch").joinpath("py.typed").is_file()'
+	.venv-dist/bin/granite-switch --help >/dev/null
 
 sample: setup
 	$(BIN)/python sample/train.py

@@ -61,7 +61,7 @@ def _load(folder: Path, kind: str | None = None) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        options = {}
+        options: dict[str, Any] = {}
         if kind is not None:
             options["config"] = PreTrainedConfig()
             options["config"].model_type = kind
@@ -89,7 +89,7 @@ def _base_problems(composed: Any, base: Any) -> Iterator[str]:
 
 
 def _control_problems(spec: SwitchSpec, composed: Any) -> Iterator[str]:
-    """Every control token must come out as one special token, wherever it stands."""
+    """Every control token must come out as one special token, at any position."""
     tokens = {spec.base_token: spec.base_token_id, **{a.token: a.token_id for a in spec.adapters}}
     for text, index in tokens.items():
         for around in (text, f"a{text}b", f" {text} {text}\n"):
@@ -118,6 +118,7 @@ def _short(text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Print the differences of two folders' tokenizers as JSON."""
     print(json.dumps(differences(*map(Path, arguments))))
 
 

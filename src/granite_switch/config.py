@@ -8,7 +8,7 @@ base.
 import json
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers import PreTrainedConfig
@@ -31,15 +31,21 @@ class SwitchConfig(PreTrainedConfig):
         return config_class(_parse(json.dumps(config_dict["switch"])).base_model_type).from_dict(config_dict, **kwargs)
 
 
-class _Switched:
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Config
+else:
+    _Config = object
+
+
+class _Switched(_Config):
     """What the config class of every base gains."""
 
     switch: dict[str, Any] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        super().__post_init__(**kwargs)
         if self.switch is not None:
-            _check_rows(self.switch_spec, self.get_text_config().vocab_size)  # type: ignore[attr-defined]
+            _check_rows(self.switch_spec, self.get_text_config().vocab_size)
 
     @property
     def switch_spec(self) -> SwitchSpec:
@@ -58,17 +64,17 @@ class _Switched:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         config_dict = {key: value for key, value in _format_1(config_dict).items() if key != "model_type"}
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        config_dict, kwargs = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") == MODEL_TYPE:
-            config_dict = {**_format_1(config_dict), "model_type": cls.model_type}  # type: ignore[attr-defined]
+            config_dict = {**_format_1(config_dict), "model_type": cls.model_type}
         return config_dict, kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
+        return {**super().to_dict(), "model_type": MODEL_TYPE}
 
 
 _MADE: dict[str, type[PreTrainedConfig]] = {}
@@ -111,14 +117,14 @@ def _make(base_model_type: str) -> type[PreTrainedConfig]:
 
 def __getattr__(name: str) -> Any:
     """Config classes by name, so that they can be imported and unpickled."""
-    base = getattr(transformers, name.replace("Switch", "", 1), None) if name.endswith("SwitchConfig") else None
-    if not isinstance(base, type):
+    base: Any = getattr(transformers, name.replace("Switch", "", 1), None) if name.endswith("SwitchConfig") else None
+    if not hasattr(base, "model_type"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class(base.model_type)
 
 
 def _format_1(config_dict: dict[str, Any]) -> dict[str, Any]:
-    if legacy.generation(config_dict):
+    if legacy.legacy_format(config_dict):
         config_dict = legacy.format_1_config(config_dict)
     if config_dict.get("model_type") == MODEL_TYPE and not isinstance(config_dict.get("switch"), dict):
         raise CheckpointError("config.json: model_type granite_switch without a `switch` object or a legacy format")

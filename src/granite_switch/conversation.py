@@ -44,8 +44,9 @@ class Turn:
         return {"model": model, "prompt": list(self.ids), "return_token_ids": True, **options}
 
     def chat(self, model: str, **options: Any) -> dict[str, Any]:
-        """The payload for /v1/chat/completions, where the server renders: the ids are those of `completion` wherever
-        the text of earlier answers is tokenised as it was generated.
+        """The payload for /v1/chat/completions, where the server renders the template.
+
+        The ids are those of `completion` wherever the text of earlier answers is tokenised as it was generated.
 
         Raises:
             SwitchError: an adapter answered without a user message, which no list of messages can say.
@@ -180,7 +181,7 @@ class Conversation:
         if not found:
             raise TemplateError("the chat template leaves earlier answers out", hint="ask with keep=False")
         ids = self._encode(tail)
-        # the token that ends an answer stands in the template's text too, and has been generated
+        # the token that ends an answer is in the template's text too, and has been generated
         return ids[1:] if ids[:1] == self.ids[-1:] and self._is_special(ids[0]) else ids
 
     def _is_special(self, token: int) -> bool:

@@ -190,8 +190,10 @@ def _pad(mine: list[Group], own: list[Pair], key: tuple[object, ...]) -> Padded 
             a[i, :r].copy_(pair.a)
             b[i, :r].copy_(pair.b.t()).mul_(pair.scale)
         rows = torch.tensor([g.tokens[j if j < len(g.tokens) else 0] for g in mine for j in range(length)])
-        real = torch.tensor([[float(j < n) for j in range(length)] for n in lengths], dtype=first.dtype)
-        real = None if min(lengths) == length else real[:, :, None].to(first.device)
+        real = None
+        if min(lengths) != length:
+            mask = [[float(j < n) for j in range(length)] for n in lengths]
+            real = torch.tensor(mask, dtype=first.dtype)[:, :, None].to(first.device)
         return Padded(key, a.transpose(1, 2), b, rows.to(first.device), real)
 
 

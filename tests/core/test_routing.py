@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_switch.core.routing import exchange, slots
+from granite_switch.core.routing import slots, substitute
 
 CONTROLS = {100: 0, 101: 1, 102: 2, 103: 3}
 sequences = st.lists(st.one_of(st.integers(0, 9), st.sampled_from(list(CONTROLS))), max_size=60)
@@ -11,7 +11,7 @@ sequences = st.lists(st.one_of(st.integers(0, 9), st.sampled_from(list(CONTROLS)
 
 def test_reads_as_the_definition_says() -> None:
     assert slots([5, 101, 5, 5, 102, 100, 5], CONTROLS) == [0, 1, 1, 1, 2, 0, 0]
-    assert exchange([5, 101, 7], {101: 3}) == [5, 3, 7]
+    assert substitute([5, 101, 7], {101: 3}) == [5, 3, 7]
 
 
 @given(sequences)
@@ -41,7 +41,7 @@ def test_return_to_base_ends_an_adapter(tokens: list[int]) -> None:
 
 @given(sequences)
 def test_exchange_changes_control_tokens_only(tokens: list[int]) -> None:
-    exchanged = exchange(tokens, dict.fromkeys(CONTROLS, 3))
+    exchanged = substitute(tokens, dict.fromkeys(CONTROLS, 3))
     assert len(exchanged) == len(tokens)
     assert not set(exchanged) & set(CONTROLS)
     assert all(a == b for a, b in zip(tokens, exchanged, strict=True) if a not in CONTROLS)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import granite_switch.hf as switch_hf
-from granite_switch.core.routing import exchange
+from granite_switch.core.routing import substitute
 from granite_switch.errors import CheckpointError, RoutingError
 from granite_switch.hf import models
 
@@ -54,7 +54,7 @@ def greedy(model, ids, **options):
 
 
 def exchanged(reference, ids):
-    return torch.tensor([exchange(row, reference.spec.substitutes) for row in ids.tolist()])
+    return torch.tensor([substitute(row, reference.spec.substitutes) for row in ids.tolist()])
 
 
 class TestArguments:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig, StaticCache
 
-from granite_switch.core.routing import exchange
+from granite_switch.core.routing import substitute
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_decode(model, tokens, row, backend):
 def test_prefill(model, tokens, reference, backend):
     """Of one shape, without a cache; what is meant for the base is the base's."""
     substitutes = reference.spec.substitutes
-    exchanged = torch.tensor([exchange(line, substitutes) for line in tokens.tolist()])
+    exchanged = torch.tensor([substitute(line, substitutes) for line in tokens.tolist()])
     with torch.no_grad():
         compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
         for ids in (tokens, tokens.flip(0), exchanged):

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import granite_switch.hf  # noqa: F401
 from granite_switch import compose
-from granite_switch.core.routing import exchange
+from granite_switch.core.routing import substitute
 
 SEEDS = range(int(os.environ.get("FAMILY_SEEDS", "1")))
 TOLERANCE = 1e-5
@@ -93,7 +93,7 @@ def prompts(case: Case, name: str, seed: int, count: int = 2, length: int = 21) 
 
 
 def exchanged(case: Case, ids: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([exchange(row, case.spec.substitutes) for row in ids.tolist()])
+    return torch.tensor([substitute(row, case.spec.substitutes) for row in ids.tolist()])
 
 
 def text(model: Any, ids: torch.Tensor) -> list[list[int]]:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import GraniteForCausalLM
 
 from granite_switch.core.layout import AdapterTensor, parse_key
-from granite_switch.core.routing import exchange
+from granite_switch.core.routing import substitute
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_loss(model, reference):
     labels = ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
         out = model(ids, attention_mask=mask, labels=labels)
-    seen = torch.tensor([exchange(line, reference.spec.substitutes) for line in labels.tolist()])
+    seen = torch.tensor([substitute(line, reference.spec.substitutes) for line in labels.tolist()])
     logits = out.logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, seen[:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(out.loss, expected)

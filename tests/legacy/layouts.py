@@ -1,4 +1,4 @@
-"""Writes checkpoints of the older generations from a base and PEFT adapters, by what docs/generations.md says of them.
+"""Writes checkpoints in the legacy formats from a base and PEFT adapters, as docs/legacy-formats.md describes them.
 
 Independent of `core.legacy`, which reads them: fused rows, stacks padded to the largest rank, B scaled.
 """
@@ -42,7 +42,7 @@ def write_old(
         adapters: holds a PEFT adapter folder for each name.
         reset: generation 3: with the token that returns to the base.
         shards: number of files.
-        hiding: generation 1: `hiding_groups` and `hiding_policy`; by default everyone hides every control token.
+        hiding: legacy format 1: `hiding_groups` and `hiding_policy`; by default everyone hides every control token.
     """
     config = json.loads((base / "config.json").read_text())
     tensors = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GraniteForCausalLM
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
 from granite_switch.compose.composed import read_composed
 from granite_switch.core import legacy
-from granite_switch.core.routing import exchange
+from granite_switch.core.routing import substitute
 from granite_switch.errors import CheckpointError
 
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
@@ -54,7 +54,7 @@ def _old_prompt(folder: Path, name: str, prompt: list[int]) -> list[int]:
     at = 0 if name in LORA else len(prompt) - 1 - prompt[::-1].index(opening)
     control = spec.adapter(name).token_id
     tokens = [*prompt[:at], control, *prompt[at + (0 if spec.hiding else 1) :]]
-    assert spec.hiding or exchange(tokens, spec.substitutes) == prompt
+    assert spec.hiding or substitute(tokens, spec.substitutes) == prompt
     return tokens
 
 

@@ -89,5 +89,5 @@ def test_upgraded_computes_the_same(sample: Path, tmp_path: Path) -> None:
 
 def test_describes_itself(sample: Path) -> None:
     lines = legacy.describe(sample)
-    assert lines[0].startswith(f"generation {sample.name[1]} ")
+    assert lines[0].startswith(f"legacy format {sample.name[1]} ")
     assert "granite-switch upgrade" in "\n".join(lines)

@@ -154,7 +154,7 @@ def newest(config: dict) -> dict:
 
 def test_kinds_that_are_all_lora_are_the_third_format(samples_of_3: dict) -> None:
     config = newest(samples_of_3)
-    assert legacy.generation(config) == 3
+    assert legacy.legacy_format(config) == 3
     assert legacy.format_1_config(config) == legacy.format_1_config(samples_of_3)
 
 

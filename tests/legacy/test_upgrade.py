@@ -69,7 +69,7 @@ def test_command(old: Callable[..., Path], tmp_path: Path) -> None:
     again = CliRunner().invoke(app, ["upgrade", str(old(2)), str(new)])
     assert isinstance(again.exception, SwitchError)
     shown = CliRunner().invoke(app, ["inspect", str(old(2))])
-    assert "generation 2" in shown.output
+    assert "legacy format 2" in shown.output
     assert legacy.UPGRADE in shown.output
 
 
@@ -89,7 +89,7 @@ def test_template_and_config_must_agree(old: Callable[..., Path], tmp_path: Path
 
 
 def test_format_1_is_no_older_generation(composed: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a checkpoint of an older generation"):
+    with pytest.raises(CheckpointError, match="not a checkpoint in a legacy format"):
         upgrade(composed, tmp_path / "new")
 
 

@@ -47,7 +47,7 @@ def test_older_generations_and_gguf_are_told_apart(composed: Path, tmp_path: Pat
     assert "citations" in run("inspect", tmp_path / "model.gguf")
     old = Path(__file__).parents[3] / "shared/data/legacy/g2"
     if old.is_dir():
-        assert "generation 2" in run("inspect", old)
+        assert "legacy format 2" in run("inspect", old)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 import granite_switch
 import granite_switch.hf
 from granite_switch import Conversation
-from granite_switch.core.routing import exchange, slots
+from granite_switch.core.routing import slots, substitute
 from granite_switch.errors import SwitchError
 from granite_switch.hf.conversation import _length
 
@@ -56,7 +56,7 @@ def test_kept_ids_are_the_plain_conversation_with_control_tokens(talk: Conversat
         turn = talk.ask(question, adapter)
         messages.append({"role": "user", "content": question})
         plain = tokenizer.apply_chat_template(messages, documents=DOCUMENTS, add_generation_prompt=True, tokenize=False)
-        exchanged = exchange(turn.ids, talk.spec.substitutes)
+        exchanged = substitute(turn.ids, talk.spec.substitutes)
         assert tokenizer.decode(exchanged) == plain
         assert turn.ids[: len(before)] == before
         assert turn.reused == max(0, len(before) - 1)

@@ -15,7 +15,7 @@ from templates import FAMILIES
 from transformers import AutoTokenizer
 
 from granite_switch import Conversation, compose
-from granite_switch.core.routing import exchange, slots
+from granite_switch.core.routing import slots, substitute
 from granite_switch.errors import TemplateError
 
 NAMES = ["base", "whole", "other", "answer", "tag", "put"]
@@ -71,7 +71,7 @@ def test_messages_give_the_ids_that_a_conversation_keeps(switch: Path) -> None:
             talk.answer(answer)
             messages.append({"role": "assistant", "content": answer})
         # the last answer belongs to the conversation, and the exchanged ids are text without a control token
-        assert not set(exchange(talk.ids, talk.spec.substitutes)) & set(talk.spec.control_slots)
+        assert not set(substitute(talk.ids, talk.spec.substitutes)) & set(talk.spec.control_slots)
 
     run()
 

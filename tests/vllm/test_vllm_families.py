@@ -63,7 +63,7 @@ def by_definition(made: Made, tokens: list[int]) -> list[int]:
 
     def exchange(tokens: list[int]) -> list[int]:
         slots[:] = routing.slots(tokens, spec.control_slots)
-        return routing.exchange(tokens, spec.substitutes)
+        return routing.substitute(tokens, spec.substitutes)
 
     for slot, adapter in enumerate(spec.adapters, 1):
         tensors = load_file(made.composed / adapter_file(adapter.name))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
     app.command("compose")(compose)
 
 
@@ -64,7 +65,7 @@ def compose(
         selection = (base, base_name, tuple(include or ()), tuple(exclude or ()), technology)
         show_sources(sources, adapter_revision or revision, selection, as_json)
         return
-    if output is None and not push:
+    if output is None and not push and not dry_run:
         output = Path(
             f"{Path(base).resolve().name if Path(base).exists() else parse_ref(base).repo.split('/')[-1]}-switch"
         )

@@ -50,6 +50,7 @@ def say(what: RenderableType) -> None:
 
 
 def say_json(value: Any) -> None:
+    """Print a value as JSON to stdout."""
     console.print(json.dumps(value, indent=2, ensure_ascii=False), markup=False)
 
 
@@ -63,6 +64,7 @@ def error(problem: SwitchError) -> None:
 
 
 def warn(text: str) -> None:
+    """Print a warning to stderr."""
     if not _state["quiet"]:
         stderr.print(f"[bold yellow]warning:[/] {escape(text)}")
 

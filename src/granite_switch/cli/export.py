@@ -17,6 +17,7 @@ _LIMITS = (
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
     group = typer.Typer(no_args_is_help=True, help="Write the model in another engine's format.")
     group.command("gguf")(gguf)
     app.add_typer(group, name="export")

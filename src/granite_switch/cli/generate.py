@@ -12,6 +12,7 @@ from granite_switch.errors import CheckpointError, SwitchError, TemplateError
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
     app.command("generate")(generate)
 
 
@@ -105,7 +106,7 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
     from granite_switch.config import GraniteSwitchConfig
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
     if "/" in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
         raise CheckpointError(f"{model}: no such folder")
     try:

@@ -36,6 +36,7 @@ CreateIoYaml: TypeAlias = Annotated[bool, typer.Option(help="Write a minimal io.
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
     for command in (inspect, verify, add, remove, update, rename, extract, push):
         app.command()(command)
 
@@ -51,16 +52,18 @@ def inspect(
     from granite_switch.compose.inspect import strengths
     from granite_switch.compose.sources import model_folder
     from granite_switch.core.files import inside
-    from granite_switch.core.legacy import describe, generation
+    from granite_switch.core.legacy import describe, legacy_format
     from granite_switch.core.records import read_config
 
     if model.endswith(".gguf"):
         _inspect_gguf(Path(model), as_json)
         return
     folder = model_folder(model)
-    if number := generation(read_config(inside(folder, "config.json"))):
+    if number := legacy_format(read_config(inside(folder, "config.json"))):
         lines = describe(folder)
-        console.print(json.dumps({"generation": number, "notes": lines}) if as_json else "\n".join(lines), markup=False)
+        console.print(
+            json.dumps({"legacy_format": number, "notes": lines}) if as_json else "\n".join(lines), markup=False
+        )
         return
     report = look(folder)
     if as_json:
@@ -250,7 +253,7 @@ def _show(report: "Report") -> None:
     table = Table()
     for heading in ("slot", "adapter", "kind", "rank", "alpha", "targets", "parameters", "size", "share"):
         table.add_column(heading, overflow="fold")
-    for heading in ("control token", "stands for", "acts from", "source", "sha256"):
+    for heading in ("control token", "substitute", "acts from", "source", "sha256"):
         table.add_column(heading, overflow="fold")
     for one in report.adapters:
         low, high = one.ranks

@@ -9,6 +9,7 @@ from granite_switch.errors import SwitchError
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
     app.command("play")(play)
 
 

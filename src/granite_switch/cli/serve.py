@@ -17,6 +17,7 @@ _ANY = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
     app.command("serve", context_settings=_ANY)(serve)
     app.command("check")(check.check)
 
@@ -62,12 +63,12 @@ def _need_vllm() -> None:
 def _check(model: str, options: list[str]) -> None:
     """Refuse what the middleware would refuse, before the engine starts."""
     from granite_switch.core.checkpoint import read_json
-    from granite_switch.core.legacy import UPGRADE, generation
+    from granite_switch.core.legacy import UPGRADE, legacy_format
     from granite_switch.vllm.serve import template_problem, template_text
 
     if Path(model).is_dir():
         config = read_json(Path(model) / "config.json")
-        if generation(config):
+        if legacy_format(config):
             raise ServingError(f"{model}: is of an older format, which vLLM serves without this command", hint=UPGRADE)
         if "switch" not in config:
             raise ServingError(f"{model}: is not a composed model", hint="compose it: granite-switch compose")

@@ -10,17 +10,18 @@ from granite_switch.cli.console import progress, say, say_json, size
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
     app.command("upgrade")(upgrade)
 
 
 def upgrade(
-    old: Annotated[str, typer.Argument(help="Checkpoint of an older generation: local folder or hub id.")],
+    old: Annotated[str, typer.Argument(help="Checkpoint in a legacy format: local folder or hub id.")],
     new: Annotated[Path, typer.Argument(help="Folder to make.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or what is wrong.")] = False,
 ) -> None:
-    """Rewrite a checkpoint of an older generation as format 1."""
+    """Rewrite a checkpoint in a legacy format as format 1."""
     from granite_switch.compose.sources import model_folder
     from granite_switch.compose.upgrade import carry_out, prepare
     from granite_switch.core.staging import check_target, staged

@@ -42,7 +42,7 @@ def compose(
         What was composed.
 
     Raises:
-        SwitchError: with all that is wrong and what to do; nothing is left behind.
+        SwitchError: with all that is wrong and what to do; nothing is left over.
     """
     check_target(Path(output), force=force)
     planned = prepare(base, adapters, **options)

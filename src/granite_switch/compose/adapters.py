@@ -52,7 +52,7 @@ class Adapter:
     invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text is written
     file: Path | None = None  # of a composed model, where it holds these tensors under this adapter's name
     made_for: str = ""  # its `base_model_name_or_path`
-    notes: tuple[str, ...] = ()  # what was taken otherwise than it stands in the files
+    notes: tuple[str, ...] = ()  # what was read differently from what the files say
     warnings: tuple[str, ...] = ()  # what composes and may yet be wrong
 
     @property
@@ -234,7 +234,7 @@ def _invocation(folder: Path, config: AdapterConfig, base: Base) -> tuple[tuple[
     if len(ids) < 2:
         raise AdapterError(
             f"{folder}: invocation_string {shown(text)} is one token, and an older aLoRA acts after its first token",
-            hint="no control token can stand for the token that follows; train it again with PEFT's "
+            hint="no control token can replace the token that follows; train it again with PEFT's "
             "alora_invocation_tokens, or set that key if it was trained to act from this token on",
         )
     rest = tuple(ids[1:])

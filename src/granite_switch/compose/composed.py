@@ -49,7 +49,7 @@ def read_composed(folder: Path) -> Composed:
     config, spec = read_config(folder)
     if spec.hiding or spec.base_token_id < 0:
         raise CheckpointError(
-            f"{folder}: is an older generation's checkpoint that transformers loaded and saved",
+            f"{folder}: is a checkpoint in a legacy format that transformers loaded and saved",
             hint=f"upgrade the checkpoint that it was loaded from: {legacy.UPGRADE}",
         )
     checkpoint = Checkpoint(folder)
@@ -85,7 +85,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], SwitchSpec]:
     if kind == MODEL_TYPE and config.get("switch"):
         return config, SwitchSpec.from_dict(config["switch"])
     hint = "granite-switch compose makes one of a base model and adapters"
-    if kind == MODEL_TYPE and legacy.generation(config):
+    if kind == MODEL_TYPE and legacy.legacy_format(config):
         hint = legacy.UPGRADE
     raise CheckpointError(f"{folder}: is not a composed model of format 1 (model_type {kind!r})", hint=hint)
 
@@ -105,7 +105,7 @@ def tensor_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[st
             if name in expected:
                 home, shape = expected.pop(name)
                 if file != home:
-                    problems.append(f"{name}: stands in {file}, not in {home}")
+                    problems.append(f"{name}: is in {file}, not in {home}")
                 if tensor.shape != shape:
                     problems.append(f"{file}: {name} is {list(tensor.shape)}; config.json says {list(shape)}")
             elif parse_key(name):

@@ -220,7 +220,7 @@ def _check_kept(old: Composed, plan: Plan) -> None:
 
 
 def _carry_over(old: Composed, plan: Plan, partial: Path) -> list[str]:
-    """Bring everything else that stood in the folder along, and say what was kept against expectation."""
+    """Copy everything else from the folder, and say what was kept against expectation."""
     gone = {adapter_file(name) for name in old.adapters}
     same = {slot.name for slot in plan.slots if isinstance(slot, Adapter) and slot in old.slots}
     for parent, _, names in os.walk(old.folder):

@@ -1,6 +1,6 @@
 """Work out how the chat template places each adapter's control token, and prove it on sample chats.
 
-Proof: rendered, tokenised and exchanged, the ids hold the adapter's invocation sequence intact at the control token
+Proof: rendered, tokenised and substituted, the ids hold the adapter's invocation sequence intact at the control token
 (aLoRA), or are the base's own ids (LoRA). The templates are somebody else's, so they are rendered within limits.
 """
 
@@ -92,8 +92,10 @@ def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
 
 
 def turn(template: str, samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
-    """The token that opens a turn, whose place return-to-base takes: the prompt's first or, where that is a
-    beginning-of-sequence token that no later turn holds, the one after it."""
+    """The token that opens a turn, which return-to-base replaces.
+
+    It is the prompt's first token or, where that is a beginning-of-sequence token that no later turn holds, the second.
+    """
     sample = samples[0]
     encoding = tokenizer.encode(sample.text, add_special_tokens=False)
     spans = list(zip(encoding.ids, encoding.offsets, strict=True))[:2]
@@ -129,7 +131,7 @@ def prove(
     samples: Sequence[Chat],
     tokenizer: Tokenizer,
 ) -> None:
-    """Render, tokenise and exchange every sample chat with every adapter.
+    """Render, tokenise and substitute every sample chat with every adapter.
 
     Args:
         spec: the adapters.
@@ -150,7 +152,7 @@ def prove(
                 problems.append(problem)
     if problems:
         raise AdapterError(
-            "an invocation sequence does not survive tokenisation behind its control token",
+            "an invocation sequence does not survive tokenisation after its control token",
             problems=problems,
             hint="train with an invocation text that begins with a special token or ends where words end",
         )
@@ -189,12 +191,14 @@ def _prove_one(
     if ids.count(adapter.token_id) != 1:
         return f"{adapter.name}: {ids.count(adapter.token_id)} control tokens in {json.dumps(text)}"
     at = ids.index(adapter.token_id)
-    exchanged = [adapter.substitute_token_id if i == adapter.token_id else i for i in ids]
+    substituted = [adapter.substitute_token_id if i == adapter.token_id else i for i in ids]
     if adapter.technology == "lora":
         expected = tokenizer.encode(render(base, **variables), add_special_tokens=False).ids
         return (
-            "" if exchanged == expected else f"{adapter.name}: {exchanged[:8]}... where the base has {expected[:8]}..."
+            ""
+            if substituted == expected
+            else f"{adapter.name}: {substituted[:8]}... where the base has {expected[:8]}..."
         )
-    got = exchanged[at : at + len(adapter.invocation_tokens)]
+    got = substituted[at : at + len(adapter.invocation_tokens)]
     wanted = list(adapter.invocation_tokens)
     return "" if got == wanted else f"{adapter.name}: trained with {wanted}, the prompt gives {got}"

@@ -39,7 +39,7 @@ class Plan:
     templates: Mapping[str, str]  # composed chat templates by name; empty if the base has none
     create_io_yaml: bool
     warnings: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # what was taken otherwise than it stands in the sources, or left out
+    notes: tuple[str, ...] = ()  # what was read differently from what the sources say, or left out
 
     @property
     def checkpoint(self) -> Checkpoint:

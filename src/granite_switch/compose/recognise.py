@@ -56,7 +56,6 @@ class Kind:
 
 def keys(path: Path) -> list[str]:
     """The names in a safetensors file's header, its metadata's too; none if it cannot be read."""
-
     try:
         header, about = read_header(path)
     except (OSError, ValueError, SwitchError):

@@ -19,7 +19,7 @@ def extended(base: BaseTokenizer, tokens: Mapping[str, int], size: int) -> dict[
     """tokenizer.json with these special tokens added.
 
     Token ids follow from order in the library, so ids between the tokenizer's end and the first new token (rows that
-    pad the base's embedding) are filled with placeholders; so are those behind the last, which are in reserve, since
+    pad the base's embedding) are filled with placeholders; so are those after the last, which are in reserve, since
     some clients (Mellea's) want as many tokens as the model has rows.
 
     Args:
@@ -30,8 +30,8 @@ def extended(base: BaseTokenizer, tokens: Mapping[str, int], size: int) -> dict[
     Raises:
         BaseModelError: the library gives a token another id.
     """
-    before, behind = range(base.size, min(tokens.values())), range(max(tokens.values()) + 1, size)
-    new = {**_placeholders(before), **tokens, **_placeholders(behind)}
+    before, after = range(base.size, min(tokens.values())), range(max(tokens.values()) + 1, size)
+    new = {**_placeholders(before), **tokens, **_placeholders(after)}
     added = [*base.data.get("added_tokens", ())]
     for text, index in new.items():
         record = {"id": index, "content": text, "single_word": False, "lstrip": False, "rstrip": False}

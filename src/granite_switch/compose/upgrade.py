@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint of an older generation as format 1, without the adapters it was composed from.
+"""Rewrite a checkpoint in a legacy format as format 1, without the adapters it was composed from.
 
 It is taken apart into a base and adapters, lazily, and these are composed; what a composed model is, `compose` alone
 decides. The old chat template, rendered without an adapter, is the base's.
@@ -42,7 +42,7 @@ def upgrade(
     force: bool = False,
     on_bytes: Callable[[int], Any] | None = None,
 ) -> Plan:
-    """Write an older generation's checkpoint as format 1.
+    """Write a checkpoint in a legacy format as format 1.
 
     Args:
         old: folder or hub id.
@@ -54,7 +54,7 @@ def upgrade(
         What was written.
 
     Raises:
-        SwitchError: with all that is wrong; nothing is left behind.
+        SwitchError: with all that is wrong; nothing is left over.
     """
     check_target(Path(new), force=force)
     planned = prepare(model_folder(old))
@@ -131,7 +131,7 @@ def _adapter(
         alpha_pattern={},
         invocation_tokens=invocation,
         tensors=kept,
-        source=f"{old.checkpoint.folder.resolve().name}, generation {old.generation}",
+        source=f"{old.checkpoint.folder.resolve().name}, legacy format {old.format_version}",
         sha256=contents,
         digest=contents,
         io_yaml=io_yaml,
@@ -188,7 +188,7 @@ def _invocations(old: legacy.Old, tokenizer: BaseTokenizer) -> Mapping[str, str]
 
 
 def _check_substitutes(old: legacy.Old, new: Plan) -> None:
-    """What control tokens were exchanged for must be what they will be exchanged for."""
+    """Each control token's substitute must stay the same."""
     problems = [
         f"{a.name}: token {before.substitute_token_id} in the old checkpoint, {a.substitute_token_id} by its template"
         for before, a in zip(old.spec.adapters, new.spec.adapters, strict=True)
@@ -196,7 +196,7 @@ def _check_substitutes(old: legacy.Old, new: Plan) -> None:
     ]
     if problems:
         raise CheckpointError(
-            f"{old.checkpoint.folder}: its config and its chat template differ in what a control token stands for",
+            f"{old.checkpoint.folder}: its config and its chat template give a control token different substitutes",
             problems=problems,
         )
 

@@ -151,7 +151,7 @@ def _template_problems(folder: Path, tokenizer: BaseTokenizer, spec: SwitchSpec)
 def _prove(
     folder: Path, tokenizer: BaseTokenizer, spec: SwitchSpec, bases: Mapping[str, str], problems: list[str]
 ) -> None:
-    """Every adapter's placement on sample chats, with the template as it stands."""
+    """Every adapter's placement on sample chats, with the template as it is."""
     samples = place.chats(bases["default"], tokenizer.special_tokens)
     first, turn = place.opening(samples, tokenizer.library), place.turn(bases["default"], samples, tokenizer.library)
     if turn.id != spec.base_substitute_token_id:

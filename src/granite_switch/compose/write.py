@@ -141,6 +141,7 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
 
 
 def io_config(name: str) -> str:
+    """The path of an adapter's io.yaml in a composed model."""
     return f"io_configs/{name}/io.yaml"
 
 

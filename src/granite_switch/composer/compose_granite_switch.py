@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _BASE = "ibm-granite/granite-4.1-3b"
 _OUTPUT = "./granite-with-all-aloras"
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LINEARS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LINEARS += ("shared_mlp.input_linear", "shared_mlp.output_linear")
 
 # options without a meaning here, and why

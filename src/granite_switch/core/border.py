@@ -1,7 +1,7 @@
 """The border: files that others wrote are read here, and come back as checked records.
 
 A reader checks the type and range of every key that is used and raises one error that names the file and all keys that
-are wrong; keys that are not used pass through. Behind it nothing is checked again. `Record` is the rule, `read` and
+are wrong; keys that are not used pass through. After it nothing is checked again. `Record` is the rule, `read` and
 `checked` apply it; `records.py` has the records.
 """
 
@@ -169,6 +169,7 @@ def _check_depth(value: Any) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, indented, in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -181,7 +182,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_name(name: str) -> None:
-    """Refuse an adapter's name that cannot stand in a file name, a token or a template."""
+    """Refuse an adapter's name that cannot be part of a file name, a token or a template."""
     reason = ""
     if not name or name.strip() != name:
         reason = "is empty or has spaces around it"

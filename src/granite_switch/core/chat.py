@@ -24,7 +24,7 @@ from granite_switch.errors import TemplateError
 _TEMPLATE = files("granite_switch.core").joinpath("templates/switch.jinja")
 _BEFORE = "{%- set switch_rendered %}\n"
 _AFTER = "{{ '' }}{% endset -%}\n"
-# transformers notes where `{% generation %}` stands in the output, so it may stand only where output is written. In the
+# transformers notes where `{% generation %}` is in the output, so it may be only where output is written. In the
 # base's template a call of a macro takes its place, which leaves a mark; two tabs tell its end from other calls'.
 _GENERATION = (re.compile(r"({%[-+]?\s*)generation(\s*[-+]?%})"), r"\1call switch_generation()\2")
 _ENDGENERATION = (re.compile(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})"), "\\1endcall\t\t\\2")

@@ -31,7 +31,7 @@ from granite_switch.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 8 << 20
-PAGE = 4096  # bytes: loaders map weights where they stand, and rows that lie across two pages are read slower
+PAGE = 4096  # bytes: loaders map weights in place, and rows that lie across two pages are read slower
 
 # bits of one element: some types pack two to a byte
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
@@ -298,5 +298,6 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

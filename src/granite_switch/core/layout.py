@@ -68,10 +68,12 @@ def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:
 
 
 def escape(adapter: str) -> str:
+    """An adapter's name as a part of a tensor's name, which dots separate."""
     return adapter.replace("%", "%25").replace(".", "%2E")
 
 
 def unescape(adapter: str) -> str:
+    """The inverse of `escape`."""
     return adapter.replace("%2E", ".").replace("%25", "%")
 
 

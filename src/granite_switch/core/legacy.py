@@ -1,8 +1,8 @@
-"""The three older generations of checkpoints: told apart, read as format 1, split tensor by tensor.
+"""The three legacy formats of checkpoints: told apart, read as format 1, split tensor by tensor.
 
 All of them fuse q, k, v and gate, up into one matrix, stack every adapter's A and B padded to the largest rank, and
 hold B already scaled. `split` is the one place that takes this apart; transformers, vLLM, GGUF and `upgrade` use it.
-docs/generations.md has the history and what each generation computes.
+docs/legacy-formats.md has the history and what each format computes.
 """
 
 import re
@@ -88,17 +88,17 @@ Index = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class Old:
-    """A checkpoint of an older generation, read as what it would be in format 1."""
+    """A checkpoint in a legacy format, read as what it would be in format 1."""
 
-    generation: int
+    format_version: int  # 1 to 3
     config: Mapping[str, Any]  # Granite's keys, `switch` included
     spec: SwitchSpec
     checkpoint: Checkpoint  # the files, under their old names
     tensors: Mapping[str, Tensor]  # under format 1's names
 
 
-def generation(config: Mapping[str, Any]) -> int:
-    """Which generation a config.json is of: 1 to 3, or 0 for format 1 and for models that are no switch."""
+def legacy_format(config: Mapping[str, Any]) -> int:
+    """The legacy format of a config.json: 1 to 3, or 0 for format 1 and for other models."""
     if config.get("model_type") != MODEL_TYPE or config.get("switch") is not None:
         return 0
     if "ms_code_m" in config or "adapter_kinds" in config or config.get("switch_type") == "multi":
@@ -116,7 +116,7 @@ def format_1_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json that an older one amounts to: Granite's keys and the `switch` object.
 
     Args:
-        config: of generation 1, 2 or 3.
+        config: of legacy format 1, 2 or 3.
 
     Raises:
         CheckpointError: with all that format 1 cannot hold.
@@ -163,27 +163,27 @@ def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterat
             unknown.append(name)
     if unknown:
         raise CheckpointError(
-            "the checkpoint holds tensors that no older generation has",
+            "the checkpoint holds tensors that no legacy format has",
             problems=unknown[:20],
             hint="pip install --upgrade granite-switch, if a newer release wrote it",
         )
 
 
 def is_fused(names: Iterable[str]) -> bool:
-    """Whether these are tensor names of an older generation. Its look-up tables do not tell: they mean nothing now."""
+    """Whether these are tensor names of a legacy format. Its look-up tables do not tell: they mean nothing now."""
     return any((found := _FUSED_TENSOR.fullmatch(name)) and not _is_format_1(found) for name in names)
 
 
 def read(folder: Path) -> Old:
-    """Open a folder with a checkpoint of an older generation. No tensor is read.
+    """Open a folder with a checkpoint in a legacy format. No tensor is read.
 
     Raises:
-        CheckpointError: it is of no older generation, or its files contradict its config.
+        CheckpointError: it is in no legacy format, or its files contradict its config.
     """
     old = read_config(inside(folder, "config.json"))
-    number = generation(old)
+    number = legacy_format(old)
     if not number:
-        raise CheckpointError(f"{folder}: is not a checkpoint of an older generation")
+        raise CheckpointError(f"{folder}: is not a checkpoint in a legacy format")
     config = format_1_config(old)
     checkpoint = Checkpoint(folder)
     spec = SwitchSpec.from_dict(config["switch"])
@@ -192,7 +192,7 @@ def read(folder: Path) -> Old:
 
 
 def describe(folder: Path) -> list[str]:
-    """What a checkpoint of an older generation is and what upgrading would change, line by line."""
+    """What a checkpoint in a legacy format is and what upgrading would change, line by line."""
     old = read(folder)
     stacks = [t for t in old.checkpoint.tensors.values() if len(t.shape) == 4]
     pairs = [t for name, t in old.tensors.items() if name not in old.checkpoint]
@@ -201,22 +201,22 @@ def describe(folder: Path) -> list[str]:
     if old.spec.base_token:
         back = f"renames {old.spec.base_token} to {BASE_TOKEN}"
     lines = [
-        f"generation {old.generation} ({_TITLES[old.generation]}): {len(old.spec.adapters)} adapters, "
+        f"legacy format {old.format_version} ({_TITLES[old.format_version]}): {len(old.spec.adapters)} adapters, "
         f"{old.config['num_hidden_layers']} layers",
-        f"loads as it is in transformers{' and vLLM' if old.generation > 1 else ''}; to upgrade: {UPGRADE}",
+        f"loads as it is in transformers{' and vLLM' if old.format_version > 1 else ''}; to upgrade: {UPGRADE}",
         "upgrading splits q, k, v and gate, up; writes every adapter as a file of its own "
         f"({sum(t.nbytes for t in stacks):,} bytes of stacks, {kept:,} without padding)",
         f"upgrading {back}, and wraps the chat template",
     ]
-    if old.generation == 1:
+    if old.format_version == 1:
         lines.append(
-            "upgrading exchanges control tokens for the token that they replace, where this generation inserts them "
-            "and hides them: prompts get a token shorter"
+            "upgrading puts a control token in place of its substitute, where this format inserts it and hides it: "
+            "prompts get a token shorter"
         )
     return lines
 
 
-_TITLES = {1: "control tokens hidden", 2: "token exchange", 3: "token exchange, any number of switches"}
+_TITLES = {1: "control tokens hidden", 2: "token substitution", 3: "token substitution, any number of switches"}
 
 
 def _rows(config: Mapping[str, Any]) -> dict[str, int]:
@@ -248,7 +248,7 @@ def _pieces(found: re.Match[str], spec: SwitchSpec, rows: Mapping[str, int]) -> 
 
 
 def _is_format_1(found: re.Match[str]) -> bool:
-    """`self_attn.o_proj.weight` is called so in every generation."""
+    """`self_attn.o_proj.weight` has this name in every format."""
     return found[2] == "self_attn.o_proj" and bool(found[4]) and not found[3]
 
 
@@ -294,17 +294,17 @@ def _spec(config: Mapping[str, Any]) -> SwitchSpec:
         base_token_id=back[0],
         base_substitute_token_id=back[1],
         generatable=True,  # nothing kept the old programs from it
-        hiding=_hiding(config, dict(zip(names, tokens, strict=True))) if generation(config) == 1 else None,
+        hiding=_hiding(config, dict(zip(names, tokens, strict=True))) if legacy_format(config) == 1 else None,
     )
 
 
 def _extra_layers(config: Mapping[str, Any]) -> int:
     """How many of the config's layers are the old program's switch."""
-    return {1: 1, 2: 1, 3: 2}[generation(config)] if config.get("num_adapters") else 0
+    return {1: 1, 2: 1, 3: 2}[legacy_format(config)] if config.get("num_adapters") else 0
 
 
 def _hiding(config: Mapping[str, Any], tokens: Mapping[str, int]) -> Hiding:
-    """Generation 1's groups and policies, by name, as ids and indices."""
+    """Legacy format 1's groups and policies, by name, as ids and indices."""
     groups, policy = config.get("hiding_groups") or {}, config.get("hiding_policy") or {}
     order = list(groups)
     return Hiding(
@@ -341,13 +341,13 @@ def _check(config: Mapping[str, Any]) -> None:
     problems += [f"unknown target module {m!r}" for m in config.get("lora_target_modules") or () if m not in _TARGETS]
     for key in ("adapter_names", "adapter_ranks", "adapter_token_ids", "adapter_substitute_token_ids"):
         value = config.get(key)
-        allowed = (count, count + 1) if key.endswith("_ids") and generation(config) == 3 else (count,)
+        allowed = (count, count + 1) if key.endswith("_ids") and legacy_format(config) == 3 else (count,)
         required = bool(count) and key in ("adapter_ranks", "adapter_token_ids")
         if (value is None and required) or (value is not None and len(value) not in allowed):
             problems.append(f"{key} must have {count} entries: {value}")
     if problems:
         raise CheckpointError(
-            f"config.json: cannot be read as an older generation of this project's checkpoints{_release(config)}",
+            f"config.json: cannot be read as a legacy format of this project's checkpoints{_release(config)}",
             problems=problems,
             hint="pip install --upgrade granite-switch, or compose the model anew from its adapters",
         )

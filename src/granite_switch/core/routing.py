@@ -23,8 +23,8 @@ def slots(tokens: Sequence[int], control_slots: Mapping[int, int], initial: int 
     return result
 
 
-def exchange(tokens: Sequence[int], substitutes: Mapping[int, int]) -> list[int]:
-    """The tokens that the decoder embeds: each control token gives way to its substitute.
+def substitute(tokens: Sequence[int], substitutes: Mapping[int, int]) -> list[int]:
+    """The tokens that the decoder embeds: each control token is replaced by its substitute.
 
     Args:
         tokens: token ids of one sequence.

@@ -61,7 +61,7 @@ class AdapterSpec:
     invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a message that lacks the text gets it
     source: str = ""
     sha256: str = ""  # of the source's adapter_model.safetensors
-    digest: str = ""  # of the tensors themselves, whatever file they stand in
+    digest: str = ""  # of the tensors themselves, whatever file holds them
     warnings: tuple[str, ...] = ()  # what compose warned of
     retired: bool = False  # removed from the model; its slot and its token stay taken
 
@@ -96,7 +96,7 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class Hiding:
-    """Generation 1 of the format: control tokens stay in the sequence, hidden from attention by group."""
+    """Legacy format 1: control tokens stay in the sequence, hidden from attention by group."""
 
     groups: tuple[tuple[int, ...], ...]  # ids of the control tokens in each group
     policy: tuple[tuple[int, ...], ...]  # for each slot, the base's first: indices of the groups that it does not see
@@ -108,7 +108,7 @@ class SwitchSpec:
 
     adapters: tuple[AdapterSpec, ...]
     base_token: str
-    base_token_id: int  # -1 in older generations that have no such token
+    base_token_id: int  # -1 in legacy formats that have no such token
     base_substitute_token_id: int
     base_model: str = ""
     base_commit: str = ""  # of the hub repository, where it came from one
@@ -177,7 +177,7 @@ class SwitchSpec:
         return tuple(adapter.name for adapter in self.active)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in config.json, without what has its default value."""
+        """As config.json holds it, without default values."""
         head = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("adapters", "hiding")}
         if self.hiding:
             head["hiding"] = _lists(asdict(self.hiding))
@@ -229,7 +229,7 @@ class SwitchSpec:
             raise CheckpointError("config.json: `switch` contradicts itself", problems=problems)
 
     def _token_problems(self) -> list[str]:
-        """Control tokens come last in the vocabulary, and what they stand for is in it."""
+        """Control tokens come last in the vocabulary, and so are their substitutes."""
         first, last = min(self.control_slots), max(self.control_slots)
         if last - first > len(self.control_slots) + 65536:
             return [f"the control tokens' ids, {first} to {last}, are far apart"]

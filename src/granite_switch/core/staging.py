@@ -1,8 +1,8 @@
 """A folder, or a file, that appears under its name whole or not at all.
 
-It is written beside its place under a hidden name, put on the disk, and then renamed; an existing folder is exchanged
+It is written beside its place under a hidden name, put on the disk, and then renamed; an existing folder is swapped
 with it in one step where the system can (Linux), else moved aside first. A lock file keeps two writers apart, and what
-a killed writer left behind is removed by the next.
+a killed writer left is removed by the next.
 """
 
 import ctypes
@@ -26,8 +26,8 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a folder to write in; on success it becomes `target`, on any error it is removed.
 
     Args:
-        target: where the result is to stand.
-        force: replace what stands there.
+        target: where to write the result.
+        force: replace what is there.
 
     Raises:
         OutputError: it exists, cannot be written, another command is writing it, or the disk is full.
@@ -45,8 +45,8 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Give the path of a file to write; on success it becomes `target`, on any error it is removed.
 
     Args:
-        target: where the result is to stand.
-        force: replace the file that stands there.
+        target: where to write the result.
+        force: replace the file that is there.
 
     Raises:
         OutputError: as for `staged`.
@@ -78,7 +78,7 @@ def _beside(target: Path) -> Iterator[Path]:
         name = f", {error.filename}" if error.filename and str(target.parent) not in str(error.filename) else ""
         raise OutputError(
             f"{target}: cannot be written ({error.strerror or error}{name})",
-            hint="free some space or choose another --output; nothing was left behind",
+            hint="free some space or choose another --output; nothing was left over",
         ) from None
 
 
@@ -96,7 +96,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def restore(target: Path) -> None:
-    """Put a folder back that a killed command had moved aside, where two folders cannot be exchanged in one step."""
+    """Put a folder back that a killed command had moved aside, where two folders cannot be swapped in one step."""
     if _old(target.absolute()).exists() and not target.exists():
         with suppress(OSError), _locked(target.absolute()):
             _restore(target.absolute())
@@ -136,7 +136,7 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _into_place(partial: Path, target: Path, force: bool) -> None:
-    """Give the finished folder its name. What stood there is in `partial` afterwards, or gone."""
+    """Give the finished folder its name. What was there is in `partial` afterwards, or gone."""
     if target.exists():
         check_target(target, force=force)  # it may have come while we wrote
         if not _exchange(partial, target):
@@ -153,7 +153,7 @@ def _old(target: Path) -> Path:
 
 
 def _restore(target: Path) -> None:
-    """With the lock held: what was moved aside comes back, or goes where its successor stands."""
+    """With the lock held: what was moved aside comes back, or goes where its successor is."""
     if _old(target).exists() and not target.exists():
         _old(target).rename(target)
     _remove(_old(target))

@@ -33,8 +33,11 @@ class BaseTokenizer:
 
     @cached_property
     def library(self) -> Tokenizer:
-        """The object to tokenise with. It gives every id of a text: what the file says of truncation and padding is
-        left from training (cut off, a control token would be lost without a word)."""
+        """The object to tokenise with; it gives every id of a text.
+
+        The file's truncation and padding are ignored: they are left from training, and truncation would drop control
+        tokens without an error.
+        """
         return Tokenizer.from_str(json.dumps({**self.data, "truncation": None, "padding": None}))
 
     @cached_property
@@ -53,9 +56,9 @@ def unused_token(index: int) -> str:
 
 
 def added_texts(spec: SwitchSpec, tokenizer: Tokenizer) -> list[str]:
-    """What may not stand in a prompt where users wrote it: the text of every token that composing added.
+    """What may not occur in the part of a prompt that users write: the text of every token that composing added.
 
-    Tokens in reserve and of padding rows can be hundreds; what they all begin with stands for them, unless a token of
+    Tokens in reserve and of padding rows can be hundreds; their common prefix represents them, unless a token of
     the base's own begins alike.
     """
     controls = [spec.base_token, *(adapter.token for adapter in spec.adapters)]

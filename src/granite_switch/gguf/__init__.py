@@ -31,7 +31,7 @@ def export(
     """Write a composed model as one GGUF file.
 
     Args:
-        model: folder of a composed model, also of an older generation that exchanges tokens.
+        model: folder of a composed model, or of one in legacy format 2 or 3.
         output: the file; it appears only when it is complete.
         outtype: one of f32, f16, bf16, q8_0; the model's own dtype by default.
         pre: llama.cpp's name of the pre-tokenizer; worked out by default.

@@ -63,7 +63,7 @@ def _go_template(template: str, variables: Mapping[str, str]) -> str:
 
 
 def _between(text: str, marks: tuple[str, ...]) -> list[str]:
-    """The pieces of a text around marks that stand in it once and in order."""
+    """The pieces of a text around marks that occur in it once and in order."""
     pieces = []
     for mark in marks:
         before, found, text = text.partition(mark)

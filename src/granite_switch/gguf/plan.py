@@ -49,7 +49,7 @@ def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> 
     """Read and check everything, and write nothing.
 
     Args:
-        model: folder of a composed model, also of an older generation that exchanges tokens.
+        model: folder of a composed model, or of one in legacy format 2 or 3.
         outtype: one of `OUTTYPES`; the model's own dtype by default.
         pre: llama.cpp's name of the pre-tokenizer; worked out by default.
 
@@ -82,13 +82,13 @@ def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> 
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], SwitchSpec, Mapping[str, Tensor]]:
-    """config.json, its switch and the tensors under format 1's names; of older generations too."""
+    """config.json, its switch and the tensors under format 1's names; of legacy formats too."""
     config = read_json(folder / "config.json")
-    if legacy.generation(config):
+    if legacy.legacy_format(config):
         old = legacy.read(folder)
         if old.spec.hiding:
             raise CheckpointError(
-                f"{folder}: is of generation 1, which hides control tokens; llama.cpp exchanges them",
+                f"{folder}: is in legacy format 1, which hides control tokens; the GGUF export needs substitutes",
                 hint=f"{legacy.UPGRADE}, and export NEW",
             )
         return dict(old.config), _with_technologies(folder, old.spec), old.tensors

@@ -26,7 +26,7 @@ KNOWN: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((QWEN2,), False): "qwen2",
 }
 
-# other spellings of the same: possessive where there is nothing to give back, `[\r\n]` once behind a greedy `\s*`
+# other spellings of the same: possessive where there is nothing to give back, `[\r\n]` once after a greedy `\s*`
 _SUFFIXES = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
 _POSSESSIVE = r"|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 _GPT2_REST = r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

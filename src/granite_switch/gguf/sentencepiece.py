@@ -64,6 +64,7 @@ def problems(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def byte_tokens() -> list[str]:
+    """The texts of the 256 tokens that represent single bytes, in order."""
     return [f"<0x{byte:02X}>" for byte in range(256)]
 
 

@@ -9,26 +9,34 @@ from granite_switch.hf.releases import CACHE_NAMES
 class Arguments:
     """Reads a forward's arguments as the base names them."""
 
+    _parameters_of_base: tuple[str, ...]
+    _cache_name: str
+    _accepted: frozenset[str]
+
+    def accepted_arguments(self) -> frozenset[str]:
+        """Names of the arguments that some part of the model takes."""
+        return self._accepted
+
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, the cache under the name that this release has for it.
 
         Raises:
             TypeError: an argument is given twice, or no part of the model takes it.
         """
-        if len(args) > len(self._parameters_of_base):  # type: ignore[attr-defined]
+        if len(args) > len(self._parameters_of_base):
             raise TypeError(f"{type(self).__name__}.forward: {len(args)} positional arguments")
-        for name, value in zip(self._parameters_of_base, args, strict=False):  # type: ignore[attr-defined]
+        for name, value in zip(self._parameters_of_base, args, strict=False):
             if name in kwargs:
                 raise TypeError(f"{type(self).__name__}.forward: {name!r} is given twice")
             kwargs[name] = value
         for alias in CACHE_NAMES:
-            if alias in kwargs and alias != self._cache_name:  # type: ignore[attr-defined]
+            if alias in kwargs and alias != self._cache_name:
                 value = kwargs.pop(alias)
-                if value is not None and kwargs.get(self._cache_name) is not None:  # type: ignore[attr-defined]
+                if value is not None and kwargs.get(self._cache_name) is not None:
                     raise TypeError(f"{type(self).__name__}.forward: {' and '.join(CACHE_NAMES)} are the same argument")
                 if value is not None:
-                    kwargs[self._cache_name] = value  # type: ignore[attr-defined]
-        known = self.accepted_arguments()  # type: ignore[attr-defined]
+                    kwargs[self._cache_name] = value
+        known = self.accepted_arguments()
         unknown = [name for name in kwargs if name not in known]
         if unknown:
             raise TypeError(

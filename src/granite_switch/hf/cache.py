@@ -5,7 +5,7 @@ format 1 asks for the tokens, to know which it hides.
 """
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,23 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from granite_switch.eager import Groups, grouped
 from granite_switch.errors import RoutingError
 
+if TYPE_CHECKING:
+    from transformers.cache_utils import CacheLayerMixin as _Layer
+else:
+    _Layer = object
 
-class _Slots:
+
+class _Slots(_Layer):
     """What both kinds of layer share: slots are stored as keys and tokens as values, each [B, 1, S, 1] int64."""
 
     cache: Any = None  # a weak reference: a strong one would be a cycle, which keeps every cache alive until gc
+    keys: Tensor  # from the first `append` on
+    values: Tensor
     decode: tuple[list[int], Groups] | None = None  # slots of the latest decode step, and their grouping
 
     def append(self, slots: Tensor, tokens: Tensor) -> None:
         """Add the slots and tokens of new positions, both [B, S]."""
-        self.update(slots[:, None, :, None], tokens[:, None, :, None])  # type: ignore[attr-defined]
+        self.update(slots[:, None, :, None], tokens[:, None, :, None])
 
     def groups(self, slots: Tensor) -> Groups:
         """The grouping of a decode step's slots, [B]: the previous step's if they are equal, with its padded copies."""
@@ -78,9 +85,9 @@ SlotLayer = DynamicSlotLayer | StaticSlotLayer
 def find_slots(cache: Cache | None) -> SlotLayer | None:
     """The cache's layer of slots; None where it has not met a switch model yet."""
     for layer in reversed(getattr(cache, "layers", ())):
-        if isinstance(layer, _Slots):
+        if isinstance(layer, (DynamicSlotLayer, StaticSlotLayer)):
             layer.cache = weakref.ref(cache)  # a copy of a cache still refers to the original
-            return layer  # type: ignore[return-value]
+            return layer
     return None
 
 

@@ -95,6 +95,6 @@ def _length(cache: DynamicCache) -> int:
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
             return 0
-        if layer.is_initialized:
+        if layer.is_initialized and layer.keys is not None:
             lengths.add(layer.get_seq_length() if layer.keys.shape[0] == 1 else 0)
     return lengths.pop() if len(lengths) == 1 else 0

@@ -1,4 +1,4 @@
-"""Checkpoints of older generations in transformers: their tensors by format 1's names, and generation 1's hiding.
+"""Checkpoints in legacy formats in transformers: their tensors by format 1's names, and legacy format 1's hiding.
 
 Loading hands transformers a state dict of lazy slices, so that to quantisers, device maps and tensor parallelism an old
 checkpoint is one of format 1. Converters of transformers' own would give them q, k and v in one piece, and some
@@ -19,7 +19,7 @@ from granite_switch.errors import CheckpointError
 
 
 class Hiding(nn.Module):
-    """Generation 1: which keys a query does not see, and the positions that hidden tokens do not count for.
+    """Legacy format 1: which keys a query does not see, and the positions that hidden tokens do not count for.
 
     Its tables follow from the config: non-persistent, as `Switch`'s.
 
@@ -28,18 +28,20 @@ class Hiding(nn.Module):
         vocab_size: V.
     """
 
+    adapter_hiding_matrix: Tensor
+    token_to_group_mask: Tensor
+
     def __init__(self, spec: SwitchSpec, vocab_size: int) -> None:
         super().__init__()
-        self.spec = spec
-        groups = len(spec.hiding.groups)
-        self.register_buffer(
-            "adapter_hiding_matrix", torch.zeros(len(spec.adapters) + 1, groups, dtype=torch.bool), False
-        )
+        assert spec.hiding is not None
+        self.rules = spec.hiding
+        matrix = torch.zeros(len(spec.adapters) + 1, len(self.rules.groups), dtype=torch.bool)
+        self.register_buffer("adapter_hiding_matrix", matrix, persistent=False)
         self.resize(vocab_size, None)
 
     def resize(self, vocab_size: int, device: torch.device | None) -> None:
         """Make the table of tokens anew for another size of the vocabulary."""
-        table = torch.zeros(vocab_size, len(self.spec.hiding.groups), dtype=torch.bool, device=device)
+        table = torch.zeros(vocab_size, len(self.rules.groups), dtype=torch.bool, device=device)
         self.register_buffer("token_to_group_mask", table, persistent=False)
         self.fill()
 
@@ -48,10 +50,10 @@ class Hiding(nn.Module):
         """Write what the config says into the tables."""
         self.token_to_group_mask.zero_()
         self.adapter_hiding_matrix.zero_()
-        for group, tokens in enumerate(self.spec.hiding.groups):
+        for group, tokens in enumerate(self.rules.groups):
             for token in tokens:
                 self.token_to_group_mask[token, group] = True
-        for slot, hidden in enumerate(self.spec.hiding.policy):
+        for slot, hidden in enumerate(self.rules.policy):
             for group in hidden:
                 self.adapter_hiding_matrix[slot, group] = True
 
@@ -102,7 +104,7 @@ def masked(
     """
     if "flash" in config._attn_implementation:
         raise CheckpointError(
-            f"attention {config._attn_implementation!r} cannot hide control tokens, which generation 1 needs",
+            f"attention {config._attn_implementation!r} cannot hide control tokens, which legacy format 1 needs",
             hint=f"attn_implementation='sdpa', or {legacy.UPGRADE}",
         )
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
@@ -120,7 +122,7 @@ def masked(
 def state_dict_of(
     config: Any, state_dict: Mapping[str, Any] | None, files: Sequence[str] | None
 ) -> Mapping[str, Any] | None:
-    """A state dict under format 1's names, where what is to be loaded is of an older generation.
+    """A state dict under format 1's names, where the checkpoint is in a legacy format.
 
     Args:
         config: the model's.

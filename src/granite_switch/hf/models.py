@@ -1,20 +1,19 @@
 """Switch models: a subclass made from any `...ForCausalLM` of transformers and from its decoder.
 
-The decoder's forward reads the slots from the token ids, exchanges control tokens for their substitutes and calls the
+The decoder's forward reads the slots from the token ids, replaces control tokens by their substitutes and calls the
 base's forward with everything else as it came; the linears' updates join by hooks (`hf.updates`). The class with a head
 adds what concerns logits and labels. Classes are made on demand, and found again by name when they are unpickled.
 """
 
-from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.masking_utils import create_masks_for_generate
@@ -37,16 +36,28 @@ from granite_switch.hf.releases import (
 )
 from granite_switch.hf.routing import Scope, Switch, route, sequence_starts
 from granite_switch.hf.saving import save_switch_model
+from granite_switch.hf.suppress import Suppress, ranges
 from granite_switch.hf.updates import Site, Updates, add_updates, wrap_layers
 
 _MARGIN = 128.0  # below a row's largest logit: exp(-128) is 0 in float32, and no arithmetic on logits overflows
 
+if TYPE_CHECKING:  # what the made classes have after these
 
-class SwitchPreTrainedModel:
+    class _Model(PreTrainedModel):
+        pass
+
+    class _CausalModel(PreTrainedModel, GenerationMixin):
+        pass
+
+else:
+    _Model = _CausalModel = object
+
+
+class SwitchPreTrainedModel(_Model):
     """What all switch models share: initialisation, loading, saving."""
 
     # older checkpoints hold them; here they are derived from the config
-    _keys_to_ignore_on_load_unexpected: ClassVar = [
+    _keys_to_ignore_on_load_unexpected = [
         r"(^|\.)adapter_token_ids$",
         r"(^|\.)token_to_group_mask$",
         r"(^|\.)adapter_hiding_matrix$",
@@ -59,7 +70,7 @@ class SwitchPreTrainedModel:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, Updates):
             module.reset_parameters()
         elif isinstance(module, (Switch, Hiding)):
@@ -68,7 +79,7 @@ class SwitchPreTrainedModel:
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`."""
-        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        loaded = super().from_pretrained(*args, **kwargs)
         decoder_of(loaded[0] if isinstance(loaded, tuple) else loaded).attach_adapters()
         return loaded
 
@@ -94,37 +105,36 @@ class SwitchPreTrainedModel:
             )
         return info, offloaded
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the model as a format-1 checkpoint; as `PreTrainedModel.save_pretrained`."""
-        save_switch_model(self, save_directory, super().save_pretrained, **kwargs)  # type: ignore[misc]
+        save_switch_model(self, save_directory, super().save_pretrained, **kwargs)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`; rows for control tokens cannot be taken away.
 
         Raises:
             CheckpointError: fewer rows than the control tokens need.
         """
-        spec: SwitchSpec = self.config.switch_spec  # type: ignore[attr-defined]
-        size = args[0] if args else kwargs.get("new_num_tokens")
-        if size is not None and size < spec.rows:
+        spec: SwitchSpec = self.config.switch_spec
+        if new_num_tokens is not None and new_num_tokens < spec.rows:
             raise CheckpointError(
-                f"resize_token_embeddings({size}): control tokens need {spec.rows} rows",
+                f"resize_token_embeddings({new_num_tokens}): control tokens need {spec.rows} rows",
                 hint="`granite-switch remove` takes adapters out of a model",
             )
-        embedding: nn.Module = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        embedding: Any = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         rows = embedding.weight.shape[0]
-        for module in self.modules():  # type: ignore[attr-defined]
+        for module in self.modules():
             if isinstance(module, (Switch, Hiding)):
                 module.resize(rows, embedding.weight.device)
         return embedding
 
 
-class SwitchDecoder:
+class SwitchDecoder(Arguments, _Model):
     """A decoder with a switch in front and updates beside its linears."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._install(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
+        self._install(f"{self.base_model_prefix}.")
 
     def _install(self, prefix: str) -> None:
         """Give the decoder its switch and updates.
@@ -132,21 +142,17 @@ class SwitchDecoder:
         Args:
             prefix: what paths in the checkpoint have before the decoder's own.
         """
-        spec = self.config.switch_spec  # type: ignore[attr-defined]
-        size = self.config.get_text_config().vocab_size  # type: ignore[attr-defined]
+        spec = self.config.switch_spec
+        size = self.config.get_text_config().vocab_size
         self.switch = Switch(spec, size)
         self.hiding = Hiding(spec, size) if spec.hiding else None
         self.switch_scope = Scope()
-        self.switch_sites: list[Site] = add_updates(self, spec, prefix)  # type: ignore[arg-type]
-        wrap_layers(self, self.switch_sites, self.switch_scope)  # type: ignore[arg-type]
+        self.switch_sites: list[Site] = add_updates(self, spec, prefix)
+        wrap_layers(self, self.switch_sites, self.switch_scope)
         add_plans(self, self.switch_sites)
-        record_outputs(self)  # type: ignore[arg-type]
-        self._accepted = accepted_arguments(self)  # type: ignore[arg-type]
+        record_outputs(self)
+        self._accepted = accepted_arguments(self)
         self.attach_adapters()
-
-    def accepted_arguments(self) -> frozenset[str]:
-        """Names of the arguments that some part of the model takes."""
-        return self._accepted
 
     def attach_adapters(self) -> None:
         """Put the hooks on the linears that are there now. Every forward does it; before `torch.compile`, call it."""
@@ -154,17 +160,17 @@ class SwitchDecoder:
             site.attach(self.switch_scope)
 
     def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
-        kwargs = self._arguments(args, kwargs)  # type: ignore[attr-defined]
+        kwargs = self._arguments(args, kwargs)
         if torch.compiler.is_compiling():
             for site in self.switch_sites:
                 site.check()
         else:
             self.attach_adapters()
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        embeds: Any = kwargs.get("inputs_embeds")
+        ids = kwargs.get("input_ids")
         if ids is None and (embeds is None or not base_only):
             raise _no_ids(embeds is not None)
-        name: str = self._cache_name  # type: ignore[attr-defined]
-        past = kwargs.get(name)
+        past = kwargs.get(self._cache_name)
         layer = find_slots(past)
         if ids is None:
             ids = slots = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
@@ -172,68 +178,64 @@ class SwitchDecoder:
             starts = sequence_starts(kwargs, ids) if past is None else None
             slots, kwargs["input_ids"] = self.switch(ids, layer.last() if layer else None, starts)
         before = 0 if past is None or layer is not None else _cached(past)
-        layers = self.config.get_text_config().num_hidden_layers  # type: ignore[attr-defined]
+        layers = self.config.get_text_config().num_hidden_layers
         if self.hiding is not None:
             if past is not None:
                 layer = layer or add_slots(past, layers, len(slots), before, slots.device)
-            self._hide(ids, slots, layer, kwargs)
+            self._hide(self.hiding, ids, slots, layer, kwargs)
         token = self.switch_scope.enter(route(slots, layer))
         try:
-            outputs = super().forward(**kwargs)  # type: ignore[misc]
+            outputs = super().forward(**kwargs)
         finally:
             self.switch_scope.leave(token)
-        cache = past if past is not None else _cache_of(outputs, name)
+        cache = past if past is not None else _cache_of(outputs, self._cache_name)
         if cache is not None:
             layer = layer or add_slots(cache, layers, len(slots), before, slots.device)
             layer.append(slots, ids)
         return outputs
 
-    def _hide(self, ids: Tensor, slots: Tensor, layer: Any, kwargs: dict[str, Any]) -> None:
+    def _hide(self, hiding: Hiding, ids: Tensor, slots: Tensor, layer: Any, kwargs: dict[str, Any]) -> None:
         """Legacy format 1: an attention mask without the keys that adapters hide, and positions without their gaps."""
-        cache = kwargs.get(self._cache_name)  # type: ignore[attr-defined]
+        cache = kwargs.get(self._cache_name)
         past = 0 if cache is None else cache.get_seq_length()
         new = torch.arange(slots.shape[1], device=slots.device) + past
-        suppressed, members, gaps = self.hiding(layer.with_new(ids, new) if layer else ids, new, slots)
-        if self.config.switch_spec.hiding.groups:  # type: ignore[attr-defined]
-            like = torch.empty((*slots.shape, 0), dtype=self.dtype, device=slots.device)  # type: ignore[attr-defined]
+        suppressed, members, gaps = hiding(layer.with_new(ids, new) if layer else ids, new, slots)
+        if hiding.rules.groups:
+            like = torch.empty((*slots.shape, 0), dtype=self.dtype, device=slots.device)
             mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
             kwargs["attention_mask"] = masked(
-                self.config,  # type: ignore[attr-defined]
+                self.config,
                 suppressed,
                 members,
                 new,
                 mask,
-                {self._cache_name: cache, "inputs_embeds": like, "position_ids": positions},  # type: ignore[attr-defined]
+                {self._cache_name: cache, "inputs_embeds": like, "position_ids": positions},
             )
         positions = kwargs.get("position_ids")
         kwargs["position_ids"] = ((new[None] if positions is None else positions) - gaps).clamp(min=0)
 
 
-class SwitchForCausalLM:
+class SwitchForCausalLM(Arguments, _CausalModel):
     """A language model with adapters that control tokens switch."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         spec: SwitchSpec = config.switch_spec
-        decoder = self.base_model  # type: ignore[attr-defined]
+        decoder: Any = self.base_model
         if not isinstance(decoder, SwitchDecoder):
             decoder.__class__ = decoder_class(type(decoder))
-            decoder._install(f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
-        add_plans(self, decoder.switch_sites, f"{self.base_model_prefix}.")  # type: ignore[attr-defined]
-        record_outputs(self)  # type: ignore[arg-type]
-        self._accepted = accepted_arguments(self)  # type: ignore[arg-type]
+            decoder._install(f"{self.base_model_prefix}.")
+        add_plans(self, decoder.switch_sites, f"{self.base_model_prefix}.")
+        record_outputs(self)
+        self._accepted = accepted_arguments(self)
         decoder._accepted |= self._accepted  # the base passes on what it does not take itself
         self.substitutes = spec.substitutes
-        self.suppressed = tuple(_ranges(spec.suppressed))
-
-    def accepted_arguments(self) -> frozenset[str]:
-        """Names of the arguments that some part of the model takes."""
-        return self._accepted
+        self.suppressed = tuple(ranges(spec.suppressed))
 
     @property
     def loss_function(self) -> Any:
         """The base's loss, on logits in which control tokens have no share."""
-        base = super().loss_function  # type: ignore[misc]
+        base = super().loss_function
 
         def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._loss_seen = True
@@ -246,23 +248,23 @@ class SwitchForCausalLM:
         self._loss_function = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = self._arguments(args, kwargs)  # type: ignore[attr-defined]
+        kwargs = self._arguments(args, kwargs)
         for name in ("labels", "shift_labels"):
             if isinstance(kwargs.get(name), Tensor):
-                kwargs[name] = self._exchanged(kwargs[name])
+                kwargs[name] = self._substituted(kwargs[name])
         if not kwargs.get("base_only", True):
             del kwargs["base_only"]
         with_loss = kwargs.get("labels") is not None
         if with_loss:
             self._loss_seen = False
-        outputs = super().forward(**kwargs)  # type: ignore[misc]
+        outputs = super().forward(**kwargs)
         if with_loss and not self._loss_seen:
             raise RoutingError(
                 f"{type(self).__name__} computes its loss by itself, with the logits of control tokens in it",
                 hint="pass no labels and compute the loss from the logits",
             )
         if not with_loss:
-            self._suppress(outputs.logits if isinstance(outputs, ModelOutput) else outputs[0])
+            self._suppress(outputs[0] if isinstance(outputs, tuple) else outputs.logits)
         return outputs
 
     def _suppress(self, logits: Tensor) -> Tensor:
@@ -277,19 +279,19 @@ class SwitchForCausalLM:
                 logits[..., tokens] = floor
         return logits
 
-    def _exchanged(self, labels: Tensor) -> Tensor:
+    def _substituted(self, labels: Tensor) -> Tensor:
         """Labels in which a control token counts as its substitute, which is what the model is to predict there."""
-        exchanged = labels
+        substituted = labels
         for token, substitute in self.substitutes.items():
-            exchanged = exchanged.masked_fill(labels == token, substitute)
-        return exchanged
+            substituted = substituted.masked_fill(labels == token, substitute)
+        return substituted
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """As transformers', and no processor that samples sees a control token. Guidance compares logits before it."""
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
         if self.suppressed:
             guided = bool(processors) and type(processors[0]).__name__.startswith("UnbatchedClassifierFreeGuidance")
-            processors.insert(int(guided), _Suppress(self.suppressed))
+            processors.insert(int(guided), Suppress(self.suppressed))
         return processors
 
     def create_masks_for_generate(self, attention_mask: Any, **kwargs: Any) -> Any:
@@ -313,31 +315,31 @@ class SwitchForCausalLM:
 
 def decoder_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The switch model of a decoder without a head: `GraniteSwitchModel` of `GraniteModel`."""
-    return _made(base, SwitchDecoder, (), config_class(base.config_class.model_type))
+    return _made(base, SwitchDecoder, ())  # type: ignore[arg-type]
 
 
 def causal_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The switch model of a language model: `GraniteSwitchForCausalLM` of `GraniteForCausalLM`."""
-    return _made(base, SwitchForCausalLM, (GenerationMixin,), config_class(base.config_class.model_type))
+    return _made(base, SwitchForCausalLM, (GenerationMixin,))  # type: ignore[arg-type]
 
 
 @cache
-def pretrained_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def pretrained_class(base: type[Any]) -> type[PreTrainedModel]:
     """`GraniteSwitchPreTrainedModel` of `GranitePreTrainedModel`."""
     name = architecture(base.__name__)
     return type(name, (SwitchPreTrainedModel, base), {"__module__": __name__, "__qualname__": name})
 
 
 @cache
-def _made(base: type[PreTrainedModel], part: type, more: tuple[type, ...], config: type) -> type[PreTrainedModel]:
+def _made(base: type[Any], part: type[Any], more: tuple[type, ...]) -> type[PreTrainedModel]:
     name, parameters = architecture(base.__name__), parameter_names(base.forward)
     root = next(c for c in base.__mro__ if PreTrainedModel in c.__bases__)
     body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
     body["__doc__"] = f"`{base.__name__}` with adapters that control tokens switch."
     body |= {"_parameters_of_base": parameters, "_cache_name": cache_name(parameters)}
-    body |= {"forward": with_signature(part.forward, base.forward)}  # type: ignore[attr-defined]
-    body["config_class"] = config
-    made = type(name, (part, Arguments, pretrained_class(root), base, *more), body)
+    body |= {"forward": with_signature(part.forward, base.forward)}
+    body["config_class"] = config_class(base.config_class.model_type)
+    made = type(name, (part, pretrained_class(root), base, *more), body)
     share_conversions(base, made)
     return made
 
@@ -347,7 +349,7 @@ def register(config: type[Any]) -> None:
     base = next(c for c in config.__mro__ if c.__module__.startswith("transformers.models"))
     for auto, make in ((AutoModel, decoder_class), (AutoModelForCausalLM, causal_class)):
         if base in auto._model_mapping:
-            model = auto._model_mapping[base]
+            model: Any = auto._model_mapping[base]
             auto.register(config, make(model[0] if isinstance(model, tuple) else model), exist_ok=True)
 
 
@@ -357,26 +359,13 @@ def __getattr__(name: str) -> Any:
     if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name.endswith("PreTrainedModel"):
-        return pretrained_class(base)
+        return pretrained_class(base)  # type: ignore[arg-type]
     return causal_class(base) if issubclass(base, GenerationMixin) else decoder_class(base)
 
 
 def decoder_of(model: Any) -> Any:
     """The decoder of a switch model; itself if it has no head."""
     return model if isinstance(model, SwitchDecoder) else model.base_model
-
-
-class _Suppress(LogitsProcessor):
-    """Gives tokens a score of -inf."""
-
-    def __init__(self, tokens: tuple[slice, ...]) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        for tokens in self.tokens:
-            scores[..., tokens] = float("-inf")
-        return scores
 
 
 def _cache_of(outputs: Any, name: str) -> Any:
@@ -402,16 +391,3 @@ def _no_ids(embeds: bool) -> RoutingError:
         "passes on no ids in its first step, nor does prompt tuning)",
         hint="pass input_ids alone, or base_only=True if every token of the embeddings is meant for the base model",
     )
-
-
-def _ranges(tokens: Iterable[int]) -> Iterator[slice]:
-    """Token ids as slices; control tokens are nearly always one."""
-    start = last = None
-    for token in sorted(tokens):
-        if last is None or token != last + 1:
-            if start is not None:
-                yield slice(start, last + 1)
-            start = token
-        last = token
-    if start is not None:
-        yield slice(start, last + 1)

@@ -53,7 +53,7 @@ class _Split(TensorParallelLayer):
         reduce: what happens to A x, given a process group.
     """
 
-    def __init__(self, matrix: str, dim: int, reduce: Callable[[Tensor, Any], Tensor]) -> None:
+    def __init__(self, matrix: str, dim: int, reduce: Callable[..., Tensor]) -> None:
         self.matrix, self.dim, self.reduce = matrix, dim, reduce
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
@@ -63,11 +63,11 @@ class _Split(TensorParallelLayer):
         from torch.distributed.tensor import Shard, distribute_tensor
 
         if param.endswith(f"-{self.matrix}"):
-            whole = module._parameters[param]
+            whole: Any = module._parameters[param]
             part = distribute_tensor(whole, mesh, [Shard(self.dim)], src_data_rank=None)
             module._parameters[param] = nn.Parameter(part, requires_grad=whole.requires_grad)
 
-    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+    def install_forward(self, module: Any, mesh: Any) -> nn.Module:
         module.reduce = partial(self.reduce, group=mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp"))
         return super().install_forward(module, mesh)
 
@@ -117,6 +117,7 @@ class _Refused(TensorParallelLayer):
         )
 
 
-ALL_PARALLEL_STYLES.register("switch_refused", _Refused())
-ALL_PARALLEL_STYLES.register("switch_colwise", _Split("B", 0, _sum_gradient))
-ALL_PARALLEL_STYLES.register("switch_rowwise", _Split("A", 1, _sum))
+_styles: Any = ALL_PARALLEL_STYLES
+_styles.register("switch_refused", _Refused())
+_styles.register("switch_colwise", _Split("B", 0, _sum_gradient))
+_styles.register("switch_rowwise", _Split("A", 1, _sum))

@@ -39,9 +39,10 @@ def cache_name(parameters: Iterable[str]) -> str:
 
 
 def record_outputs(model: PreTrainedModel) -> None:
-    """Register what `output_hidden_states` and the like record, after the model's class was exchanged."""
-    plain = type(_CAN_RECORD_REGISTRY) is dict  # up to 5.23; since then the registry makes the key of the model
-    _CAN_RECORD_REGISTRY[str(type(model)) if plain else model] = model._can_record_outputs
+    """Register what `output_hidden_states` and the like record, after the model's class was replaced."""
+    registry: Any = _CAN_RECORD_REGISTRY
+    plain = type(registry) is dict  # up to 5.23; since then the registry makes the key of the model
+    registry[str(type(model)) if plain else model] = model._can_record_outputs
 
 
 def share_conversions(base: type, made: type) -> None:

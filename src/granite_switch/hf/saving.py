@@ -86,14 +86,14 @@ def _split(folder: Path, spec: SwitchSpec, source: Path, rows: int) -> None:
             adapters[key.adapter][key] = tensor
     files: dict[str, dict[str, Tensor]] = {}
     rewritten: list[tuple[Path, Path]] = []
-    for adapter, tensors in adapters.items():
+    for adapter, own in adapters.items():
         target = adapter_file(adapter)
         partial = folder / f".{target}"
         original = source / target
-        if original.is_file() and _unchanged(original, tensors):
+        if original.is_file() and _unchanged(original, own):
             shutil.copyfile(original, partial)
         else:
-            write(partial, [copy_of(tensors[key]) for key in sorted(tensors, key=AdapterTensor.order)])
+            write(partial, [copy_of(own[key]) for key in sorted(own, key=AdapterTensor.order)])
         rewritten.append((partial, folder / target))
     embeddings: list[Entry] = []
     metadata: dict[str, str] = {}
@@ -160,7 +160,7 @@ def _rounded(tensor: Tensor, dtype: str) -> Any:
 
 
 def _copy_companions(source: Path, target: Path) -> None:
-    """The small files that say how the adapters are called, where they stand beside the weights."""
+    """The small files with the adapters' names, where the folder of weights has them."""
     if (source / "adapter_index.json").is_file():
         shutil.copyfile(source / "adapter_index.json", target / "adapter_index.json")
     if (source / "io_configs").is_dir():

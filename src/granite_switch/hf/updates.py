@@ -1,15 +1,15 @@
 """The adapters' updates beside the linears of a decoder, whatever decoder it is.
 
-One module stands beside each linear that adapters target; a forward hook on the linear calls it. So the linear stays
-what the base made it, for quantisers, tensor parallelism and offloading. A and B are direct parameters of the module
-that uses them in its own call, because accelerate brings offloaded weights in on a module's call. Hooks are checked at
-every forward: a quantiser that replaces a linear takes its hook away. `core.lora` is the definition.
+One module is registered beside each linear that adapters target; a forward hook on the linear calls it. So the linear
+stays as the base made it, for quantisers, tensor parallelism and offloading. A and B are direct parameters of the
+module that uses them in its own call, because accelerate loads offloaded weights when a module is called. Hooks are
+checked at every forward: a quantiser that replaces a linear removes its hook. `core.lora` is the definition.
 """
 
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -73,14 +73,14 @@ class Updates(nn.Module):
         if routing.groups is None or torch.compiler.is_compiling():
             return self._fixed(flat, out, routing.slots.flatten()).view(y.shape)
         if torch.is_grad_enabled():
-            out = self._with_unused(out, routing)
+            out = self._with_unused(out, routing.groups)
         if routing.groups.groups:
             pairs = {slot: eager.Pair(getattr(self, a), getattr(self, b), s) for slot, (a, b, s) in self.of.items()}
             if self.reduce is None:
                 keep = routing.decode and not hasattr(self, "_hf_hook")  # an offloaded module keeps no copies
                 out = eager.add(flat, out, routing.groups, pairs, id(self) if keep else None)
             else:
-                out = self._reduced(flat, out, routing, pairs)
+                out = self._reduced(flat, out, routing.groups, pairs)
         return out.view(y.shape)
 
     def _fixed(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ class Updates(nn.Module):
             y = y + F.linear(hidden, getattr(self, b)).to(y.dtype)
         return y
 
-    def _reduced(self, x: Tensor, y: Tensor, routing: Routing, pairs: dict[int, eager.Pair]) -> Tensor:
+    def _reduced(self, x: Tensor, y: Tensor, groups: eager.Groups, pairs: dict[int, eager.Pair]) -> Tensor:
         """Where A x is to be summed over processes, for every adapter of the batch in the same order."""
-        for one in routing.groups.groups:  # type: ignore[union-attr]
+        for one in groups.groups:
             if one.slot in pairs:
                 a, b, scale = pairs[one.slot]
                 rows = one.rows
@@ -107,12 +107,12 @@ class Updates(nn.Module):
         hidden = F.linear(x.to(a.dtype), a)
         return hidden if self.reduce is None else self.reduce(hidden)
 
-    def _with_unused(self, y: Tensor, routing: Routing) -> Tensor:
+    def _with_unused(self, y: Tensor, groups: eager.Groups) -> Tensor:
         """Let trainable adapters that no token of the batch has take part, with gradients of zero.
 
         Otherwise DDP waits for them, and FSDP2 mixes up the gradients of adapters of equal shapes.
         """
-        used = {one.slot for one in routing.groups.groups}  # type: ignore[union-attr]
+        used = {one.slot for one in groups.groups}
         parameters = [getattr(self, name) for slot, names in self.of.items() if slot not in used for name in names[:2]]
         trainable = [p for p in parameters if p.requires_grad]
         return _Unused.apply(y, *trainable) if trainable else y
@@ -231,7 +231,13 @@ def _resolve(path: str, modules: dict[str, nn.Module]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-class Layer:
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+
+class Layer(_Module):
     """What a decoder layer gains: it takes the routing as an argument, so that recomputation has its own again.
 
     The argument is added where the layer is called and taken off where its forward runs: gradient checkpointing repeats
@@ -245,12 +251,12 @@ class Layer:
         routing = self.switch_scope.get()
         if routing is not None and "switch_routing" not in kwargs:
             kwargs["switch_routing"] = routing
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, switch_routing: Routing | None = None, **kwargs: Any) -> Any:
         token = self.switch_scope.enter(switch_routing)
         try:
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+            output = super().forward(*args, **kwargs)
         finally:
             self.switch_scope.leave(token)
         if switch_routing is None or torch.compiler.is_compiling():
@@ -259,22 +265,22 @@ class Layer:
             raise RoutingError(
                 f"{type(self).__name__} ran without calling linears that have adapters, so they did nothing",
                 problems=sorted(left_out),
-                hint="a fused kernel stands in for them; load the model without it (use_kernels, Liger, Mamba's)",
+                hint="a fused kernel replaces them; load the model without it (use_kernels, Liger, Mamba's)",
             )
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         classes = type(self).__mro__
-        return _new_layer, (classes[classes.index(Layer) + 1],), self.__getstate__()  # type: ignore[attr-defined]
+        return _new_layer, (classes[classes.index(Layer) + 1],), self.__getstate__()
 
 
 @cache
-def layer_class(base: type[nn.Module]) -> type[nn.Module]:
+def layer_class(base: type[Any]) -> type[nn.Module]:
     """A decoder layer's class with what `Layer` adds. It keeps the base's name, which placing and wrapping go by."""
     return type(base.__name__, (Layer, base), {"__module__": __name__, "__qualname__": base.__name__})
 
 
-def _new_layer(base: type[nn.Module]) -> nn.Module:
+def _new_layer(base: Any) -> nn.Module:
     cls = layer_class(base)
     return cls.__new__(cls)
 
@@ -286,8 +292,8 @@ def wrap_layers(model: nn.Module, sites: list[Site], scope: Scope) -> None:
         at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
         if at is None:
             continue
-        layer = model.get_submodule(".".join(parts[: at + 1]))
+        layer: Any = model.get_submodule(".".join(parts[: at + 1]))
         if not isinstance(layer, Layer):
-            layer.__class__ = layer_class(type(layer))
-            layer.switch_scope, layer.switch_paths = scope, set()  # type: ignore[assignment]
-        layer.switch_paths.add(site.path)  # type: ignore[union-attr, operator]
+            layer.__class__ = layer_class(layer.__class__)
+            layer.switch_scope, layer.switch_paths = scope, set()
+        layer.switch_paths.add(site.path)

@@ -74,10 +74,10 @@ def compare(
         reference = _base(model, base, dtype)
         result = [_compare("base", composed["base"], [_logits(reference, ids) for ids in plain], None, dtype, size)]
         for name, folder in adapters.items():
-            exchanged = [[spec.substitutes.get(i, i) for i in ids] for ids in wanted[name]]
-            without = [_logits(reference, ids) for ids in exchanged]
+            substituted = [[spec.substitutes.get(i, i) for i in ids] for ids in wanted[name]]
+            without = [_logits(reference, ids) for ids in substituted]
             peft = PeftModel.from_pretrained(reference, folder).eval()
-            expected = [_logits(peft, ids) for ids in exchanged]
+            expected = [_logits(peft, ids) for ids in substituted]
             reference = peft.unload()
             result.append(_compare(name, composed[name], expected, without, dtype, size))
         return result

@@ -26,7 +26,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Setting:
-    """What stands before the first message."""
+    """The text before the first message."""
 
     system: str = ""
     documents: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: what stands where, and which function of a session runs when something is pressed."""
+"""The page itself, in Gradio: the layout, and which function of a session runs when something is pressed."""
 
 import os
 import re

@@ -18,7 +18,7 @@ _WORDS = re.compile(r"\w+|\s+|.", re.DOTALL)
 
 
 def title(model: str, place: str) -> str:
-    """What stands on top of the page."""
+    """The top of the page."""
     return f"<h1>Granite Switch: {escape(model)}</h1><p>Answers come from {escape(place)}.</p>"
 
 

@@ -6,7 +6,7 @@ It runs in each of vLLM's processes, so it only registers names; a model's class
 from typing import Any
 
 _MODULE = f"{__name__}.model"
-_EARLIER = "_registered_before"  # what a name of ours stood for is kept under the name and this
+_EARLIER = "_registered_before"  # what a name of ours referred to is kept under the name and this
 
 
 def register() -> None:
@@ -52,13 +52,15 @@ def _register_config() -> None:
         AutoConfig.register(kind, earlier or SwitchConfig, exist_ok=True)
         return
 
+    other: Any = earlier
+
     class OursOrEarlier(SwitchConfig):
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            if config_dict.get("switch") is not None or legacy.generation(config_dict):
+            if config_dict.get("switch") is not None or legacy.legacy_format(config_dict):
                 return SwitchConfig.from_dict(config_dict, **kwargs)
             names = [name + _EARLIER for name in config_dict.get("architectures") or ()]
-            return earlier.from_dict({**config_dict, "architectures": names}, **kwargs)
+            return other.from_dict({**config_dict, "architectures": names}, **kwargs)
 
     AutoConfig.register(kind, OursOrEarlier, exist_ok=True)
 

@@ -153,10 +153,10 @@ class Catalogue:
                 self._slot(name)
                 found.append(name)
             elif name:
-                raise Refused(f"adapter: only what a user says names one; {name!r} stands in another message")
+                raise Refused(f"adapter: only what a user says names one; {name!r} is in another message")
         return found
 
-    def _listed(self, data: Mapping[str, Any], said: list[str | None] | None) -> list[Any]:
+    def _listed(self, data: Mapping[str, Any], said: Sequence[str | None] | None) -> list[Any]:
         """The adapter of each user message, by the messages or the template's argument; empty where none is named."""
         given = (data.get("chat_template_kwargs") or {}).get("message_adapters")
         if said is not None and given not in (None, said):

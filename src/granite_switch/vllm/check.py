@@ -35,12 +35,12 @@ class Row:
     tokens: int
     cached: int
     difference: float  # largest, of the log-probabilities of what was written
-    behind: float  # by how much transformers finds another token likelier, at most
+    lag: float  # by how much transformers finds another token likelier, at most
     dtype: str
 
     @property
     def agrees(self) -> bool:
-        return max(self.difference, self.behind) <= _TOLERANCE[self.dtype]
+        return max(self.difference, self.lag) <= _TOLERANCE[self.dtype]
 
 
 def run(model: Path, dtype: str = "auto", tensor_parallel_size: int = 1) -> list[Row]:
@@ -70,10 +70,10 @@ def run(model: Path, dtype: str = "auto", tensor_parallel_size: int = 1) -> list
 def table(rows: list[Row], title: str) -> Table:
     """The rows for people."""
     result = Table(title=title, title_justify="left")
-    for column in ("run", "prompt", "tokens", "cached", "largest difference", "behind the best", ""):
+    for column in ("run", "prompt", "tokens", "cached", "largest difference", "below the best", ""):
         result.add_column(column)
     for row in rows:
-        figures = (str(row.tokens), str(row.cached), f"{row.difference:.1e}", f"{row.behind:.1e}")
+        figures = (str(row.tokens), str(row.cached), f"{row.difference:.1e}", f"{row.lag:.1e}")
         result.add_row(row.run, row.prompt, *figures, "ok" if row.agrees else "DIFFERS")
     return result
 
@@ -133,8 +133,8 @@ def _compare(run: str, name: str, prompt: list[int], output: Any, model: Any, dt
         [step[token].logprob for step, token in zip(output.outputs[0].logprobs, written, strict=True)]
     )
     difference = (chosen - theirs).abs().max().item()
-    behind = (logprobs.max(1).values - chosen).max().item()
-    return Row(run, name, len(prompt), output.num_cached_tokens or 0, difference, behind, dtype)
+    lag = (logprobs.max(1).values - chosen).max().item()
+    return Row(run, name, len(prompt), output.num_cached_tokens or 0, difference, lag, dtype)
 
 
 def check(

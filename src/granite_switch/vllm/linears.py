@@ -6,6 +6,7 @@ the model's class, so nothing here names a family.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
@@ -35,7 +36,8 @@ def find(model: nn.Module, paths: Iterable[str]) -> dict[str, Place]:
     Raises:
         ServingError: with all that the model does not have, or cuts in a way that LoRA layers do not know.
     """
-    finder, result, problems = _Finder(model), {}, []
+    finder, problems = _Finder(model), []
+    result: dict[str, Place] = {}
     for path in paths:
         try:
             place = finder.find(path)
@@ -52,7 +54,7 @@ class _Finder:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.packed = get_packed_modules_mapping(model)
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
         # without packing where the release has it, since the names of packed linears are wanted
         self.mapper = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
 

@@ -29,10 +29,6 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's kernels are run with th
 class Router(nn.Module):
     """What every linear shares: the slots of the tokens in this forward pass.
 
-    `route(slots)` works out once, of [T] int32, what the linears need of them. `attach(linear, name, members, rank)`
-    lets one of vLLM's linears add its adapters' updates; name is its path in the model, members the last names of the
-    base's linears that it packs, rank the largest of its adapters.
-
     Args:
         spec: the adapters.
         vllm_config: vLLM's.
@@ -44,14 +40,24 @@ class Router(nn.Module):
         self.adapters = len(spec.adapters)
         self.tokens = vllm_config.scheduler_config.max_num_batched_tokens
 
+    def route(self, slots: Tensor) -> None:
+        """Compute what the linears need of the slots, [T] int32, once per forward pass."""
+        raise NotImplementedError
+
+    def attach(self, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> "SwitchedLinear":
+        """Let one of vLLM's linears add its adapters' updates.
+
+        Args:
+            linear: vLLM's.
+            name: its path in the model.
+            members: the last names of the base's linears that it packs.
+            rank: the largest of its adapters.
+        """
+        raise NotImplementedError
+
 
 class SwitchedLinear(LinearMethodBase):
-    """The method by which a linear computes: the original one, and its adapters' updates.
-
-    `set(slot, a, b)` puts an adapter's matrices in place of those in its slot: A [r, in] and the scaled B [out, r] of
-    each of the linear's members, None where the adapter does not update one. `add(y, x)` is
-    y [T, out] += B (A x [T, in]), in place.
-    """
+    """The method by which a linear computes: the original one, and its adapters' updates."""
 
     def __init__(self, linear: LinearBase, name: str) -> None:
         self.method, self.name = linear.quant_method, name
@@ -68,6 +74,20 @@ class SwitchedLinear(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self.method.process_weights_after_loading(layer)
+
+    def set(self, slot: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
+        """Replace the adapter in a slot.
+
+        Args:
+            slot: from 1.
+            a: [r, in] for each of the linear's members, None where the adapter does not update one.
+            b: [out, r], scaled, likewise.
+        """
+        raise NotImplementedError
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """y [T, out] += B (A x [T, in]), in place."""
+        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["method"], name)
@@ -99,10 +119,16 @@ def fill(layer: BaseLayerWithLoRA, index: int, a: Sequence[Tensor | None], b: Se
 class TritonRouter(Router):
     """vLLM's kernels, with the metadata of `LoRAKernelMeta.prepare_tensors` in shapes that depend on T alone.
 
-    There an adapter that no token uses is left out of the lists; here it stands in them with no tokens, which the
+    There an adapter that no token uses is left out of the lists; here it is in them with no tokens, which the
     kernels leave at once. So nothing is asked of the device, and a CUDA graph can hold it all. The tables are buffers:
     vLLM's sleep mode restores them.
     """
+
+    mapping: Tensor
+    order: Tensor
+    ids: Tensor
+    counts: Tensor
+    starts: Tensor
 
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
@@ -136,7 +162,7 @@ class TritonLinear(SwitchedLinear):
     def __init__(self, router: TritonRouter, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> None:
         padded = next(size for size in RANKS if size >= rank)
         self.router = router
-        self.layer = lora_layer(linear, members, router.adapters, padded, router.vllm_config)
+        self.layer: Any = lora_layer(linear, members, router.adapters, padded, router.vllm_config)
         super().__init__(linear, name)
 
     def set(self, slot: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
@@ -187,7 +213,7 @@ class EagerLinear(SwitchedLinear):
         rank = max((len(matrix) for matrix in a if matrix is not None), default=0)
         if not rank:
             return
-        layer = lora_layer(self.linear, self.members, 1, rank, self.router.vllm_config)
+        layer: Any = lora_layer(self.linear, self.members, 1, rank, self.router.vllm_config)
         fill(layer, 0, a, b)
         parts = [(x[0, 0], y[0, 0]) for x, y in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)]
         if all(torch.equal(x, parts[0][0]) for x, _ in parts):
@@ -214,7 +240,7 @@ def _add(y: Tensor, x: Tensor, name: str) -> None:
 
 
 def _nothing(*_: object) -> None:
-    """An operator that returns nothing needs no more to be traced."""
+    """Fake implementation: the operator writes in place, so there is no output to describe."""
 
 
 def make_router(spec: SwitchSpec, vllm_config: VllmConfig) -> Router:

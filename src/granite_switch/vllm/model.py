@@ -1,7 +1,8 @@
 """Any decoder that vLLM serves with LoRA, with adapters inside: a subclass of vLLM's class, made on demand.
 
-Control tokens are exchanged before embedding and give each token its slot (`switch`), the linears add the adapters'
-updates (`lora`), control tokens cannot be generated. The rest is vLLM's: loading, packing, parallelism, compilation.
+Control tokens set each token's slot and are replaced by their substitutes before embedding (`switch`), the linears add
+the adapters' updates (`lora`), control tokens cannot be generated. The rest is vLLM's: loading, packing, parallelism,
+compilation.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,8 +29,10 @@ from granite_switch.vllm.linears import Place, find
 from granite_switch.vllm.lora import SwitchedLinear, lora_layer, make_router
 from granite_switch.vllm.switch import Switch
 
+_Decoder: Any = object  # for types: Any; the made class has vLLM's class of the decoder here
 
-class Switched:
+
+class Switched(_Decoder):
     """What vLLM's class of a decoder gains. In a pipeline the slots travel with the intermediate tensors."""
 
     supports_lora = False
@@ -50,8 +53,9 @@ class Switched:
         self.register_buffer("forbidden", forbidden, persistent=False)
         self.linears: dict[str, SwitchedLinear] = {}  # by vLLM's paths
         self.aside: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, until the linears are finished
-        if hasattr(self, "make_empty_intermediate_tensors"):
-            self.make_empty_intermediate_tensors = _with_slots(self.make_empty_intermediate_tensors)
+        make: Any = getattr(self, "make_empty_intermediate_tensors", None)
+        if make is not None:
+            self.make_empty_intermediate_tensors = _with_slots(make)
 
     def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().embed_input_ids(self.switch.substitute[input_ids], *args, **kwargs)
@@ -69,7 +73,7 @@ class Switched:
             slots = self.switch(input_ids, positions)
             input_ids = self.switch.substitute[input_ids]
         else:
-            received = dict(intermediate_tensors.tensors)
+            received = dict(intermediate_tensors.tensors)  # type: ignore[union-attr]
             slots = received.pop("slots")
             intermediate_tensors = IntermediateTensors(received)
         self.router.route(slots)
@@ -189,7 +193,7 @@ class Switched:
 
     def _pair(self, adapter: AdapterSpec, path: str | None) -> tuple[Tensor | None, Tensor | None]:
         """An adapter's A and its scaled B for one linear."""
-        if path not in adapter.ranks:
+        if path is None or path not in adapter.ranks:
             return None, None
         a, b = (self.aside[AdapterTensor(adapter.name, path, matrix)] for matrix in "AB")
         return a, b.float() * adapter.scale_of(path)

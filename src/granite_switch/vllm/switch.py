@@ -41,6 +41,14 @@ class Switch(nn.Module):
         prefix: name of the attention layer; it must hold exactly one integer, and not one of a decoder layer.
     """
 
+    slot_of_token: Tensor
+    substitute: Tensor
+    digits: Tensor
+    slot_digits: Tensor
+    query: Tensor
+    plain: Tensor
+    values: Tensor
+
     def __init__(self, spec: SwitchSpec, vocab_size: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         if current_platform.is_cpu():
