@@ -44,7 +44,7 @@ def _register_config() -> None:
     from granite_switch.core import legacy
 
     kind = SwitchConfig.model_type
-    earlier = CONFIG_MAPPING.get(kind, None)
+    earlier = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # its `get` does not know what was registered
     if kind in _CONFIG_REGISTRY:
         earlier = _CONFIG_REGISTRY[kind]
         del _CONFIG_REGISTRY[kind]
