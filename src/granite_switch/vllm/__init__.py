@@ -44,7 +44,7 @@ def _register_config() -> None:
     from granite_switch.core import legacy
 
     kind = SwitchConfig.model_type
-    earlier = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # its `get` does not know what was registered
+    earlier = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401  (`get` misses what was added)
     if kind in _CONFIG_REGISTRY:
         earlier = _CONFIG_REGISTRY[kind]
         del _CONFIG_REGISTRY[kind]
