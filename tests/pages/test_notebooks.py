@@ -14,8 +14,8 @@ import run
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 
 
-def test_there_are_five() -> None:
-    assert [path.name[0] for path in SOURCES] == list("12345")
+def test_they_are_there() -> None:
+    assert [path.name[0] for path in SOURCES] == ["1", "2", "4"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
