@@ -130,6 +130,12 @@ def make_base(
     torch.manual_seed(seed)
     model = GraniteForCausalLM(GraniteConfig(**{**settings, **config})).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_tokenizer(folder, tokenizer, specials, template)
+    return folder
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, specials: Sequence[str], template: str | None) -> None:
+    """Write a tokenizer as transformers does; the first special token begins and ends, the second pads."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=specials[0],
@@ -140,7 +146,6 @@ def make_base(
     if template is not None:
         fast.chat_template = template
     fast.save_pretrained(folder)
-    return folder
 
 
 def make_adapter(

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from artefacts import GRANITE_TEMPLATE, ROLES, tokenizer_file
-from transformers import PreTrainedTokenizerFast
+from artefacts import GRANITE_TEMPLATE, ROLES, save_tokenizer, tokenizer_file
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -134,16 +133,7 @@ def make_decoder(
     model = getattr(transformers, row.model)(getattr(transformers, row.config)(**settings))
     _enlarge(model, settings["initializer_range"])
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=specials[0],
-        eos_token=specials[0],
-        pad_token=specials[1],
-        additional_special_tokens=list(specials[2:]),
-    )
-    if template is not None:
-        fast.chat_template = template
-    fast.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer, specials, template)
     return folder
 
 

@@ -1,5 +1,6 @@
 """`granite-switch compose`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -51,24 +52,18 @@ def compose(
 ) -> None:
     """Compose a base model and adapters into one checkpoint."""
     from granite_switch.compose import prepare
-    from granite_switch.compose.hub import parse_ref
-    from granite_switch.compose.push import push as upload
     from granite_switch.core.staging import check_target
 
     if technology not in ("", "lora", "alora"):
         raise typer.BadParameter("is alora or lora", param_hint="--technology")
-    if unclear := [option for option in place or () if "=" not in option]:
-        raise typer.BadParameter(f"{unclear[0]}: write NAME=prefix or NAME=suffix", param_hint="--place")
-    places = {option.partition("=")[0]: option.partition("=")[2] for option in place or ()}
+    places = _places(place or ())
     sources = [*adapters, *(more or ())]
     if list_:
         selection = (base, base_name, tuple(include or ()), tuple(exclude or ()), technology)
         show_sources(sources, adapter_revision or revision, selection, as_json)
         return
     if output is None and not push and not dry_run:
-        output = Path(
-            f"{Path(base).resolve().name if Path(base).exists() else parse_ref(base).repo.split('/')[-1]}-switch"
-        )
+        output = _default_output(base)
     if output and not dry_run:
         check_target(output, force=force)
     plan = prepare(
@@ -89,18 +84,45 @@ def compose(
         warn(warning)
     if output and not dry_run:
         _write(plan, output, force)
+    _report(plan, output, dry_run, as_json)
+    if push and not dry_run:
+        _push(plan, output, push, private)
+
+
+def _places(options: Sequence[str]) -> dict[str, str]:
+    """`--place NAME=prefix` as a mapping."""
+    if unclear := [option for option in options if "=" not in option]:
+        raise typer.BadParameter(f"{unclear[0]}: write NAME=prefix or NAME=suffix", param_hint="--place")
+    return {name: where for name, _, where in (option.partition("=") for option in options)}
+
+
+def _default_output(base: str) -> Path:
+    """BASE-switch, in this folder."""
+    from granite_switch.compose.hub import parse_ref
+
+    name = Path(base).resolve().name if Path(base).exists() else parse_ref(base).repo.split("/")[-1]
+    return Path(f"{name}-switch")
+
+
+def _report(plan: "Plan", output: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Print what was composed, or would be."""
     if as_json:
         say_json(as_dict(plan))
-    else:
-        say(summary(plan))
-    if (output or dry_run) and not as_json:
+        return
+    say(summary(plan))
+    if output or dry_run:
         say(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
-    if push and not dry_run:
-        with TemporaryDirectory() as temporary:
-            model = output or Path(temporary) / "model"
-            if not output:
-                _write(plan, model, force)
-            say(f"pushed: {upload(model, push, private=private)}")
+
+
+def _push(plan: "Plan", output: Path | None, repository: str, private: bool) -> None:
+    """Upload the model that was written, or one that is written for it alone."""
+    from granite_switch.compose.push import push
+
+    with TemporaryDirectory() as temporary:
+        model = output or Path(temporary) / "model"
+        if not output:
+            _write(plan, model, False)
+        say(f"pushed: {push(model, repository, private=private)}")
 
 
 def _write(plan: "Plan", output: Path, force: bool) -> None:
