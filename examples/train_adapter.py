@@ -119,7 +119,7 @@ def main() -> None:
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch,
         learning_rate=options.learning_rate,
-        logging_steps=10,
+        logging_steps=1,
     )
     print(f"loss: {losses[0]:.3f} at first, {losses[-1]:.3f} at last" if losses else "too few steps to log a loss")
 
