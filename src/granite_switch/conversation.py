@@ -5,6 +5,7 @@ anew, which is what an adapter saw in training. No engine is needed here: turns 
 OpenAI-compatible server. `granite_switch.hf.Conversation` runs them in transformers.
 """
 
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ class Conversation:
 
 
 def _folder(model: str | PathLike[str]) -> Path:
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return Path(model)
     from huggingface_hub import snapshot_download
 

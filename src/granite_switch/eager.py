@@ -1,9 +1,9 @@
 """The adapters' updates of one linear for a batch whose slots are known on the host: y += s B (A x), in few matmuls.
 
 Tokens are grouped by slot once per forward. A group is a range of the batch, or indices where slots alternate. In a
-mixed decode step every matmul is small and its call costs more than its arithmetic, so the adapters are padded to one
-rank and take one batched matmul for all A and one for all B. Those padded copies are kept with the grouping of that
-decode step and are checked against every parameter before they are used. `core.lora` is the definition.
+mixed decode step every matmul is small and its call costs more than its arithmetic, so adapters of similar ranks are
+padded to one rank and share one batched matmul for A and one for B. The padded copies are kept with that decode step's
+grouping and are checked against every parameter before they are used. `core.lora` is the definition.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,14 +38,20 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Padded:
-    """The adapters of a mixed decode step in one linear, padded to one rank and to one number of tokens."""
+class Bucket:
+    """Adapters of a mixed decode step in one linear, padded to one rank and to one number of tokens."""
 
-    key: tuple[object, ...]  # of the parameters that were copied
     a: Tensor  # [n, in, R]
     b: Tensor  # [n, R, out], scaled
     rows: Tensor  # [n * m] int64, the token of each row
     real: Tensor | None  # [n, m, 1], 0 for rows that pad; None: no row does
+
+
+class Padded(NamedTuple):
+    """The buckets of one linear, and the parameters that were copied."""
+
+    key: tuple[object, ...]
+    buckets: tuple[Bucket, ...]
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,9 @@ def add(x: Tensor, y: Tensor, groups: Groups, pairs: Mapping[int, Pair], owner: 
             y = _added(x, y, g.rows, pairs[g.slot], groups.tokens)
         return y
     if owner is not None and len(mine) > 1 and groups.tokens <= FEW:
-        padded = _padded(groups, mine, pairs, owner)
-        if padded is not None:
-            _add_padded(x, y, padded)
+        for bucket in (buckets := _buckets(groups, mine, pairs, owner)):
+            _add_bucket(x, y, bucket)
+        if buckets:
             return y
     for g in mine:
         _add_in_place(x, y, g.rows, pairs[g.slot], groups.tokens)
@@ -161,48 +167,60 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight)
 
 
-def _padded(groups: Groups, mine: list[Group], pairs: Mapping[int, Pair], owner: int) -> Padded | None:
-    """The padded copies for this linear; None where padding costs more than it saves."""
+def _buckets(groups: Groups, mine: list[Group], pairs: Mapping[int, Pair], owner: int) -> tuple[Bucket, ...]:
+    """The padded copies for this linear; none where they cannot be made or cost more than they save."""
     own = [pairs[g.slot] for g in mine]
     key = tuple([version for a, b, _ in own for version in (a.data_ptr(), _version(a), b.data_ptr(), _version(b))])
     known = groups.padded.get(owner)
     if known is None or known.key != key:
-        known = _pad(mine, own, key)
-        if known is not None:
-            groups.padded[owner] = known
-    return known
+        known = groups.padded[owner] = Padded(key, _pad(mine, own))
+    return known.buckets
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _pad(mine: list[Group], own: list[Pair], key: tuple[object, ...]) -> Padded | None:
-    ranks, lengths = [len(a) for a, _, _ in own], [len(g.tokens) for g in mine]
-    rank, length, first = max(ranks), max(lengths), own[0].a
-    wasteful = rank * len(own) > 4 * sum(ranks) or length * len(own) > 2 * sum(lengths) + 32
+def _pad(mine: list[Group], own: list[Pair]) -> tuple[Bucket, ...]:
+    """Buckets of adapters whose largest rank is at most twice the smallest."""
+    first, lengths = own[0].a, [len(g.tokens) for g in mine]
+    wasteful = max(lengths) * len(own) > 2 * sum(lengths) + 32
     if wasteful or any(p.a.dtype != first.dtype or p.a.device != first.device for p in own):
-        return None
+        return ()
+    buckets: list[list[tuple[Group, Pair]]] = []
+    for one, pair in sorted(zip(mine, own, strict=True), key=lambda member: len(member[1].a)):
+        if not buckets or len(pair.a) > 2 * len(buckets[-1][0][1].a):
+            buckets.append([])
+        buckets[-1].append((one, pair))
     with torch.inference_mode(False), torch.no_grad():
-        a = first.new_zeros(len(own), rank, first.shape[1])
-        b = first.new_zeros(len(own), rank, len(own[0].b))
-        for i, (pair, r) in enumerate(zip(own, ranks, strict=True)):
-            a[i, :r].copy_(pair.a)
-            b[i, :r].copy_(pair.b.t()).mul_(pair.scale)
-        rows = torch.tensor([g.tokens[j if j < len(g.tokens) else 0] for g in mine for j in range(length)])
-        real = None
-        if min(lengths) != length:
-            mask = [[float(j < n) for j in range(length)] for n in lengths]
-            real = torch.tensor(mask, dtype=first.dtype)[:, :, None].to(first.device)
-        return Padded(key, a.transpose(1, 2), b, rows.to(first.device), real)
+        return tuple(_bucket(members) for members in buckets)
 
 
-def _add_padded(x: Tensor, y: Tensor, padded: Padded) -> None:
-    rows = x.index_select(0, padded.rows)
-    if rows.dtype != padded.a.dtype:
-        rows = rows.to(padded.a.dtype)
-    hidden = torch.bmm(rows.view(len(padded.a), -1, x.shape[1]), padded.a)
-    if padded.real is not None:
-        hidden.mul_(padded.real)
-    delta = torch.bmm(hidden, padded.b).flatten(0, 1)
-    y.index_add_(0, padded.rows, delta if delta.dtype == y.dtype else delta.to(y.dtype))
+def _bucket(members: list[tuple[Group, Pair]]) -> Bucket:
+    rank, length = max(len(pair.a) for _, pair in members), max(len(g.tokens) for g, _ in members)
+    first = members[0][1]
+    a = first.a.new_zeros(len(members), rank, first.a.shape[1])
+    b = first.a.new_zeros(len(members), rank, len(first.b))
+    for i, (_, pair) in enumerate(members):
+        a[i, : len(pair.a)].copy_(pair.a)
+        b[i, : len(pair.a)].copy_(pair.b.t()).mul_(pair.scale)
+    rows = [[g.tokens[j if j < len(g.tokens) else 0] for j in range(length)] for g, _ in members]
+    real = [[[float(j < len(g.tokens))] for j in range(length)] for g, _ in members]
+    padded = any(len(g.tokens) < length for g, _ in members)
+    return Bucket(
+        a.transpose(1, 2),
+        b,
+        torch.tensor(rows, device=a.device).flatten(),
+        torch.tensor(real, dtype=a.dtype, device=a.device) if padded else None,
+    )
+
+
+def _add_bucket(x: Tensor, y: Tensor, bucket: Bucket) -> None:
+    rows = x.index_select(0, bucket.rows)
+    if rows.dtype != bucket.a.dtype:
+        rows = rows.to(bucket.a.dtype)
+    hidden = torch.bmm(rows.view(len(bucket.a), -1, x.shape[1]), bucket.a)
+    if bucket.real is not None:
+        hidden.mul_(bucket.real)
+    delta = torch.bmm(hidden, bucket.b).flatten(0, 1)
+    y.index_add_(0, bucket.rows, delta if delta.dtype == y.dtype else delta.to(y.dtype))

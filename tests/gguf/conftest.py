@@ -1,6 +1,7 @@
 """Composed models as GGUF files."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,13 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 IO_YAML = "model: null\nresponse_format: null\ntransformations: null\n"
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 Make = Callable[..., Path]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `engine` where llama.cpp has not been built."""
+    if item.get_closest_marker("engine") and not find_spec("llama_cpp"):
+        pytest.skip("needs the llama.cpp build: make test-gguf")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,6 @@ def dialect(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def engine(dialect: Path) -> Iterator[Any]:
-    pytest.importorskip("llama_cpp", reason="needs the llama.cpp build: make test-gguf")
     from llama_engine import Engine
 
     export(dialect, dialect.parent / "model.gguf")

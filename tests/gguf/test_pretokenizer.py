@@ -154,7 +154,6 @@ def test_the_engine_tokenises_alike(row: tuple[tuple[str, ...], bool], name: str
 
 
 def tokens_in_engine(tokenizer: Tokenizer, pre: str, folder: Path) -> list[list[int]]:
-    pytest.importorskip("llama_cpp")
     from llama_engine import Engine
 
     write_vocabulary(tokenizer, pre, folder / "vocabulary.gguf")

@@ -97,7 +97,6 @@ class Pair:
     """A tokenizer in the library and in llama.cpp."""
 
     def __init__(self, data: dict[str, Any], folder: Path) -> None:
-        pytest.importorskip("llama_cpp", reason="needs the llama.cpp build: make test-gguf")
         from llama_engine import Engine
 
         self.library = Tokenizer.from_str(json.dumps(data))

@@ -1,5 +1,6 @@
 """`granite-switch compose`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,7 +101,7 @@ def _default_output(base: str) -> Path:
     """BASE-switch, in this folder."""
     from granite_switch.compose.hub import parse_ref
 
-    name = Path(base).resolve().name if Path(base).exists() else parse_ref(base).repo.split("/")[-1]
+    name = Path(base).resolve().name if os.path.exists(base) else parse_ref(base).repo.split("/")[-1]
     return Path(f"{name}-switch")
 
 

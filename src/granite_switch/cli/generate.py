@@ -1,6 +1,7 @@
 """`granite-switch generate`: one chat with one adapter, streamed, and shown token by token if asked."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,7 +108,7 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if "/" in model and not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
+    if "/" in model and not os.path.exists(model) and (Path(model).is_absolute() or model.startswith(".")):
         raise CheckpointError(f"{model}: no such folder")
     try:
         config = AutoConfig.from_pretrained(model)

@@ -66,7 +66,7 @@ def _check(model: str, options: list[str]) -> None:
     from granite_switch.core.legacy import UPGRADE, legacy_format
     from granite_switch.vllm.serve import template_problem, template_text
 
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         config = read_json(Path(model) / "config.json")
         if legacy_format(config):
             raise ServingError(f"{model}: is of an older format, which vLLM serves without this command", hint=UPGRADE)

@@ -5,6 +5,7 @@ follows. The tests hold the composed model against PEFT. What is not PEFT's is n
 are `names.py` and `weights.py`.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def other_base(made_for: str, base_model: str) -> str:
     Owners do not count (`unsloth/X` is `ibm-granite/X`), nor does quantisation; a local path says nothing.
     """
     local = made_for.startswith(("/", ".", "~", "\\")) or made_for.count("/") > 1 or ":" in made_for
-    if not made_for or local or Path(made_for).exists() or _model(made_for) == _model(base_model):
+    if not made_for or local or os.path.exists(made_for) or _model(made_for) == _model(base_model):
         return ""
     return f"trained on {made_for} (base_model_name_or_path), composed with {base_model}"
 

@@ -16,8 +16,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.border import checked, read_json
+from granite_switch.core.files import inside
 from granite_switch.core.tokenizer import SPECIALS, BaseTokenizer, read_tokenizer, token_text
+from granite_switch.core.tokenizer_records import TokenizerConfig
 from granite_switch.errors import BaseModelError
 
 _WHOLE = "TokenizersBackend"  # the class that takes tokenizer.json as it is
@@ -84,6 +86,7 @@ _REGISTERED = {
 }
 # model types whose registered class wins over the class that tokenizer_config.json names
 _FORCED = {"qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"}
+_FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 _AS_FILE = {_WHOLE, "PreTrainedTokenizer", "PythonBackend", "BloomTokenizer"}
 
 # of config.json: where `granite_switch` is not registered, transformers looks for an object of no `model_type` in
@@ -125,7 +128,9 @@ def joined(tokenizer: BaseTokenizer, folder: Path) -> BaseTokenizer:
         settings["extra_special_tokens"] = extra
     path = folder / "special_tokens_map.json"
     if "added_tokens_decoder" not in settings and path.is_file():
-        for key, value in read_json(path).items():
+        more = read_json(inside(folder, path.name))
+        checked(TokenizerConfig, more, path, BaseModelError)
+        for key, value in more.items():
             if key in ("extra_special_tokens", "additional_special_tokens"):
                 settings["extra_special_tokens"] = _merged(settings.get("extra_special_tokens") or [], value)
             else:
@@ -243,8 +248,8 @@ def _added_tokens(data: Settings, settings: Settings, rebuilt: _Rebuilt | None) 
 
 def _listed(settings: Settings, saved: Iterable[Settings]) -> list[AddedToken]:
     """Added tokens in the order of their ids, from the place where transformers looks for them."""
-    listed = {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
-    if "added_tokens_decoder" not in settings:
+    listed = {int(index): token for index, token in (settings.get("added_tokens_decoder") or {}).items()}
+    if settings.get("added_tokens_decoder") is None:
         listed = {token["id"]: {key: flag for key, flag in token.items() if key != "id"} for token in saved}
     return [_added(listed[index]) for index in sorted(listed)]
 
@@ -267,7 +272,7 @@ def _extra(settings: Settings) -> list[Any]:
 def _added(value: Any) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True)
-    return AddedToken(**{key: flag for key, flag in value.items() if key != "__type"})
+    return AddedToken(**{key: flag for key, flag in value.items() if key in _FLAGS})
 
 
 def _special(token: AddedToken) -> AddedToken:

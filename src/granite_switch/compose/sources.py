@@ -95,7 +95,7 @@ def model_folder(model: str | PathLike[str], revision: str | None = None) -> Pat
 
 def _whole(model: str, revision: str | None, files: list[str], error: type[SwitchError]) -> Path:
     path = Path(model)
-    if path.exists():
+    if os.path.exists(path):
         if not path.is_dir():
             raise error(f"{model}: is a file; give the model's folder")
         return path
@@ -109,7 +109,7 @@ def _whole(model: str, revision: str | None, files: list[str], error: type[Switc
 
 def own_name(base: str, folder: Path) -> str:
     """The base's own name: the last part of its hub id or folder."""
-    if not Path(base).exists():
+    if not os.path.exists(base):
         ref = parse_ref(base)
         return (ref.path or ref.repo).split("/")[-1]
     ref_of = snapshot_of(folder)
@@ -171,7 +171,7 @@ def scan(sources: Sequence[str], revision: str | None = None, selection: Selecti
     result: list[Found] = []
     for source in sources:
         path = Path(source)
-        if path.suffix in (".yaml", ".yml") and path.is_file():
+        if path.suffix in (".yaml", ".yml") and os.path.isfile(path):
             result += _manifest(path, selection or Selection("*"))
             continue
         here, _ = _scan(source, selection or Selection("*"), revision)
@@ -186,7 +186,7 @@ def scan(sources: Sequence[str], revision: str | None = None, selection: Selecti
 
 def _discover(source: str, selection: Selection, revision: str | None) -> Discovery:
     path = Path(source)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    if path.suffix in (".yaml", ".yml") and os.path.isfile(path):
         chosen = Discovery()
         for one in _manifest(path, selection):
             if one.retired or selection.wants(one.name):
@@ -278,9 +278,9 @@ def _technology(found: Found) -> str:
 def _scan(source: str, selection: Selection, revision: str | None) -> tuple[list[Found], Repository | None]:
     """Every adapter of a source. On the hub its folder is a path in the repository, until it is fetched."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         raise AdapterError(f"{source}: {what_file_is(path)}", hint="give the adapter's folder, or a YAML manifest")
-    if path.exists():
+    if os.path.exists(path):
         ref = snapshot_of(path)
         label = str(ref) if ref else Path(os.path.abspath(path)).name
         name = (ref.path or ref.repo) if ref else os.path.abspath(path)
@@ -372,9 +372,9 @@ def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) 
         return Found(gone.name, path, "", retired=True, substitute_token_id=gone.substitute_token_id)
     entry = checked(ManifestEntry, record, where, AdapterError, hint)
     local = path.parent / Path(entry.path).expanduser()
-    source = str(local) if local.exists() else entry.path
+    source = str(local) if os.path.exists(local) else entry.path
     if entry.subfolder:
-        place, at, revision = source.partition("@") if not local.exists() else (source, "", "")
+        place, at, revision = source.partition("@") if not os.path.exists(local) else (source, "", "")
         source = f"{place.rstrip('/')}/{entry.subfolder.strip('/')}{at}{revision}"
     here = _discover(source, Selection(selection.base_name, technology=selection.technology), entry.revision).found
     if len(here) != 1:

@@ -1,14 +1,23 @@
 """A tokenizer's files as checked records, by the rule of `border.py`."""
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from granite_switch.core.border import Name, Record, TokenId
+
+Index = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class AddedToken(Record):
     """A token in tokenizer_config.json, with its settings."""
 
     content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+    special: bool = False
 
 
 class NamedTemplate(Record):
@@ -32,8 +41,12 @@ class TokenizerConfig(Record):
     cls_token: Token = None
     mask_token: Token = None
     additional_special_tokens: list[str | AddedToken] | None = None
-    extra_special_tokens: list[str | AddedToken] | dict[str, Any] | None = None
-    added_tokens_decoder: dict[str, Any] | None = None
+    extra_special_tokens: list[str | AddedToken] | dict[str, str | AddedToken] | None = None
+    added_tokens_decoder: dict[Index, AddedToken] | None = None
+    add_prefix_space: bool | None = None
+    trim_offsets: bool | None = None
+    legacy: bool | None = None
+    tokenizer_class: str | None = None
     chat_template: str | list[NamedTemplate] | dict[Name, str] | None = None
 
 
@@ -43,6 +56,19 @@ class TokenizerToken(Record):
     id: TokenId
     content: str
     special: bool = False
+
+
+class Truncation(Record):
+    """`truncation` of tokenizer.json."""
+
+    direction: str
+
+
+class Padding(Record):
+    """`padding` of tokenizer.json."""
+
+    direction: str
+    pad_token: str
 
 
 class TokenizerModel(Record):
@@ -58,6 +84,8 @@ class TokenizerData(Record):
 
     added_tokens: list[TokenizerToken] = []
     model: TokenizerModel
+    truncation: Truncation | None = None
+    padding: Padding | None = None
     normalizer: dict[str, Any] | None = None
     pre_tokenizer: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None

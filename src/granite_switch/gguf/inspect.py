@@ -1,6 +1,7 @@
 """What a GGUF file of the `graniteswitch` architecture says of itself, also one that another converter wrote."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no GGUF file, or one of another architecture.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
     try:
         reader = GGUFReader(path)

@@ -75,13 +75,23 @@ class Updates(nn.Module):
         if torch.is_grad_enabled():
             out = self._with_unused(out, routing.groups)
         if routing.groups.groups:
-            pairs = {slot: eager.Pair(getattr(self, a), getattr(self, b), s) for slot, (a, b, s) in self.of.items()}
+            pairs = self._pairs(routing.groups)
             if self.reduce is None:
                 keep = routing.decode and not hasattr(self, "_hf_hook")  # an offloaded module keeps no copies
                 out = eager.add(flat, out, routing.groups, pairs, id(self) if keep else None)
             else:
                 out = self._reduced(flat, out, routing.groups, pairs)
         return out.view(y.shape)
+
+    def _pairs(self, groups: eager.Groups) -> dict[int, eager.Pair]:
+        """The parameters, as they are now, of the adapters in the batch that update this linear."""
+        pairs: dict[int, eager.Pair] = {}
+        held = self._parameters  # a module's own lookup of attributes costs several times as much
+        for one in groups.groups:
+            if one.slot in self.of and one.slot not in pairs:
+                a, b, scale = self.of[one.slot]
+                pairs[one.slot] = eager.Pair(held[a], held[b], scale)  # type: ignore[arg-type]
+        return pairs
 
     def _fixed(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
         """With shapes that do not depend on the routing: each adapter acts on all tokens, and what is not its is 0."""

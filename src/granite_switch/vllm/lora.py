@@ -201,7 +201,7 @@ class EagerRouter(Router):
 
 
 class EagerLinear(SwitchedLinear):
-    """The updates by a matmul for each adapter in the batch, or a batched one, on unpadded matrices."""
+    """The updates by a matmul for each adapter in the batch, or a batched one for those of similar ranks."""
 
     def __init__(self, router: EagerRouter, linear: LinearBase, name: str, members: Sequence[str]) -> None:
         self.router, self.linear, self.members = router, linear, members
