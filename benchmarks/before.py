@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["12-r16", "5-mixed"])
     parser.add_argument("--folder", type=Path, default=ROOT / "out/before")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", default="", help="part of a case's name: `decode`, `mixed`, `8 x 128`")
     options = parser.parse_args()
     trees = {"before": options.before.resolve(), "now": ROOT}
     for name, tree in trees.items():
@@ -90,6 +91,8 @@ def main() -> None:
             if adapters != options.sets[0] and traffic != "mixed":
                 continue
             case = f"{task} {batch} x {length}, {traffic}, {adapters}"
+            if options.only not in case:
+                continue
             results[case] = _measure(workers, (traffic, task, batch, length), f"switch-{adapters}", options.rounds)
             print(case, {name: _shown(values) for name, values in results[case].items()}, flush=True)
         for worker in workers.values():

@@ -1,8 +1,8 @@
 """The adapters' updates of one linear for a batch whose slots are known on the host: y += s B (A x), in few matmuls.
 
 Tokens are grouped by slot once per forward. A group is a range of the batch, or indices where slots alternate. In a
-mixed decode step every matmul is small and its call costs more than its arithmetic, so adapters of similar ranks are
-padded to one rank and share one batched matmul for A and one for B. The padded copies are kept with that decode step's
+mixed decode step every matmul is small and its call costs more than its arithmetic, so the adapters are cut and padded
+to blocks of one rank, and one batched matmul takes all A, another all B. These copies are kept with that decode step's
 grouping and are checked against every parameter before they are used. `core.lora` is the definition.
 """
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 FEW = 64  # tokens: a decode step, not a prompt
 _STEP = 8  # tokens: up to so many, one call that scales and adds saves time; it rounds otherwise than PEFT
+_MASK = 1 << 18  # elements that are read in the time of the calls that rows which pad need
 _LONG = 16  # tokens: longer runs stay ranges of the batch, since indexing copies
 
 
@@ -37,21 +38,20 @@ class Group:
     tokens: tuple[int, ...] = ()  # the rows as integers, where they are few
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Adapters of a mixed decode step in one linear, padded to one rank and to one number of tokens."""
+class Blocks(NamedTuple):
+    """The adapters of a mixed decode step in one linear: n blocks of rank R, each for m tokens."""
 
     a: Tensor  # [n, in, R]
     b: Tensor  # [n, R, out], scaled
-    rows: Tensor  # [n * m] int64, the token of each row
+    rows: slice | Tensor  # the token of each row, [n * m] int64; a slice where row i is token start + i
     real: Tensor | None  # [n, m, 1], 0 for rows that pad; None: no row does
 
 
 class Padded(NamedTuple):
-    """The buckets of one linear, and the parameters that were copied."""
+    """The blocks of one linear, None where they would not help; and the versions of the parameters in them."""
 
     key: tuple[object, ...]
-    buckets: tuple[Bucket, ...]
+    blocks: Blocks | None
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def add(x: Tensor, y: Tensor, groups: Groups, pairs: Mapping[int, Pair], owner: 
             y = _added(x, y, g.rows, pairs[g.slot], groups.tokens)
         return y
     if owner is not None and len(mine) > 1 and groups.tokens <= FEW:
-        for bucket in (buckets := _buckets(groups, mine, pairs, owner)):
-            _add_bucket(x, y, bucket)
-        if buckets:
+        blocks = _blocks(groups, mine, pairs, owner)
+        if blocks is not None:
+            _add_blocks(x, y, blocks)
             return y
     for g in mine:
         _add_in_place(x, y, g.rows, pairs[g.slot], groups.tokens)
@@ -167,60 +167,79 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight)
 
 
-def _buckets(groups: Groups, mine: list[Group], pairs: Mapping[int, Pair], owner: int) -> tuple[Bucket, ...]:
-    """The padded copies for this linear; none where they cannot be made or cost more than they save."""
+def _blocks(groups: Groups, mine: list[Group], pairs: Mapping[int, Pair], owner: int) -> Blocks | None:
+    """The blocks for this linear; None where they cannot be made or cost more than they save."""
     own = [pairs[g.slot] for g in mine]
     key = tuple([version for a, b, _ in own for version in (a.data_ptr(), _version(a), b.data_ptr(), _version(b))])
     known = groups.padded.get(owner)
     if known is None or known.key != key:
         known = groups.padded[owner] = Padded(key, _pad(mine, own))
-    return known.buckets
+    return known.blocks
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _pad(mine: list[Group], own: list[Pair]) -> tuple[Bucket, ...]:
-    """Buckets of adapters whose largest rank is at most twice the smallest."""
-    first, lengths = own[0].a, [len(g.tokens) for g in mine]
-    wasteful = max(lengths) * len(own) > 2 * sum(lengths) + 32
-    if wasteful or any(p.a.dtype != first.dtype or p.a.device != first.device for p in own):
-        return ()
-    buckets: list[list[tuple[Group, Pair]]] = []
-    for one, pair in sorted(zip(mine, own, strict=True), key=lambda member: len(member[1].a)):
-        if not buckets or len(pair.a) > 2 * len(buckets[-1][0][1].a):
-            buckets.append([])
-        buckets[-1].append((one, pair))
+def _pad(mine: list[Group], own: list[Pair]) -> Blocks | None:
+    first, ranks, lengths = own[0], [len(pair.a) for pair in own], [len(g.tokens) for g in mine]
+    if any(pair.a.dtype != first.a.dtype or pair.a.device != first.a.device for pair in own):
+        return None
+    if max(lengths) * len(own) > 2 * sum(lengths) + 32:
+        return None
+    # elsewhere than on a CPU, `index_add_` sums several blocks of a token in any order, so the text could vary
+    sizes = {*ranks} if first.a.device.type == "cpu" else {max(ranks)}
+    rank, alone = _cheapest(sizes, ranks, lengths, first.a.shape[1] + len(first.b), len(first.b))
+    cut = [
+        (tokens, pair, start)
+        for g, pair in zip(mine, own, strict=True)
+        for tokens in ([(token,) for token in g.tokens] if alone else [g.tokens])
+        for start in range(0, len(pair.a), rank)
+    ]
+    cut.sort(key=lambda block: block[0])
+    length = max(len(tokens) for tokens, _, _ in cut)
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(_bucket(members) for members in buckets)
+        a = first.a.new_zeros(len(cut), rank, first.a.shape[1])
+        b = first.a.new_zeros(len(cut), rank, len(first.b))
+        for i, (_, pair, start) in enumerate(cut):
+            part = slice(start, min(start + rank, len(pair.a)))
+            a[i, : part.stop - start].copy_(pair.a[part])
+            b[i, : part.stop - start].copy_(pair.b[:, part].t()).mul_(pair.scale)
+        rows = [token for tokens, _, _ in cut for token in tokens + tokens[:1] * (length - len(tokens))]
+        real = [[[float(j < len(tokens))] for j in range(length)] for tokens, _, _ in cut]
+        in_order = rows == [*range(rows[0], rows[0] + len(rows))]
+        return Blocks(
+            a.transpose(1, 2),
+            b,
+            slice(rows[0], rows[0] + len(rows)) if in_order else torch.tensor(rows, device=a.device),
+            None if alone else torch.tensor(real, dtype=a.dtype, device=a.device),
+        )
 
 
-def _bucket(members: list[tuple[Group, Pair]]) -> Bucket:
-    rank, length = max(len(pair.a) for _, pair in members), max(len(g.tokens) for g, _ in members)
-    first = members[0][1]
-    a = first.a.new_zeros(len(members), rank, first.a.shape[1])
-    b = first.a.new_zeros(len(members), rank, len(first.b))
-    for i, (_, pair) in enumerate(members):
-        a[i, : len(pair.a)].copy_(pair.a)
-        b[i, : len(pair.a)].copy_(pair.b.t()).mul_(pair.scale)
-    rows = [[g.tokens[j if j < len(g.tokens) else 0] for j in range(length)] for g, _ in members]
-    real = [[[float(j < len(g.tokens))] for j in range(length)] for g, _ in members]
-    padded = any(len(g.tokens) < length for g, _ in members)
-    return Bucket(
-        a.transpose(1, 2),
-        b,
-        torch.tensor(rows, device=a.device).flatten(),
-        torch.tensor(real, dtype=a.dtype, device=a.device) if padded else None,
-    )
+def _cheapest(sizes: set[int], ranks: list[int], lengths: list[int], width: int, out: int) -> tuple[int, bool]:
+    """The rank of a block, and whether each token has blocks of its own, so that the batched matmuls move least.
+
+    Counted in elements: the blocks', each row's input, update and output, and `_MASK` for rows that pad.
+    """
+
+    def cost(rank: int, alone: bool) -> int:
+        blocks = sum(-(-r // rank) * (n if alone else 1) for r, n in zip(ranks, lengths, strict=True))
+        rows = blocks * (1 if alone else max(lengths))
+        return blocks * rank * width + rows * (width + out) + (0 if alone else _MASK)
+
+    return min(((rank, alone) for rank in sizes for alone in (True, False)), key=lambda option: cost(*option))
 
 
-def _add_bucket(x: Tensor, y: Tensor, bucket: Bucket) -> None:
-    rows = x.index_select(0, bucket.rows)
-    if rows.dtype != bucket.a.dtype:
-        rows = rows.to(bucket.a.dtype)
-    hidden = torch.bmm(rows.view(len(bucket.a), -1, x.shape[1]), bucket.a)
-    if bucket.real is not None:
-        hidden.mul_(bucket.real)
-    delta = torch.bmm(hidden, bucket.b).flatten(0, 1)
-    y.index_add_(0, bucket.rows, delta if delta.dtype == y.dtype else delta.to(y.dtype))
+def _add_blocks(x: Tensor, y: Tensor, blocks: Blocks) -> None:
+    a, b, rows, real = blocks
+    x = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+    hidden = torch.bmm((x if x.dtype == a.dtype else x.to(a.dtype)).view(len(a), -1, x.shape[1]), a)
+    if real is not None:
+        hidden.mul_(real)
+    delta = torch.bmm(hidden, b).flatten(0, 1)
+    if delta.dtype != y.dtype:
+        delta = delta.to(y.dtype)
+    if isinstance(rows, slice):
+        y[rows].add_(delta)
+    else:
+        y.index_add_(0, rows, delta)
