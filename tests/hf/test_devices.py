@@ -195,7 +195,7 @@ class TestBuffers:
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         _filled(model)
-        check(model, SECTION, "checkpoint that holds the older formats' buffers")
+        check(model, SECTION, "checkpoint that holds the buffers of a legacy format")
 
 
 def _filled(model: GraniteSwitchForCausalLM) -> None:

@@ -306,4 +306,4 @@ class TestGenerating:
         """transformers' continuous batching keeps a paged cache of its own, which has no place for slots."""
         with pytest.raises(RoutingError, match="generate_batch"):
             model.generate_batch([ids[0].tolist() for ids in reference.prompts.values()], GenerationConfig())
-        row("Running", "`generate_batch`", "refused, with `generate` or vLLM as the way out")
+        row("Running", "`generate_batch`", "refused; the error names `generate` and vLLM")
