@@ -1,4 +1,4 @@
-"""Hooks of `make docs`: README.md is the site's first page, and links out of docs/ lead to the repository."""
+"""Hooks for `make docs`: README.md becomes the first page, and links that leave docs/ point to the repository."""
 
 import re
 from pathlib import Path
