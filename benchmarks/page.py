@@ -1,10 +1,10 @@
-"""Fills docs/performance.md and draws its plots from the result files of bench.py.
+"""Fill docs/performance.md and draw its plots from the result files of bench.py.
 
     python benchmarks/page.py
 
-The page's text is written by hand; what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is made here,
-from the newest benchmarks/results/DATE-NAME.json, NAME being full, quick, bfloat16, wide, growth, loading or cuda. Each
-part names its file and the command behind it.
+The page's text is written by hand. The parts between `<!-- begin NAME -->` and `<!-- end NAME -->` are generated here,
+from the newest benchmarks/results/DATE-NAME.json, where NAME is full, quick, bfloat16, wide, growth, loading or cuda.
+Each part names its file and the command that produced it.
 """
 
 import json
@@ -24,7 +24,7 @@ from bench import PLAIN, ratios
 ROOT = Path(__file__).parent.parent
 PAGE, IMAGES, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "images", ROOT / "benchmarks" / "results"
 COLOURS = {"plain": "#8a8a8a", "switch": "#0f62fe", "PEFT": "#d9730d", "older": "#8a3ffc"}
-CASES = {  # columns of the tables, as Case.name has them without group and dtype
+CASES = {  # Case.name without group and dtype -> column heading
     "prefill/1/128": "prefill 128",
     "prefill/1/512": "prefill 512",
     "prefill/1/2048": "prefill 2,048",
@@ -36,19 +36,19 @@ CASES = {  # columns of the tables, as Case.name has them without group and dtyp
     "decode/32/64": "decode, batch 32",
 }
 
-Ratio = tuple[float, float, float]  # median, ends of its 95 % interval
+Ratio = tuple[float, float, float]  # median, and both ends of its 95 % interval
 
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio of two contenders of a case, and its bound."""
+    """The bound for the ratio of two contenders in a case."""
 
     what: str
     case: str
     over: str
     under: str
     bound: float
-    least: bool = False  # the ratio is to be at least the bound
+    least: bool = False  # a lower bound, not an upper one
 
 
 def targets() -> Iterator[Target]:
@@ -68,11 +68,11 @@ def targets() -> Iterator[Target]:
     for case, traffic in ((one[0], "LoRA"), (one[1], "five mixed"), *decode):
         bound = 1.2 if "prefill" in case else 1.3
         yield Target(
-            f"older project's time to ours, {traffic}", case, f"older {traffic}", f"switch {traffic}", bound, True
+            f"release 0.1.1 relative to this, {traffic}", case, f"older {traffic}", f"switch {traffic}", bound, True
         )
     for case, traffic in ((one[0], "LoRA"), (one[1], "five mixed"), *decode):
         bound = 1.3 if traffic == "five mixed" and "decode" in case else 1.0
-        yield Target(f"PEFT's time to ours, {traffic}", case, f"PEFT {traffic}", f"switch {traffic}", bound, True)
+        yield Target(f"PEFT relative to this, {traffic}", case, f"PEFT {traffic}", f"switch {traffic}", bound, True)
     for traffic in ("base", "LoRA"):
         over, under = (f"switch {traffic}, {count} adapters" for count in (50, 1))
         yield Target(f"50 adapters against 1, {traffic} traffic", "decode/1/128", over, under, 1.01)
@@ -87,7 +87,7 @@ class Result:
         self.cases = {case["name"]: case for case in self.data["cases"]}
 
     def ratio(self, case: str, over: str, under: str = PLAIN) -> Ratio | None:
-        """None where one of them was not measured."""
+        """The ratio of two contenders' times; None if either was not measured."""
         times = self.cases.get(case, {}).get("times", {})
         if over not in times or under not in times:
             return None
@@ -97,7 +97,7 @@ class Result:
         return statistics.median(run["seconds"] for run in self.cases[case]["times"][name])
 
     def source(self, only: str = "") -> str:
-        """The line that says where a part comes from."""
+        """The line that names the command and the file of a part."""
         command = self.data["command"] + (f" --only '{only}'" if only and "--only" not in self.data["command"] else "")
         return f"\n`{command}`, [{self.path.name}](../benchmarks/results/{self.path.name})"
 
@@ -130,15 +130,15 @@ def targets_part(result: Result) -> str:
     flow = _first_tokens(result)
     if len(flow) > 1:
         again = [a / b for a, b in zip(flow["switch, LoRA, prefilled again"], flow["switch, kept cache"], strict=True)]
-        rows.append(["flow: first tokens, prefilled again to kept cache", *_against(_bootstrap(again), 5, True)])
+        rows.append(["flow: time to first tokens, prefilling again relative to a kept cache", *_against(_bootstrap(again), 5, True)])
     return table(("ratio of times", "target", "measured", ""), rows) + "\n" + result.source()
 
 
 def _against(ratio: Ratio, bound: float, least: bool) -> list[str]:
-    """Target, measured, and by how much it is missed."""
+    """Cells: the target, the measurement, and the verdict."""
     short = bound - ratio[0] if least else ratio[0] - bound
     near = ratio[1] <= bound <= ratio[2]
-    verdict = ("reached" if short <= 0 else f"missed by {short:.3f}") + (" (the interval holds both)" if near else "")
+    verdict = ("reached" if short <= 0 else f"missed by {short:.3f}") + (" (target within the interval)" if near else "")
     return [f"{'≥' if least else '≤'} {bound:.2f}", shown(ratio), verdict]
 
 
@@ -147,7 +147,7 @@ def _bootstrap(values: Sequence[float]) -> Ratio:
 
 
 def measured_part(result: Result, only: str = "main") -> str:
-    """Times and ratios of everyone, a table for each dtype."""
+    """Tables of every contender's times and ratios, for each dtype and task."""
     parts = []
     for dtype in ("float32", "bfloat16"):
         for task in ("prefill", "decode"):
@@ -185,9 +185,9 @@ def loading_part(result: Result) -> str:
         cells = [_spread([run["seconds"] for run in runs])]
         cells += [_megabytes(statistics.median(run[key] for run in runs)) for key in ("before", "peak", "used")]
         rows.append([name, _megabytes(loading["bytes"].get(name, 0)), *cells])
-    heading = ("", "weights, MB", "loading, s", "memory before, MB", "at its peak, MB", "after a forward, MB")
+    heading = ("", "weights, MB", "loading, s", "memory before, MB", "peak memory, MB", "after a forward, MB")
     against = [[what, *_against(ratio, bound, False)] for what, ratio, bound in _loading_ratios(result)]
-    compared = table(("against the base", "target", "measured", ""), against)
+    compared = table(("relative to the base", "target", "measured", ""), against)
     machine = f"\n{result.data['date']}, {result.data['machine']['processor']}:"
     return f"{machine}\n\n{table(heading, rows)}\n\n{compared}\n{result.source('loading')}".strip()
 
@@ -220,13 +220,13 @@ def machine_part(result: Result) -> str:
     lines = [f"{data['date']}; {processor}; {machine['threads']} threads.", f"Base: {size}."]
     for who, versions in data["versions"].items():
         found = ", ".join(f"{name} {version}" for name, version in versions.items())
-        lines.append(f"{'Older project' if who == 'older' else 'Everyone else'}: {found}.")
+        lines.append(f"{'Release 0.1.1' if who == 'older' else 'All others'}: {found}.")
     lines += [f"Note: {note}." for note in data["notes"]]
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _first_tokens(result: Result) -> dict[str, list[float]]:
-    """Seconds to the first tokens of steps 2 to 5, by contender and round."""
+    """Contender -> for each round, the seconds to the first tokens of steps 2 to 5, added up."""
     for case in result.cases.values():
         if case["task"] == "flow":
             return {name: [sum(run["first"][1:]) for run in runs] for name, runs in case["times"].items()}
@@ -234,7 +234,7 @@ def _first_tokens(result: Result) -> dict[str, list[float]]:
 
 
 def _loading_ratios(result: Result) -> Iterator[tuple[str, Ratio, float]]:
-    """Loading against the base: for each byte, and memory less the adapters' bytes."""
+    """Loading relative to the base: time per byte, and peak memory minus the adapters' bytes."""
     loading = result.data.get("loading")
     if not loading or PLAIN not in loading["times"]:
         return
@@ -243,13 +243,13 @@ def _loading_ratios(result: Result) -> Iterator[tuple[str, Ratio, float]]:
         rounds = list(zip(loading["times"][name], plain, strict=False))
         share = weights[name] / weights[PLAIN]
         yield (
-            f"loading, seconds for each byte, {name}",
+            f"loading, seconds per byte, {name}",
             _bootstrap([a["seconds"] / b["seconds"] / share for a, b in rounds]),
             1.10,
         )
         extra = weights[name] - weights[PLAIN]
         yield (
-            f"loading, peak memory less the adapters, {name}",
+            f"loading, peak memory minus the adapters, {name}",
             _bootstrap([(a["peak"] - extra) / b["peak"] for a, b in rounds]),
             1.05,
         )
@@ -264,7 +264,7 @@ def _megabytes(value: float) -> str:
 
 
 def draw_ratios(result: Result) -> None:
-    """Every contender's ratio to plain Granite, with its interval."""
+    """Plot every contender's ratio to plain Granite, with its interval."""
     cases = [case for case in CASES if f"main/{case}/float32" in result.cases]
     figure, axes = plt.subplots(1, len(cases), figsize=(2.1 * len(cases), 3.2), sharey=True)
     names = [n for case in cases for n in result.cases[f"main/{case}/float32"]["times"] if n != PLAIN]
@@ -286,7 +286,7 @@ def draw_ratios(result: Result) -> None:
 
 
 def _panels() -> dict[str, list[tuple[str, str, str, str]]]:
-    """What grows: title -> (who, label, case, contender)."""
+    """The panels of the growth plot: title -> points (who, label, case, contender)."""
     labels = {"r8": "8", "r16": "16", "r32": "32", "r64": "64", "mixed": "mixed"}
     return {
         "adapters in the checkpoint (decode, batch 1)": [
@@ -312,7 +312,7 @@ def _panels() -> dict[str, list[tuple[str, str, str, str]]]:
 
 
 def growth_part(result: Result) -> str:
-    """The plot's figures."""
+    """Tables of the growth plot's figures."""
     parts = []
     for title, points in _panels().items():
         columns = list(dict.fromkeys(label for _, label, _, _ in points))
@@ -325,7 +325,7 @@ def growth_part(result: Result) -> str:
 
 
 def draw_growth(result: Result) -> None:
-    """Ratios over adapters, rank, context and batch."""
+    """Plot ratios over the number of adapters, rank, context and batch."""
     figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
     for axis, (title, points) in zip(axes, _panels().items(), strict=True):
         axis.axhline(1, color="#c6c6c6", linewidth=1)
@@ -353,7 +353,7 @@ def draw_growth(result: Result) -> None:
 
 
 def draw_flow(result: Result) -> None:
-    """Seconds to the first token of each step."""
+    """Plot the seconds to the first token of each step."""
     case = next(case for case in result.cases.values() if case["task"] == "flow")
     figure, axis = plt.subplots(figsize=(7, 2.6))
     width = 0.8 / len(case["times"])
@@ -379,7 +379,7 @@ def _save(figure: Any, name: str) -> None:
 
 
 def fill(page: str, name: str, text: str) -> str:
-    """Put a part between its marks."""
+    """Replace the part between its markers."""
     marks = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     pattern = re.escape(marks[0]) + r".*?" + re.escape(marks[1])
     return re.sub(pattern, lambda _: f"{marks[0]}\n\n{text}\n\n{marks[1]}", page, flags=re.DOTALL)
