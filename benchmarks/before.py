@@ -1,11 +1,11 @@
-"""Compare the transformers backend with that of another commit, in one run: ratios of times to the plain base.
+"""Compare the transformers backend with another commit's in one run: times relative to the plain base.
 
     git worktree add --detach ../before COMMIT
     python benchmarks/before.py ../before [--python PYTHON] [--rounds 12] [--size small]
 
-Each tree composes the base and the adapters itself and runs in a process of its own; the tasks take turns in random
-order, a round at a time. Medians of the rounds' ratios, with the 10th and 90th percentile. PYTHON is of an environment
-with a release of transformers that both trees take.
+Each tree composes the base and the adapters itself and runs in its own process. In each round the tasks alternate in
+random order. The output is the median of the rounds' ratios, with the 10th and 90th percentile. PYTHON is the
+interpreter of an environment whose transformers release works with both trees.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CASES = [
 
 
 class Tree:
-    """A worker process that runs one tree's code."""
+    """A worker process that runs the code of one tree."""
 
     def __init__(self, name: str, tree: Path, python: str, threads: int) -> None:
         self.name = name

@@ -1,16 +1,16 @@
-"""Everyone side by side: plain Granite, switch models, PEFT and the older project, on one machine in the same rounds.
+"""Compare plain Granite, switch models, PEFT and release 0.1.1 ("older"), on one machine in the same rounds.
 
     python benchmarks/bench.py --quick              # the main targets, about 12 minutes
     python benchmarks/bench.py                      # everything, about 2 hours
     python benchmarks/bench.py --only 'decode/8'    # cases whose name matches
     python benchmarks/bench.py --device cuda --size 3b
 
-Models live in worker processes (`worker.py`), one for each environment, and only one contender works at a time. In
-each round every contender of a case is timed once, in random order; a ratio is the median over the rounds of its time
-to plain Granite's in the same round, with a bootstrap interval of 95 %. "plain again" is a second copy of plain
-Granite: how far it is from 1.00 says how far to trust the rest. Before timing, contenders with the same traffic have to
-give the same logits. Each finished case is saved at once to benchmarks/results/DATE-NAME.json, from which `page.py`
-makes docs/performance.md. With `--only` the cases are added to the file of that day.
+Models live in worker processes (`worker.py`), one for each environment, and only one contender runs at a time. In each
+round every contender of a case is timed once, in random order. A ratio is the median over the rounds of its time
+divided by plain Granite's in the same round, with a 95 % bootstrap interval. "plain again" is a second copy of plain
+Granite; its distance from 1.00 shows how far to trust the rest. Before timing, contenders with the same traffic must
+give the same logits. Each finished case is saved immediately to benchmarks/results/DATE-NAME.json, from which `page.py`
+generates docs/performance.md. `--only` adds its cases to the file of that day.
 """
 
 import argparse
@@ -35,36 +35,36 @@ from synthetic import INVOCATION, SIZES, adapter_folder, older_command
 
 HERE = Path(__file__).parent
 PLAIN = "plain Granite"
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # between peers' logits, as a share of the largest
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # between logits for the same traffic, relative to the largest
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who is timed, and with which traffic."""
+    """A model to time, and its traffic."""
 
     name: str
-    kind: str  # as worker.Model: granite, switch, peft, merged
+    kind: str  # granite, switch, peft or merged, as in worker.Model
     traffic: str  # base, lora, alora, mixed
-    checkpoint: str = "base"  # a folder; for peft and merged the library
+    checkpoint: str = "base"  # a folder; for peft and merged the library's
     adapters: tuple[int, ...] = ()
-    older: bool = False  # in the older project's environment
+    older: bool = False  # runs in the environment of release 0.1.1
     copy: int = 0
-    kept: bool = False  # of a flow: one cache through all steps
+    kept: bool = False  # in a flow: one cache for all steps
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, and for how long."""
+    """A task to time with several contenders, and for how long."""
 
     group: str
-    task: str  # as worker.TASKS
+    task: str  # one of worker.TASKS
     batch: int
     length: int
     contenders: tuple[Contender, ...]
     seconds: float
-    rounds: tuple[int, int] = (5, 60)  # at least, at most
+    rounds: tuple[int, int] = (5, 60)  # minimum, maximum
     dtype: str = "float32"
-    label: str = ""  # what varies in a group: ranks, number of adapters
+    label: str = ""  # the value that varies within a group: ranks, number of adapters
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Case:
 
 
 def contenders(adapters: str = "12-r16") -> dict[str, Contender]:
-    """All of them, on one set of adapters (see synthetic.py)."""
+    """All contenders by name, on one set of adapters (see synthetic.py)."""
     switch, library = f"switch-{adapters}", f"library-{adapters}"
     count = int(adapters.split("-")[0])
     peft = tuple(range(min(count, 5))) + ((5,) if count > 5 else ())
@@ -104,7 +104,7 @@ FLOW = (
 
 
 def quick_cases() -> Iterator[Case]:
-    """The main targets."""
+    """The cases of the main targets."""
     every = contenders()
 
     def case(task: str, batch: int, length: int, names: Sequence[str], seconds: float, **more: Any) -> Case:
@@ -122,7 +122,7 @@ def quick_cases() -> Iterator[Case]:
 
 
 def full_cases() -> Iterator[Case]:
-    """Everything on the CPU."""
+    """All cases for a CPU."""
     every = contenders()
 
     def case(group: str, task: str, batch: int, length: int, names: Sequence[str], **more: Any) -> Case:
@@ -153,12 +153,12 @@ def full_cases() -> Iterator[Case]:
 
 
 def cuda_cases() -> Iterator[Case]:
-    """One GPU, bfloat16: eager, and compiled with a static cache."""
+    """The cases for one GPU, in bfloat16: eager, and compiled with a static cache."""
     every = contenders()
     one, mixed = (PLAIN, "plain again", "switch base", "switch LoRA"), (PLAIN, "plain again", "switch five mixed")
     for task, group in (("decode", "eager"), ("generate", "compiled")):
         for batch in (1, 8, 64):
-            # PEFT chooses rows by the batch's names on the host, so it is measured eager only
+            # PEFT selects rows on the host, by adapter names, so it is measured only eagerly
             names = (*(one if batch == 1 else ()), *mixed, *(("PEFT five mixed",) if task == "decode" else ()))
             chosen = tuple(every[name] for name in dict.fromkeys(names))
             yield Case(group, task, batch, 512, chosen, 30, dtype="bfloat16")
@@ -169,7 +169,7 @@ def cuda_cases() -> Iterator[Case]:
 
 
 def _numbers(seconds: float, sets: Sequence[str], shapes: Sequence[tuple[str, int, int]]) -> Iterator[Case]:
-    """The same traffic on checkpoints that hold more and more adapters."""
+    """Cases with the same traffic on checkpoints with increasing numbers of adapters."""
     for task, batch, length in shapes:
         chosen = [contenders()[PLAIN]]
         for adapters in sets:
@@ -179,7 +179,7 @@ def _numbers(seconds: float, sets: Sequence[str], shapes: Sequence[tuple[str, in
 
 
 class Worker:
-    """The parent's end of a worker process."""
+    """A handle to a worker process."""
 
     def __init__(self, python: str, threads: int, log: Path) -> None:
         command = [python, str(HERE / "worker.py"), "--threads", str(threads)]
@@ -191,7 +191,11 @@ class Worker:
         self.versions = self.ask("versions", None)
 
     def ask(self, name: str, request: Any) -> dict[str, Any]:
-        """Raises RuntimeError with what the worker said."""
+        """The worker's answer to a request.
+
+        Raises:
+            RuntimeError: the worker failed, with its message.
+        """
         assert self.process.stdin
         assert self.process.stdout
         print(json.dumps({name: request}), file=self.process.stdin, flush=True)
@@ -219,10 +223,10 @@ class Worker:
 
 @dataclass
 class Bench:
-    """One run: its folder of models, its workers, its results."""
+    """One run: the folder of models, the workers and the results."""
 
-    folder: Path  # of one size of model
-    pythons: dict[bool, str]  # by whether it is the older project's
+    folder: Path  # models of one size
+    pythons: dict[bool, str]  # interpreters, by `Contender.older`
     threads: int
     device: str
     results: Path
@@ -241,7 +245,7 @@ class Bench:
         self.workers.clear()
 
     def run(self, case: Case) -> None:
-        """Time a case and save what was found."""
+        """Time a case and save the result."""
         case = replace(case, contenders=tuple(c for c in case.contenders if c.older in self.pythons))
         for older in self.pythons:
             mine = [c for c in case.contenders if c.older == older]
@@ -258,11 +262,11 @@ class Bench:
             results.append({c.name: taken[c.name] for c in ready})
         for older in self.workers:
             self.worker(older).ask("clear", None)
-        results = results[1:]  # the first warms up
+        results = results[1:]  # the first round is a warm-up
         self.save(case, {c.name: [result[c.name] for result in results] for c in ready})
 
     def prepare(self, case: Case) -> list[Contender]:
-        """Those that can do the case, checked against one another."""
+        """The contenders that can run the case, after comparing their logits."""
         ready, logits = [], {}
         for contender in case.contenders:
             request = {"id": contender.name, "model": _key(contender, case), "traffic": contender.traffic}
@@ -290,7 +294,7 @@ class Bench:
         self.found["notes"].append(text)
 
     def model(self, contender: Contender, dtype: str) -> dict[str, Any]:
-        """What a worker needs to load a contender's model."""
+        """The request with which a worker loads a contender's model."""
         request: dict[str, Any] = {"kind": contender.kind, "dtype": dtype, "device": self.device}
         request["invocation"] = self.found["invocation"]
         if contender.adapters:
@@ -312,7 +316,7 @@ class Bench:
         self.results.write_text(json.dumps(self.found, indent=1) + "\n")
 
     def loading(self, rounds: int) -> None:
-        """Seconds and peak memory of loading, each time in a fresh process."""
+        """Measure seconds and peak memory of loading, each time in a fresh process."""
         dtype = "bfloat16" if self.device == "cuda" or self.folder.name == "3b" else "float32"
         chosen = [contenders()[PLAIN]]
         for adapters in ("1-r16", "12-r16", "50-r16"):
@@ -330,7 +334,7 @@ class Bench:
                 run = subprocess.run(command, capture_output=True, text=True, env=_environment())
                 if run.returncode:
                     self.note(f"loading {c.name} failed: {run.stderr.strip().splitlines()[-1]}")
-                elif turn:  # the first fills the page cache
+                elif turn:  # the first turn fills the page cache
                     times[c.name].append(json.loads(run.stdout))
         times = {name: values for name, values in times.items() if values}
         weights = {c.name: _weights(self.folder / c.checkpoint) for c in chosen}
@@ -341,7 +345,7 @@ class Bench:
             print(f"  {name:28} {spread(seconds)} s, peak memory {max(peak) / 1e6:.0f} MB")
 
     def tools(self, rounds: int) -> None:
-        """Seconds and peak memory of the commands on checkpoints, each in a process of its own."""
+        """Measure seconds and peak memory of the checkpoint commands, each in its own process."""
         work, base, library = self.folder / "tools", self.folder / "base", self.folder / "library-12-r16"
         ours = [str(Path(self.pythons[False]).parent / "granite-switch")]
         commands = {
@@ -376,12 +380,12 @@ class Bench:
 
 
 def _apart(values: Sequence[float], reference: Sequence[float]) -> float:
-    """The largest difference, as a share of the largest value."""
+    """The largest difference, relative to the largest value."""
     return max(abs(a - b) for a, b in zip(values, reference, strict=True)) / max(map(abs, reference))
 
 
 def ratios(times: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
-    """Median of the paired ratios, and its 95 % bootstrap interval."""
+    """Median of the paired ratios, with its 95 % bootstrap interval."""
     pairs = [a / b for a, b in zip(times, reference, strict=True)]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(1000))
@@ -393,7 +397,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def show(entry: dict[str, Any]) -> None:
-    """A finished case, on stdout."""
+    """Print a finished case."""
     print(f"\n{entry['name']}: {len(next(iter(entry['times'].values())))} rounds")
     if entry["task"] == "flow":
         for name, runs in entry["times"].items():
@@ -409,7 +413,7 @@ def show(entry: dict[str, Any]) -> None:
 
 
 def _key(contender: Contender, case: Case) -> str:
-    """Names a model within its worker."""
+    """The name of a contender's model within its worker."""
     return f"{contender.kind} {contender.checkpoint} {contender.adapters} {contender.copy} {case.dtype}"
 
 
@@ -419,7 +423,11 @@ def _environment() -> dict[str, str]:
 
 
 def _command(command: list[str]) -> dict[str, Any]:
-    """Run a command; its seconds and peak memory in bytes. Raises RuntimeError with the end of what it said."""
+    """Seconds and peak memory in bytes of a command.
+
+    Raises:
+        RuntimeError: the command failed, with the end of its output.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=_environment())
@@ -438,15 +446,17 @@ def _weights(folder: Path) -> int:
 
 
 def _written(folder: Path) -> int:
-    """Bytes of the files in a folder that are no hard links."""
+    """Bytes of the files in a folder that are not hard links."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the main targets only, on half the layers")
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases, `loading` or `tools` whose name matches")
-    parser.add_argument("--list", action="store_true", help="show the cases and stop")
+    parser.add_argument("--quick", action="store_true", help="only the main targets, on half the layers")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="only the cases, `loading` or `tools`, whose name matches"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases and exit")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, help="of the base; half for --quick, else small")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -504,7 +514,7 @@ def main() -> None:
 
 
 def make_models(folder: Path, size: str, cases: Sequence[Case], extra: Sequence[str], pythons: dict[bool, str]) -> None:
-    """Make what is not there yet, in a process of its own: the peak memory of children includes their parent's."""
+    """Create missing models, in a separate process: a child's peak memory includes that of its parent."""
     wanted = {c.checkpoint for case in cases for c in case.contenders}
     wanted |= {"older-12-r16", "switch-12-r16"} if extra else set()
     wanted |= {"switch-1-r16", "switch-50-r16"} if "loading" in extra else set()
@@ -521,7 +531,7 @@ def make_models(folder: Path, size: str, cases: Sequence[Case], extra: Sequence[
 
 
 def _invocation(folder: Path) -> list[int]:
-    """Ids of the aLoRA adapters' invocation."""
+    """Token ids of the aLoRA adapters' invocation text."""
     code = "import sys; from tokenizers import Tokenizer; t = Tokenizer.from_file(sys.argv[1]);"
     code += "print(t.encode(sys.argv[2], add_special_tokens=False).ids)"
     command = [sys.executable, "-c", code, str(folder / "base" / "tokenizer.json"), INVOCATION]
@@ -529,7 +539,7 @@ def _invocation(folder: Path) -> list[int]:
 
 
 def _without_only(arguments: list[str]) -> list[str]:
-    """A run of some cases adds to the day's file, whose command is that of all of them."""
+    """The command without --only, which stands for the whole file of the day."""
     place = arguments.index("--only") if "--only" in arguments else len(arguments)
     return arguments[:place] + arguments[place + 2 :]
 
@@ -540,7 +550,7 @@ def _processor() -> str:
 
 
 def _features() -> list[str]:
-    """What of the processor decides how fast products are."""
+    """The processor's features that determine the speed of matmuls."""
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     words = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     return [feature for feature in wanted if feature in words]

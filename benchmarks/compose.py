@@ -1,8 +1,8 @@
-"""Composing against copying: a synthetic base of several GB in shards, 12 adapters. Time and memory beside `cp`.
+"""Time and memory of composing compared with `cp`: a sharded synthetic base of several GB, and 12 adapters.
 
     python benchmarks/compose.py [--family granite|granitemoehybrid|qwen3] [--gigabytes 4] [--folder DIR]
 
-Each part runs in a process of its own, composing and copying in turn; peak memory is the process's own (VmHWM).
+Composing and copying alternate, each in its own process. Peak memory is the process's VmHWM.
 """
 
 import argparse
@@ -44,7 +44,7 @@ print(seconds, int(peak) * 1024, sum(one.ru_utime + one.ru_stime for one in usag
 
 
 def make_base(folder: Path, family: str, gigabytes: float) -> None:
-    """A base of the wanted size in bf16: one shard for the embedding, one for each layer."""
+    """Write a base of the requested size in bf16: one shard for the embedding and one per layer."""
     from families import make_decoder
 
     make_decoder(folder, family)
@@ -76,7 +76,7 @@ def make_base(folder: Path, family: str, gigabytes: float) -> None:
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
 
-    numbers = torch.randn(HIDDEN * 1024, generator=torch.Generator().manual_seed(0)).bfloat16()  # repeated, to be fast
+    numbers = torch.randn(HIDDEN * 1024, generator=torch.Generator().manual_seed(0)).bfloat16()  # repeated, for speed
 
     def draw(*shape: int) -> torch.Tensor:
         return numbers.repeat(math.prod(shape) // len(numbers) + 1)[: math.prod(shape)].reshape(shape)
@@ -113,7 +113,7 @@ def make_adapters(folder: Path, family: str, layers: int, count: int) -> None:
 
 
 def copied_bytes(model: Path) -> list[Path]:
-    """The files that composing had to copy: those that are no hard links."""
+    """Bytes of the files that composing had to copy, which are not hard links."""
     return [path for path in model.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
 
 
@@ -147,7 +147,7 @@ def main() -> None:
             subprocess.run(["cp", *map(str, files), str(work / "copy")], check=True)
             copying.append(time.perf_counter() - start)
             shutil.rmtree(work / "copy")
-        seconds, copying, peaks = seconds[1:], copying[1:], peaks[1:]  # the first warms the page cache
+        seconds, copying, peaks = seconds[1:], copying[1:], peaks[1:]  # the first run warms the page cache
         to_copy = sum(p.stat().st_size for p in copied_bytes(work / "out"))
         linked = sum(p.stat().st_nlink > 1 for p in (work / "out").glob("*.safetensors"))
         print(f"{options.family}: {size / 1e9:.2f} GB in {layers + 1} shards, {linked} of them linked")

@@ -1,9 +1,9 @@
-"""Changing a composed 30B model: seconds and bytes written for add, update, rename and remove.
+"""Seconds and bytes written by add, update, rename and remove on a composed 30B model.
 
     python benchmarks/edit.py [--folder DIR]
 
-The base's shards are sparse files of the right size (they take no room), the first one with the embedding in it as
-the hub's shards of 5 GB have it. So what is measured is what a change reads and writes, not the weights' values.
+The base's shards are sparse files of realistic size that take no disk space; as in the hub's 5 GB shards, the first one
+contains the embedding. This measures what a change reads and writes, not the values of weights.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
-    """A safetensors file of bfloat16 zeros that take no room on the disk."""
+    """Write a safetensors file of bfloat16 zeros that takes no disk space."""
     header: dict[str, object] = {}
     offset = 0
     for name, shape in shapes.items():
@@ -46,7 +46,7 @@ def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def make_base(folder: Path) -> int:
-    """The base; its bytes."""
+    """Write the base and return its size in bytes."""
     from artefacts import make_base as tiny
 
     tiny(folder, layers=1)
@@ -69,7 +69,7 @@ def make_base(folder: Path) -> int:
 
 
 def make_adapter(folder: Path, rank: int = 16, invocation: list[int] | None = None) -> Path:
-    """A LoRA on q and v, or with an invocation an aLoRA."""
+    """Write a LoRA on q and v, or an aLoRA if an invocation is given."""
     folder.mkdir(parents=True)
     drawn = np.random.default_rng(rank).normal(size=(rank, HIDDEN)).astype(np.float16)
     tensors = {}
@@ -86,7 +86,7 @@ def make_adapter(folder: Path, rank: int = 16, invocation: list[int] | None = No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="working folder; a temporary one by default")
     place = Path(tempfile.mkdtemp(dir=parser.parse_args().folder))
     import granite_switch
 

@@ -1,6 +1,6 @@
 """Accuracy of the sample in llama.cpp: `python benchmarks/gguf_accuracy.py MODEL [--examples N] [--outtypes f32 q8_0]`.
 
-The held-out examples and the measure of sample/evaluate.py, greedy, with the defaults of the engine (a float16 cache).
+Held-out examples and scoring of sample/evaluate.py, greedy, with the engine's defaults (a float16 cache).
 """
 
 import argparse
@@ -23,7 +23,12 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the composed sample")
     parser.add_argument("--examples", type=int, default=200, help="held-out examples for each task")
     parser.add_argument("--outtypes", nargs="+", default=["f32", "q8_0"], choices=OUTTYPES)
-    parser.add_argument("--threads", type=int, default=1, help="of the engine; more only pays on an idle machine")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of the engine; more than the default helps only on an idle machine",
+    )
     options = parser.parse_args()
 
     rows: dict[str, list[str]] = {}
@@ -44,7 +49,7 @@ def main() -> None:
 
 
 def accuracy(llm: Llama, name: str, examples: list[world.Example]) -> float:
-    """The share of examples that are right as a whole."""
+    """The share of examples whose whole answer is right."""
     right = 0
     for example in examples:
         text = answer(llm, example.messages, name, documents=example.documents)

@@ -130,7 +130,7 @@ def targets_part(result: Result) -> str:
     flow = _first_tokens(result)
     if len(flow) > 1:
         again = [a / b for a, b in zip(flow["switch, LoRA, prefilled again"], flow["switch, kept cache"], strict=True)]
-        rows.append(["flow: time to first tokens, prefilling again relative to a kept cache", *_against(_bootstrap(again), 5, True)])
+        rows.append(["flow: first tokens, prefilled again over kept cache", *_against(_bootstrap(again), 5, True)])
     return table(("ratio of times", "target", "measured", ""), rows) + "\n" + result.source()
 
 
@@ -138,7 +138,7 @@ def _against(ratio: Ratio, bound: float, least: bool) -> list[str]:
     """Cells: the target, the measurement, and the verdict."""
     short = bound - ratio[0] if least else ratio[0] - bound
     near = ratio[1] <= bound <= ratio[2]
-    verdict = ("reached" if short <= 0 else f"missed by {short:.3f}") + (" (target within the interval)" if near else "")
+    verdict = ("reached" if short <= 0 else f"missed by {short:.3f}") + (" (target in the interval)" if near else "")
     return [f"{'≥' if least else '≤'} {bound:.2f}", shown(ratio), verdict]
 
 

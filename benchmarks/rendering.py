@@ -1,4 +1,4 @@
-"""How long the composed chat template takes: harmless text beside the worst that users can write, and kept turns.
+"""Time to render the composed chat template: harmless text, the worst text that users can write, and kept turns.
 
 python benchmarks/rendering.py [--template FILE]
 """
@@ -27,7 +27,7 @@ SIZES = (10_000, 100_000, 1_000_000)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--template", type=Path, help="the base's; a plain one by default")
+    parser.add_argument("--template", type=Path, help="the base's template; a plain one by default")
     options = parser.parse_args()
     base = options.template.read_text() if options.template else TEMPLATE
     controls = ["<|return_to_base|>", *(f"<|{name}|>" for name in NAMES)]
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def texts() -> Mapping[str, str]:
-    """Pieces of which a text of any size is made."""
+    """Kind of text -> a piece that is repeated to any size."""
     nested = "<|answerability|>"
     while len(nested) < 5000:
         nested = f"<|answer{nested}ability|>"
@@ -79,7 +79,7 @@ def conversation(turns: int) -> list[dict[str, str]]:
 
 
 def seconds(template: str, messages: Sequence[Mapping[str, Any]]) -> float:
-    """The shortest of five."""
+    """The shortest time of five runs."""
     times = []
     for _ in range(5):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How long it takes until something happens: `import granite_switch` and `granite-switch --help`, beside bare Python.
+"""Start-up time of `import granite_switch` and `granite-switch --help`, compared with bare Python.
 
 python benchmarks/startup.py [--runs 15]
 """

@@ -1,10 +1,10 @@
-"""Bases, libraries of adapters and composed checkpoints with random weights, made once and kept in one folder.
+"""Bases, adapter libraries and composed checkpoints with random weights, created once and kept in one folder.
 
     python benchmarks/synthetic.py FOLDER [--size small] [--set 12-r16 ...] [--older PYTHON]
 
-A set is NUMBER-rRANK or NUMBER-mixed (ranks 8, 16, 32, 64 in turn): adapters 6 to 9 of it are aLoRA, the others LoRA,
-all on every projection. It stands in FOLDER/SIZE as a library, `library-12-r16`, and composed, `switch-12-r16`; with
-`--older` also as the older project composes it, `older-12-r16`. Adapters are written as tensors, without a model.
+A set is NUMBER-rRANK or NUMBER-mixed (ranks 8, 16, 32, 64 in turn). Its adapters 6 to 9 are aLoRA, the others LoRA, all
+on every projection. FOLDER/SIZE holds it as a library, `library-12-r16`, and composed, `switch-12-r16`; with `--older`
+also composed by release 0.1.1, `older-12-r16`. Adapters are written directly as tensors, without a model.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-# Without padding rows in the vocabulary, where the older project is measured: it would drop them.
+# The sizes for release 0.1.1 have no padding rows in the vocabulary, because it would drop them.
 SIZES = {
     "tiny": {"layers": 2, "hidden": 128, "mlp": 256, "heads": 4, "kv_heads": 2},
     "half": {"layers": 6, "hidden": 1024, "mlp": 4096, "heads": 16, "kv_heads": 4},
@@ -23,7 +23,7 @@ SIZES = {
     "wide": {"layers": 3, "hidden": 2560, "mlp": 8192, "heads": 40, "kv_heads": 8},
     "3b": {"layers": 40, "hidden": 2560, "mlp": 8192, "heads": 40, "kv_heads": 8, "vocabulary": 100_352},
 }
-DTYPES = {"tiny": "float32", "half": "float32", "small": "float32", "wide": "float32", "3b": "bfloat16"}  # on disk
+DTYPES = {"tiny": "float32", "half": "float32", "small": "float32", "wide": "float32", "3b": "bfloat16"}  # as stored
 RANKS = (8, 16, 32, 64)
 INVOCATION = "<|start_of_role|>assistant<|end_of_role|>"
 IO_YAML = "model: null\nresponse_format: null\ntransformations: null\n"
@@ -36,7 +36,7 @@ def make_base(folder: Path, size: str) -> None:
 
     shape = dict(SIZES[size])
     padding = max(0, shape.pop("vocabulary", 0) - tokenizer_file().get_vocab_size())
-    # the older project edits templates, and what it writes into them takes for granted that there is an `ns`
+    # release 0.1.1 edits templates, and its insertions assume a variable `ns`
     template = "{%- set ns = namespace() %}\n" + GRANITE_TEMPLATE
     dtype = getattr(torch, DTYPES[size])
     make(folder, pad_vocab=padding, initializer_range=0.02, dtype=dtype, template=template, **shape)
@@ -44,7 +44,7 @@ def make_base(folder: Path, size: str) -> None:
 
 
 def _align(folder: Path) -> None:
-    """Put the weights on a page, as in composed models: what that gains is no merit of one contender."""
+    """Align the weights to a page, as in composed models, so that no contender gains from it."""
     from granite_switch.core.checkpoint import copy_of, read_header, write
 
     for path in sorted(folder.glob("*.safetensors")):
@@ -55,7 +55,7 @@ def _align(folder: Path) -> None:
 
 
 def make_library(folder: Path, base: Path, size: str, name: str) -> None:
-    """`name`'s adapters for a base, in the layout of a library: ADAPTER/base/TECHNOLOGY/."""
+    """Write the adapters of set `name` for a base as a library: ADAPTER/base/TECHNOLOGY/."""
     import json
 
     import torch
@@ -100,14 +100,14 @@ def adapter_folder(library: Path, number: int) -> Path:
 
 
 def older_command(python: str, base: Path, library: Path, output: Path) -> list[str]:
-    """How the older project composes."""
+    """The command with which release 0.1.1 composes."""
     module = "granite_switch.composer.compose_granite_switch"
     options = ["--base-model", base, "--target-model", "base", "--adapters", library, "--output", output]
     return [python, "-m", module, *map(str, options)]
 
 
 def once(folder: Path, make) -> None:
-    """Make a folder unless it is there; a run cut short leaves none."""
+    """Create a folder unless it exists; an interrupted run leaves none."""
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)

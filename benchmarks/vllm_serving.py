@@ -1,13 +1,14 @@
-"""vLLM side by side: the base, the switch model and vLLM's own multi-LoRA, alternating in one process.
+"""Compare the base, the switch model and vLLM's own multi-LoRA in vLLM, alternating in one process.
 
     .venv-vllm/bin/python benchmarks/vllm_serving.py throughput [--size half] [--rounds 7] [--compiled]
     .venv-vllm/bin/python benchmarks/vllm_serving.py prefix     [--size half]
-    .venv/bin/python      benchmarks/vllm_serving.py plot       (where matplotlib is)
+    .venv/bin/python      benchmarks/vllm_serving.py plot       (needs matplotlib)
 
-`throughput`: prefill and decode, as a ratio to the base's tokens a second in the same round (median [lowest-highest]).
-`prefix`: a conversation of about 2,000 tokens that five adapters check in turn: prompt tokens taken from the cache,
-counted by vLLM, and time to first token. vLLM's own LoRA gets the same five as plain LoRA: it does not load aLoRA.
-Results go to benchmarks/results/DATE-vllm-COMMAND-SIZE.json; `plot` draws the newest of `prefix`'s.
+`throughput`: tokens per second in prefill and decode, relative to the base's in the same round (median
+[lowest-highest]). `prefix`: five adapters check a conversation of about 2,000 tokens in turn; measured are the prompt
+tokens from the cache, as vLLM counts them, and the time to first token. vLLM's own LoRA gets the same five adapters as
+plain LoRA, because it does not load aLoRA. Results go to benchmarks/results/DATE-vllm-COMMAND-SIZE.json; `plot` draws
+the newest result of `prefix`.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="half")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile; vLLM's own LoRA on CPU runs without it")
+    parser.add_argument(
+        "--compiled", action="store_true", help="use torch.compile; vLLM's own LoRA on CPU always runs without it"
+    )
     options = parser.parse_args()
     if options.command == "plot":
         plot(json.loads(max(RESULTS.glob("*-vllm-prefix*.json")).read_text())["result"])
@@ -65,7 +68,7 @@ def main() -> None:
 
 
 def models(folder: Path, size: str) -> Path:
-    """Base, library of five aLoRAs, the same five as LoRA, and the switch model; made once."""
+    """The base, a library of five aLoRAs, the same five as LoRA, and the switch model; created once."""
     folder.mkdir(parents=True, exist_ok=True)
     once(folder / "base", lambda part: make_base(part, size))
     once(folder / "lora", lambda part: make_library(part, folder / "base", size, f"{ADAPTERS}-r16"))

@@ -1,10 +1,10 @@
-"""The server under load: mixed adapters for minutes, every answer compared with the one that the request got alone.
+"""Load test of the server: mixed adapters for minutes, with each answer compared to the one that its request got alone.
 
     .venv-vllm/bin/python benchmarks/vllm_soak.py MODEL [--minutes 5] [--concurrent 200] [--dtype float32]
 
-Starts `granite-switch serve` on loopback and calls adapters as models. Exits with 1 if an answer differs or is lost. In
-float32 by default: in shorter types the make-up of a batch can decide between two candidates. Memory is that of all the
-server's processes.
+Starts `granite-switch serve` on loopback and calls adapters as models. Exits with 1 if an answer differs or is lost.
+The default is float32, because in shorter dtypes the composition of a batch can decide between two candidates. Memory
+is the total of the server's processes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--concurrent", type=int, default=200)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 async def soak(url: str, server: subprocess.Popen, options: argparse.Namespace) -> dict[str, Any]:
-    # the server closes a connection that was idle for 5 s, and a request that just then goes out on it is lost
+    # the server closes connections that are idle for 5 s, and a request sent at that moment is lost
     limits = httpx.Limits(max_connections=options.concurrent, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         await until_up(client, server)
@@ -105,7 +105,7 @@ def body(name: str | None, number: int) -> dict[str, Any]:
 
 
 async def ask(client: httpx.AsyncClient, request: dict[str, Any]) -> str | None:
-    """The answer, and the model that it says it is of."""
+    """The answer's text, and its `model`."""
     try:
         answer = await client.post("/v1/chat/completions", json=request)
         if answer.status_code != 200:

@@ -1,7 +1,7 @@
-"""A process that holds models and times what it is asked to: one JSON request a line on stdin, one answer on stdout.
+"""A process that holds models and times tasks: one JSON request per line on stdin, one answer per line on stdout.
 
-Runs in any environment that has torch and transformers, so that peers with other requirements are measured in the same
-rounds. Only one worker works at a time; the parent (`bench.py`) sees to that. Nothing here knows about statistics.
+It runs in any environment with torch and transformers, so contenders with different requirements can be measured in the
+same rounds. The parent (`bench.py`) lets only one worker run at a time, and does the statistics.
 
     python benchmarks/worker.py --load '{"kind": "granite", "path": ..., "dtype": "float32"}'
 
@@ -25,18 +25,18 @@ import torch
 import transformers.models.granite.modeling_granite  # noqa: F401  (before loading is timed)
 from transformers import AutoModelForCausalLM
 
-INVOKED = 8  # an aLoRA's invocation starts so many tokens before the prompt's end
-LORAS, ALORAS = range(5), range(5, 9)  # numbers of the adapters, as synthetic.py makes them
+INVOKED = 8  # tokens from the start of an aLoRA's invocation to the end of the prompt
+LORAS, ALORAS = range(5), range(5, 9)  # adapter numbers, as in synthetic.py
 
 
 class Model:
-    """One model, and how each kind of traffic is put to it.
+    """One model, and its inputs for each kind of traffic.
 
     Args:
-        kind: granite, switch (format 1 or older), peft, merged.
+        kind: granite, switch (format 1 or legacy), peft or merged.
         path: of the base or the checkpoint.
         adapters: folders of PEFT adapters, by number, for peft and merged.
-        invocation: ids that turn an aLoRA on.
+        invocation: token ids of the aLoRA adapters' invocation.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Model:
             torch.cuda.synchronize()
 
     def prompt(self, traffic: str, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-        """The prompt of a case, [B, S]: the same for all models but for the control tokens of a switch model."""
+        """The prompt of a case, [B, S]: equal for all models except for a switch model's control tokens."""
         ids = tokens(batch, length, seed)
         ids[:, 0] = self.invocation[0]  # the token that opens a turn
         ids[:, length - INVOKED : length - INVOKED + len(self.invocation)] = torch.tensor(self.invocation)
@@ -85,7 +85,7 @@ class Model:
         return ids.to(self.device)
 
     def control(self, number: int | None) -> int:
-        """The control token of an adapter; None: of the return to the base."""
+        """The control token of an adapter; None: the return-to-base token."""
         config = self.model.config
         if hasattr(config, "switch_spec"):  # format 1
             spec = config.switch_spec
@@ -98,7 +98,7 @@ class Model:
 
     @contextlib.contextmanager
     def serving(self, traffic: str, batch: int, tail: int = INVOKED) -> Iterator[None]:
-        """PEFT's hooks for a batch, set once as its `generate` does; nothing for other models.
+        """A context with PEFT's hooks for a batch, set once as its `generate` does; empty for other models.
 
         Args:
             tail: tokens from an aLoRA's invocation to the end of the input.
@@ -142,7 +142,7 @@ def _name(number: int | None) -> str:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a forward's output: `cache` since transformers 5.24."""
+    """The cache in a forward's output; its name is `cache` since transformers 5.24."""
     return output["cache"] if "cache" in output else output["past_key_values"]
 
 
@@ -162,7 +162,7 @@ class Prefill:
 
 
 class Decode:
-    """Single tokens behind a cached prompt: the median time of some steps, cropped away again afterwards."""
+    """Single tokens after a cached prompt: the median time of some steps, afterwards cropped from the cache."""
 
     def __init__(self, model: Model, traffic: str, batch: int, length: int, steps: int = 6, **_: Any) -> None:
         self.model, self.traffic, self.batch, self.length = model, traffic, batch, length
@@ -177,23 +177,23 @@ class Decode:
 
     def __call__(self) -> dict[str, Any]:
         self.cache.crop(self.length - int(self.cache.get_seq_length()))
-        self._step(0)  # wakes up what has slept while others worked
+        self._step(0)  # warms up after other contenders ran
         times = [self.model.clock(lambda step=step: self._step(step)) for step in range(1, self.next.shape[1])]
         return {"seconds": statistics.median(times)}
 
 
 class Generate:
-    """`generate` with a static cache, which transformers compiles: the median time from one new token to the next."""
+    """`generate` with a static cache, which transformers compiles: the median time between new tokens."""
 
     def __init__(self, model: Model, traffic: str, batch: int, length: int, steps: int = 32, **_: Any) -> None:
         from transformers import CompileConfig
 
         self.model, self.steps = model, steps
         self.ids = model.prompt(traffic, batch, length)
-        # transformers compiles by itself on CUDA only
+        # transformers itself compiles only on CUDA
         self.compile = CompileConfig(**({} if model.device.type == "cuda" else {"mode": "default"}))
         self.compile._compile_all_devices = True
-        for _ in range(3):  # compiles, records CUDA graphs
+        for _ in range(3):  # compiles and records CUDA graphs
             self()
         self.logits = model.forward(input_ids=self.ids, logits_to_keep=1).logits[:, -1]
 
@@ -220,14 +220,14 @@ class Generate:
 
 
 class Flow:
-    """Five steps over one conversation (rewrite, answer by the base, three checks), each some new tokens and an answer.
+    """Five steps over one conversation (rewrite, answer by the base, three checks), each with its own answer.
 
-    With `kept` one cache grows through all steps; without, every step computes its whole input again, as it must where
-    the adapter acts on the conversation itself (LoRA). The tokens are given, so that all do the same work.
+    With `kept`, one cache grows through all steps. Without it every step prefills its whole input, as is necessary if
+    the adapter acts on the conversation itself (LoRA). The tokens are fixed, so that all contenders do the same work.
     """
 
     STEPS = (("rewrite", 5), ("answer", None), ("check 1", 6), ("check 2", 7), ("check 3", 8))
-    TURN, ANSWER = 24, 16  # new tokens of a step, tokens of its answer
+    TURN, ANSWER = 24, 16  # new prompt tokens per step, answer tokens per step
 
     def __init__(self, model: Model, traffic: str, length: int, kept: bool, **_: Any) -> None:
         self.model, self.traffic, self.kept = model, traffic, kept
@@ -236,7 +236,7 @@ class Flow:
         for index, (_, alora) in enumerate(self.STEPS):
             start = length + index * (self.TURN + self.ANSWER)
             self.starts.append(start)
-            number = alora if kept or alora is None else alora - 5  # a LoRA in an aLoRA's place
+            number = alora if kept or alora is None else alora - 5  # a LoRA instead of an aLoRA
             if model.kind == "switch" and kept and (number is not None or hasattr(model.model.config, "switch_spec")):
                 self.ids[:, start] = model.control(number)
         self.logits = None
@@ -275,7 +275,7 @@ TASKS: dict[str, Any] = {"prefill": Prefill, "decode": Decode, "generate": Gener
 
 
 class Worker:
-    """Answers requests, each a dict with one key of its methods."""
+    """Answers requests: each is a dict whose key is the name of a method."""
 
     def __init__(self) -> None:
         self.models: dict[str, Model] = {}
@@ -306,7 +306,7 @@ class Worker:
         return {}
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Get a contender's inputs and caches ready, once; gives its last logits, for comparing."""
+        """Prepare a contender's inputs and caches; returns its last logits for comparison."""
         model, traffic = self.models[request["model"]], request["traffic"]
         with model.serving(traffic, request.get("batch", 1)):
             task = TASKS[request["task"]](model, **{k: v for k, v in request.items() if k not in ("model", "task")})
@@ -324,7 +324,7 @@ class Worker:
 
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print does not mix with answers
+    os.dup2(2, 1)  # keeps library output apart from the answers
     worker = Worker()
     gc.disable()
     for line in sys.stdin:
@@ -337,7 +337,7 @@ def serve() -> None:
 
 
 def load_once(request: dict[str, Any]) -> None:
-    """Seconds of loading, and resident memory before, at its peak and after, in bytes."""
+    """Seconds of loading, and resident memory in bytes: before, at the peak and after."""
     if request["kind"] == "switch":
         import granite_switch.hf  # noqa: F401
     if request["kind"] == "peft":
@@ -345,7 +345,7 @@ def load_once(request: dict[str, Any]) -> None:
     before = _memory()["VmRSS"]
     model = Model(**request)
     after = _memory()
-    # weights are mapped from the file until they are used: a forward touches all of them
+    # weights stay mapped from the file until they are used; a forward reads all of them
     with model.serving("base", 1):
         model.forward(input_ids=tokens(1, 8).to(model.device))
     used = _memory()

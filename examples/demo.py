@@ -22,7 +22,7 @@ from granite_switch.cli.generate import encode, load
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "granite-switch-sample")
-    parser.add_argument("--svg", type=Path, help="also draw the trace of query_rewrite, as the README shows it")
+    parser.add_argument("--svg", type=Path, help="also draw the trace of query_rewrite, for the README")
     options = parser.parse_args()
     output: Path = options.output
     logging.disable_progress_bar()

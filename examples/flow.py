@@ -1,6 +1,6 @@
 """One conversation through four steps on one growing KV cache: rewrite, answer, answerability check, back to base.
 
-Control tokens in mid-sequence switch the adapter; nothing before them is computed again. Run it with the sample:
+Control tokens within the sequence switch the adapter; nothing before them is computed again. Run it on the sample:
 
     python examples/flow.py out/granite-switch-sample
 """
@@ -26,14 +26,14 @@ REWRITE = "<rewrite> Write the last question so that it stands alone."
 
 @dataclass
 class Step:
-    """What one step cost and gave."""
+    """The cost and the result of one step."""
 
     name: str
     cached: int  # tokens taken from the cache
     prefilled: int  # tokens computed before the first new one
     text: str
-    sequence: list[int]  # everything so far, the answer included
-    logits: torch.Tensor  # [new tokens, vocabulary], from which the answer was chosen
+    sequence: list[int]  # all tokens so far, including the answer
+    logits: torch.Tensor  # [new tokens, vocabulary], one row per generated token
 
 
 class Flow:
@@ -71,7 +71,7 @@ def run(model: Any, tokenizer: Any) -> list[Step]:
     rewrite, check = spec.adapter("query_rewrite"), spec.adapter("answerability")
     flow = Flow(model, tokenizer)
 
-    # The rewrite's control token stands in the place of its invocation text's first token.
+    # The rewrite's control token replaces the first token of its invocation text.
     start = tokenizer.apply_chat_template(
         [*HISTORY, {"role": "user", "content": REWRITE}],
         documents=DOCUMENTS,
@@ -81,12 +81,12 @@ def run(model: Any, tokenizer: Any) -> list[Step]:
     )
     rewritten = flow.step("rewrite", start)
 
-    # Back to base: its control token stands where the next turn's opening token would.
+    # Back to base: its control token replaces the token that opens the next turn.
     question = rewritten.split('"')[3] if rewritten.count('"') >= 4 else HISTORY[-1]["content"]
     turn = f"\n{spec.base_token}user{CLOSE}{question}{END}"
     flow.step("answer", f"{turn}{OPEN}assistant{CLOSE}")
 
-    # The check acts from the assistant marker, whose first token its control token replaces.
+    # The check acts from the assistant marker; its control token replaces the marker's first token.
     flow.step("check", f"\n{OPEN}user{CLOSE}What does Hugo eat?{END}{check.token}assistant{CLOSE}")
     flow.step("back to base", f"\n{spec.base_token}assistant{CLOSE}")
     return flow.steps

@@ -1,11 +1,11 @@
 """Mellea calls the adapters of a composed model: rewrite, answerability, hallucinations, citations.
 
-Against a vLLM server (Mellea's plain install is enough here):
+Against a vLLM server (here Mellea needs no extras):
 
     vllm serve out/granite-switch-sample --served-model-name sample
     python examples/mellea_adapters.py out/granite-switch-sample --url http://localhost:8000/v1 --name sample
 
-or in this process, with transformers (pip install mellea llguidance granite-switch[hf]):
+or in this process, with transformers (pip install mellea llguidance '.[hf]'):
 
     python examples/mellea_adapters.py out/granite-switch-sample
 """
@@ -26,12 +26,12 @@ DOCUMENTS = [
 ]
 HISTORY = [Message("user", "What does Ada work as?"), Message("assistant", "Ada works as a baker.")]
 QUESTION, UNKNOWN = "Where does she live?", "What does Hugo eat?"
-DRAFT = "Ada lives in Tarn. Ada plays the flute."  # an answer to be checked
-ANSWER = "Ada lives in Tarn."  # and one to be given its sources
+DRAFT = "Ada lives in Tarn. Ada plays the flute."  # the answer to check
+ANSWER = "Ada lives in Tarn."  # the answer to cite sources for
 
 
 def backend_for(model: str, url: str, name: str) -> Any:
-    """Mellea's backend: a server's, or transformers."""
+    """Mellea's backend: for a server if `url` is given, else for transformers."""
     if url:
         from mellea.backends.openai import OpenAIBackend
 
@@ -44,7 +44,7 @@ def backend_for(model: str, url: str, name: str) -> Any:
 
 
 def run(backend: Any) -> dict[str, Any]:
-    """Four adapters: three through Mellea's own functions, one by its name."""
+    """Results of four adapters: three called through Mellea's own functions, one by its name."""
     talk = ChatContext()
     for message in HISTORY:
         talk = talk.add(message)
@@ -61,7 +61,7 @@ def run(backend: Any) -> dict[str, Any]:
 
 
 def cite(talk: ChatContext, backend: Any) -> list[dict[str, Any]]:
-    """An adapter with an answer of its own form: the sample's quotes text, `rag.find_citations` wants places in it."""
+    """Citations as quoted text, which `rag.find_citations` cannot read: it expects positions in the documents."""
     asked = talk.add(Message("assistant", ANSWER, documents=DOCUMENTS))
     options = {ModelOption.TEMPERATURE: 0.0}
     answered, _ = functional.act(Intrinsic("citations"), asked, backend, model_options=options, strategy=None)
@@ -71,8 +71,8 @@ def cite(talk: ChatContext, backend: Any) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of the composed model (its io.yaml files are read)")
-    parser.add_argument("--url", default="", help="of an OpenAI-compatible server that serves it")
-    parser.add_argument("--name", default="", help="under which the server serves it; the folder by default")
+    parser.add_argument("--url", default="", help="URL of an OpenAI-compatible server that serves the model")
+    parser.add_argument("--name", default="", help="the model's name on the server; the folder by default")
     options = parser.parse_args()
     print(json.dumps(run(backend_for(options.model, options.url, options.name)), indent=2))
 

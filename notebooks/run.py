@@ -1,10 +1,10 @@
-"""Run the notebooks from start to end and keep their outputs: NAME.py (jupytext's percent format) becomes NAME.ipynb.
+"""Run the notebooks from start to end: NAME.py (jupytext's percent format) becomes NAME.ipynb, with outputs.
 
-    python notebooks/run.py            # all that can run here
+    python notebooks/run.py            # all that can run on this machine
     python notebooks/run.py 1 4        # some, by number
-    python notebooks/run.py --check    # run, and write nothing
+    python notebooks/run.py --check    # run, but write nothing
 
-A notebook whose engine is not here (its first lines say `# needs: PROGRAM`) is left as it is, and said so.
+A notebook that needs a missing program (`# needs: PROGRAM` in its first lines) is reported and left as it is.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
         if options.numbers and source.name[0] not in options.numbers:
             continue
         if missing := needed(source):
-            print(f"{source.stem}: not run, {missing} is not here", flush=True)
+            print(f"{source.stem}: not run, {missing} is missing", flush=True)
             continue
         start = time.monotonic()
         notebook = run(source)
@@ -40,13 +40,13 @@ def main() -> None:
 
 
 def needed(source: Path) -> str:
-    """The program that a notebook needs and that is not here; "" where nothing is missing."""
+    """The missing program that a notebook needs; "" if nothing is missing."""
     match = re.search(r"^# needs: (\S+)$", source.read_text(encoding="utf-8"), re.MULTILINE)
     return match[1] if match and not (HERE.parent / match[1]).exists() else ""
 
 
 def run(source: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a fresh kernel of this Python.
+    """The notebook with outputs from a fresh kernel of this Python.
 
     Raises:
         CellExecutionError: a cell failed.
@@ -55,14 +55,14 @@ def run(source: Path) -> nbformat.NotebookNode:
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}})
     client.execute()
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # when it ran
+        cell.metadata.pop("execution", None)  # timestamps
         if cell.cell_type == "code":
             cell.outputs = [cleaned(output) for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 
 def read(source: Path) -> nbformat.NotebookNode:
-    """The notebook without outputs; cells are numbered, so that the same text gives the same file."""
+    """The notebook without outputs. Cell ids are numbers, so the same text gives the same file."""
     notebook = jupytext.read(source)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -1,7 +1,7 @@
 """Accuracy on held-out examples: `python sample/evaluate.py [--examples N] [--composed MODEL_DIR]`.
 
-Every task is asked of the base alone, of the base with the task's adapter in PEFT, and of a composed checkpoint.
-Greedy decoding, padded on the left; an answer counts when it is right as a whole. The table goes to stdout.
+Each task runs on the plain base, on the base with the task's adapter in PEFT, and on a composed checkpoint. Decoding is
+greedy, with padding on the left. An answer counts only if all of it is right. The table goes to stdout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BATCH = 50
 
 
 def adapter_folders() -> dict[str, Path]:
-    """Adapter name to the folder that holds it: library/<name>/<base>/<technology>."""
+    """Adapter name -> its folder, library/<name>/<base>/<technology>."""
     found = {path.parents[2].name: path.parent for path in HERE.glob("library/*/*/*/adapter_config.json")}
     return {task: found[task] for task in world.TASKS if task in found}
 
@@ -36,7 +36,7 @@ def render(tokenizer, example: world.Example, adapter_name: str | None = None) -
 
 @torch.no_grad()
 def answers(model, tokenizer, examples: list[world.Example], adapter_name: str | None = None) -> list[str]:
-    """What `model` writes."""
+    """The answers that `model` generates."""
     texts = []
     for group in (examples[i : i + BATCH] for i in range(0, len(examples), BATCH)):
         prompts = [render(tokenizer, example, adapter_name) for example in group]
@@ -49,7 +49,7 @@ def answers(model, tokenizer, examples: list[world.Example], adapter_name: str |
 
 
 def accuracy(model, tokenizer, examples: list[world.Example], adapter_name: str | None = None) -> float:
-    """The share of examples that `model` gets right."""
+    """The share of examples that `model` answers correctly."""
     return sum(map(world.is_right, examples, answers(model, tokenizer, examples, adapter_name))) / len(examples)
 
 

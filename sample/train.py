@@ -1,7 +1,7 @@
-"""Makes the sample anew: tokenizer, base model, four adapters. `python sample/train.py [--only NAME]`.
+"""Train the sample from scratch: tokenizer, base model, four adapters. `python sample/train.py [--only NAME]`.
 
-The base learns to hold a conversation about documents; it is rounded to bfloat16 before the adapters are trained,
-so that they are trained on the weights that ship. Files written by hand (`io.yaml`, `chat_template.jinja`) stay.
+The base learns to hold a conversation about documents. It is rounded to bfloat16 before the adapters are trained, so
+that they are trained on the shipped weights. Hand-written files (`io.yaml`, `chat_template.jinja`) are kept.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # cores that others use too; read when torch is imported
-os.environ.setdefault(  # read by the processes that train: large pages, and memory is not given back in between
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # for cores shared with other processes; read when torch is imported
+os.environ.setdefault(  # read by the training processes: use large pages, and keep freed memory
     "GLIBC_TUNABLES",
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=2147483648:glibc.malloc.trim_threshold=4294967296",
 )
@@ -40,7 +42,7 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PROCESSES = 2
-BASE_BATCH, ADAPTER_BATCH = 5, 8  # for each process
+BASE_BATCH, ADAPTER_BATCH = 5, 8  # per process
 BASE_STEPS = 3800
 FACTS_STEPS, CLAIMS_STEPS = 320, 320
 FINISH_STEPS = 1200
@@ -57,7 +59,7 @@ class Recipe:
     lora: dict = field(default_factory=dict)
     steps: int = 300
     rate: float = 2e-3
-    dtype: torch.dtype = torch.float32  # as it is stored
+    dtype: torch.dtype = torch.float32  # as stored
 
     @property
     def technology(self) -> str:
@@ -81,8 +83,8 @@ RECIPES = {
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of the world is one token, with and without a space before it.
 
-    `<`, `>` and `"` are kept out of the training text, so no merge crosses them: `<rewrite>` and `<c0>` are the same
-    tokens wherever they stand, also behind a control token.
+    `<`, `>` and `"` do not occur in the training text, so no merge crosses them: `<rewrite>` and `<c0>` give the same
+    tokens everywhere, also after a control token.
     """
     rng = random.Random(0)
     corpus = list(world.PEOPLE) * 40
@@ -153,11 +155,11 @@ def make_base(tokenizer: PreTrainedTokenizerFast) -> GraniteForCausalLM:
 @dataclass
 class Batch:
     ids: torch.Tensor  # [B, S], padded on the right
-    weights: torch.Tensor  # [B, S], how much the prediction of each token counts
+    weights: torch.Tensor  # [B, S], the loss weight of each token
 
 
 def batches(tokenizer, draw: Callable[[], world.Example], weigh, size: int, pool: int = 16) -> Iterator[Batch]:
-    """Endless batches; examples of like length go together, so little is padding."""
+    """Endless batches; examples of similar length go together, so there is little padding."""
     while True:
         rows = []
         for _ in range(size * pool):
@@ -179,13 +181,13 @@ def batches(tokenizer, draw: Callable[[], world.Example], weigh, size: int, pool
 
 
 class Weigher:
-    """Which tokens count: what the assistant says, and for the base a little of everything else.
+    """Loss weights of tokens: full for what the assistant says, and for the base a little for everything else.
 
-    What adapters leave in a conversation (JSON) does not count: the base is to read it, not to write it. At the end of
-    an example it does: there the base was asked to repeat it.
+    JSON that adapters leave in a conversation has no weight: the base should read it, not write it. At the end of an
+    example it has, because there the base was asked to repeat it.
 
     Args:
-        said: the weight of what the base did not say itself.
+        said: the weight of text that the base did not write itself.
         verdict: the weight of "yes" and "no" after a claim.
     """
 
@@ -219,7 +221,7 @@ def loss_and_accuracy(model, batch: Batch) -> tuple[torch.Tensor, float]:
     """Weighted loss, and the share of sequences whose full-weight tokens are all predicted."""
     weights = batch.weights[:, 1:]
     rows = weights > 0
-    head = model.get_output_embeddings()  # four in five tokens of a prompt do not count: the head never sees them
+    head = model.get_output_embeddings()  # four of five prompt tokens have no weight: skip the head for them
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows],))
     logits = model(input_ids=batch.ids[:, :-1], use_cache=False).logits.float()
     hook.remove()
@@ -231,9 +233,9 @@ def loss_and_accuracy(model, batch: Batch) -> tuple[torch.Tensor, float]:
 
 
 def fit(model, stream: Iterator[Batch], steps: int, rate: float, schedule=None, label: str = "") -> None:
-    """Muon for matrices, AdamW for embeddings and norms; warm-up and cosine decay.
+    """Train with Muon for matrices and AdamW for embeddings and norms, with warm-up and cosine decay.
 
-    The model computes in `compute_dtype()`; what is trained is kept in float32 beside it. Gradients are the mean over
+    The model computes in `compute_dtype()`, with float32 masters of the trained parameters. Gradients are averaged over
     processes.
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -286,7 +288,7 @@ def fit(model, stream: Iterator[Batch], steps: int, rate: float, schedule=None, 
 
 
 class SplitMuon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, as `torch.optim.Muon`), each process orthogonalising its share of the matrices.
+    """Muon (Jordan et al. 2024, as `torch.optim.Muon`); each process orthogonalises its share of the matrices.
 
     Args:
         matrices: float32, the same in every process, with the same gradients.
@@ -315,7 +317,7 @@ class SplitMuon(torch.optim.Optimizer):
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """The nearest matrix, roughly, whose singular values are all one: five steps of Newton and Schulz."""
+    """Approximately the nearest matrix with all singular values one: five Newton-Schulz steps."""
     tall = x.shape[0] > x.shape[1]
     x = (x.T if tall else x) / (x.norm() + 1e-7)
     for _ in range(5):
@@ -325,18 +327,18 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it, float32 elsewhere: emulated, it takes eight times as long."""
+    """bfloat16 if the processor has instructions for it, else float32: emulation takes eight times as long."""
     fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
 def train_base() -> None:
-    """Talk, and drills of what comes hard; small documents first: looking up is learnt on those in minutes.
+    """Train on conversations and on drills of hard cases, small documents first: lookup is learnt on those in minutes.
 
-    What users say counts a little in the beginning and then not at all: it cannot be predicted, and its noise hides
-    what is still to be learnt. One example in twelve asks to repeat what adapters will write. Adapters change neither
-    embeddings nor the head, which are the same matrix: a token that the base has never written has a row that no
-    hidden state can single out, and an adapter that must write it learns nothing.
+    User text has a small weight at first and none later: it cannot be predicted, and its noise hides what is still to
+    be learnt. One example in twelve asks the base to repeat text that adapters will write. Adapters change neither the
+    embedding nor the head (which are tied). If the base has never written a token, no hidden state can single out that
+    token's row, and an adapter that must write it learns nothing.
     """
     tokenizer = make_tokenizer()
     model = make_base(tokenizer)
@@ -354,7 +356,7 @@ def train_base() -> None:
 
 
 def claims_base() -> None:
-    """Nothing but claims: first about one thing that was said, then of all kinds."""
+    """Train on claims only: first about a single fact, then of all kinds."""
     tokenizer, model = load_base()
     weigher = Weigher(tokenizer, said=0.0, verdict=4.0)
     maker = world.Maker(own_random("claims"), size=0.0)
@@ -365,7 +367,7 @@ def claims_base() -> None:
 
 
 def finish_base() -> None:
-    """Once more from a high rate, and more of what is hardest: to tell what was said of somebody from what was not."""
+    """Train again from a high learning rate, with more of the hardest cases: what was said of whom."""
     tokenizer, model = load_base()
     maker = world.Maker(own_random("finish"), dense=0.3)
     draw = one_of(maker.rng, {maker.conversation: 30, maker.drill: 30, maker.match: 36, maker.repeat: 4})
@@ -375,7 +377,7 @@ def finish_base() -> None:
 
 
 def one_of(rng: random.Random, shares: dict[Callable[[], world.Example], int]) -> Callable[[], world.Example]:
-    """Draws examples of several kinds in these shares."""
+    """A function that draws examples of several kinds in the given shares."""
     return lambda: rng.choices([*shares], [*shares.values()])[0]()
 
 
@@ -391,7 +393,7 @@ def save_base(model, tokenizer) -> None:
 
 
 def own_random(name: str) -> random.Random:
-    """Each process draws other examples."""
+    """A random generator that differs in each process."""
     return random.Random(f"train {name} {torch.distributed.get_rank()}")
 
 
@@ -415,7 +417,7 @@ def train_adapter(name: str) -> None:
 
 
 def save_adapter(model, folder: Path) -> None:
-    """PEFT's own files, without its model card and without what differs from machine to machine."""
+    """Write PEFT's files, without its model card and without machine-dependent content."""
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     (folder / "adapter_model.safetensors").chmod(0o644)
@@ -433,7 +435,7 @@ def work(rank: int, names: list[str], meeting: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
     for name in names:
-        torch.manual_seed(0)  # the same start, and batches of like length, in every process
+        torch.manual_seed(0)  # the same start and batches of similar length in every process
         random.seed(0)
         train_adapter(name) if name in RECIPES else STAGES[name]()
         torch.distributed.barrier()
@@ -441,7 +443,7 @@ def work(rank: int, names: list[str], meeting: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=[*STAGES, *RECIPES], help="train these parts only")
+    parser.add_argument("--only", nargs="+", choices=[*STAGES, *RECIPES], help="train only these parts")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (options.only or [*STAGES, *RECIPES], f"{folder}/meeting")

@@ -1,8 +1,8 @@
-"""The small world that the sample is trained on: people, six things to know about each, and talk about them.
+"""The small world of the sample's training data: people, six facts about each, and conversations about them.
 
-Everything a document says is drawn anew for each example, so nothing can be learnt by heart: an answer has to be
-looked up in the prompt. The split is by construction. A pair of person and value (Ada, Tarn) belongs to the held-out
-side or to the training side for good, and an example is built from pairs of one side only.
+The facts in the documents are drawn at random for each example, so nothing can be memorised: answers must be looked up
+in the prompt. The split holds by construction. Each pair of person and value (Ada, Tarn) always belongs to either the
+held-out side or the training side, and an example uses pairs of one side only.
 
 No torch, no transformers: tests import this file for examples and for `is_right`.
 """
@@ -43,7 +43,7 @@ NOWHERE = "not stated"
 TASKS = ("answer", "answerability", "query_rewrite", "hallucination_detection", "citations")
 
 REWRITE_TAG = "<rewrite>"
-INSTRUCTIONS = {  # as in the io.yaml of each adapter: the user message that the client appends
+INSTRUCTIONS = {  # the user message that clients append, as in each adapter's io.yaml
     "query_rewrite": f"{REWRITE_TAG} Write the last question so that it stands alone.",
     "hallucination_detection": "Check each sentence of the last answer.",
     "citations": "Quote the documents for each sentence of the last answer.",
@@ -52,7 +52,7 @@ INSTRUCTIONS = {  # as in the io.yaml of each adapter: the user message that the
 
 @dataclass(frozen=True)
 class Relation:
-    """One thing to know about a person. `statements[0]` is the form in which the model answers."""
+    """One kind of fact about a person. The model answers in the form of `statements[0]`."""
 
     values: list[str]
     statements: tuple[str, str]
@@ -106,7 +106,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt (messages that end with the user, and documents) and the text that a right model writes next."""
+    """A prompt (documents, and messages ending with the user's) and the expected answer."""
 
     task: str
     messages: list[dict]
@@ -115,12 +115,12 @@ class Example:
 
 
 def is_held_out(person: str, value: str) -> bool:
-    """Whether this pair is for evaluation only; about a third of all pairs are."""
+    """Whether this pair is used for evaluation only, as about a third of all pairs are."""
     return zlib.crc32(f"{person} {value}".encode()) % 3 == 0
 
 
 def is_right(example: Example, text: str) -> bool:
-    """Whether `text` is the expected answer; JSON is compared as data, so spaces do not count."""
+    """Whether `text` is the expected answer; JSON is compared as data, ignoring spaces."""
     if example.task == "answer":
         return text.strip() == example.expected
     try:
@@ -130,7 +130,7 @@ def is_right(example: Example, text: str) -> bool:
 
 
 def examples(task: str, count: int, seed: int = 0, held_out: bool = True) -> list[Example]:
-    """`count` examples of a task, the same ones for the same arguments."""
+    """`count` examples of a task; the same arguments give the same examples."""
     maker = Maker(random.Random(f"{task} {seed} {held_out}"), held_out)
     return [maker.example(task) for _ in range(count)]
 
@@ -139,8 +139,9 @@ def examples(task: str, count: int, seed: int = 0, held_out: bool = True) -> lis
 class Maker:
     """Draws examples from one side of the split.
 
-    `size` from 0 to 1 is how large the documents may be. `dense` is the share of talks about two or three things only:
-    there the documents say the same of several people, so that neither the person nor the thing alone finds a fact.
+    `size`, from 0 to 1, limits the size of the documents. `dense` is the share of conversations about only two or three
+    relations: their documents state the same relation for several people, so neither the person nor the relation alone
+    identifies a fact.
     """
 
     rng: random.Random
@@ -156,14 +157,14 @@ class Maker:
         return getattr(self, "_" + task)()
 
     def conversation(self) -> Example:
-        """A long talk for the base model: several questions about one set of documents, or no documents at all."""
+        """A long conversation for the base: several questions about one set of documents, or without documents."""
         talk = self._talk(turns=self.rng.randint(2, 6), final=True)
         return talk.example()
 
     def drill(self) -> Example:
-        """A talk of what comes hard: claims that are false, quotes, and what "what about" refers to.
+        """A conversation of hard cases: false claims, quotes, and the reference of "what about".
 
-        What two of the adapters do unasked is asked for here: in words, or in JSON by name.
+        The user asks here for what two of the adapters do unasked: in words, or in JSON by name.
         """
         talk = self._talk(turns=0, documents_only=True)
         talk.ask(known=True)
@@ -184,14 +185,14 @@ class Maker:
         return talk.example()
 
     def facts(self) -> Example:
-        """A short talk about what the documents say of one thing, and claims of the same: the two values, compared."""
+        """A short conversation about one fact in the documents and claims about it, which compare the two values."""
         talk = self._talk(turns=0, documents_only=True)
         for _ in range(self.rng.randint(1, 2)):
             talk.check_facts()
         return talk.example()
 
     def claims(self) -> Example:
-        """A short talk of claims, true, false and about what nobody said, in all the ways in which one may be asked."""
+        """A short conversation of claims (true, false, or about unknown facts) in all forms of asking."""
         talk = self._talk(turns=0, documents_only=True)
         for _ in range(self.rng.randint(1, 2)):
             draw = self.rng.random()
@@ -204,13 +205,13 @@ class Maker:
         return talk.example()
 
     def match(self) -> Example:
-        """Plain questions about everyone and everything at hand: said of this person, or only of another?"""
+        """Plain questions about all people and relations: is a fact stated for this person, or for another?"""
         if not round(self.size):
-            return self.conversation()  # documents of one sentence have nothing to confuse
+            return self.conversation()  # one-sentence documents contain nothing to confuse
         talk = self._talk(turns=0, documents_only=True)
         while len(talk.facts) < 2:
             talk = self._talk(turns=0, documents_only=True)
-        near = dict.fromkeys(r for _, r in talk.facts)  # in order, so that a seed gives the same talk
+        near = dict.fromkeys(r for _, r in talk.facts)  # ordered, so that a seed gives the same conversation
         keys = [(p, r) for p in talk.cast for r in near]
         for key in self.rng.sample(keys, min(7, len(keys))):
             talk.form = self.rng.randrange(2)
@@ -219,7 +220,7 @@ class Maker:
         return talk.example()
 
     def repeat(self) -> Example:
-        """Say something again: how the base learns to write the words of its adapters' answers, and nothing of why."""
+        """Repeat a text. The base learns to write the words of its adapters' answers, not when to write them."""
         text = self.example(self.rng.choice(TASKS)).expected
         return Example("repeat", [{"role": "user", "content": f"Repeat: {text}"}], [], text)
 
@@ -275,29 +276,29 @@ class Maker:
 
 
 class Talk:
-    """One conversation under way: what the documents (and the user) have said, and who was spoken of last."""
+    """A conversation in progress: the facts stated in documents and by the user, and who was mentioned last."""
 
     def __init__(self, rng: random.Random, values: dict, size: float) -> None:
         self.rng, self.values, self.size = rng, values, size
         self.messages: list[dict] = []
         self.documents: list[dict] = []
         self.facts: dict[tuple[str, str], Fact] = {}
-        self.sources: dict[tuple[str, str], str] = {}  # what each sentence of the documents is about
-        self.cast = rng.sample(PEOPLE, 2 + round(size * rng.random()))  # the people this talk is about
-        self.relations = [*RELATIONS]  # the things it is about
-        self.last: tuple[str, str] | None = None  # the question before: what "she" and "what about" refer to
-        self.form = 0  # which of the two ways of asking the question before used
-        self.brief = False  # the question before was "What about Ada?"
+        self.sources: dict[tuple[str, str], str] = {}  # (person, relation) -> its sentence in the documents
+        self.cast = rng.sample(PEOPLE, 2 + round(size * rng.random()))  # people in this conversation
+        self.relations = [*RELATIONS]  # relations in this conversation
+        self.last: tuple[str, str] | None = None  # the previous question, to which "she" and "what about" refer
+        self.form = 0  # which of its two forms the previous question used
+        self.brief = False  # the previous question was "What about Ada?"
 
     def say(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
 
     def example(self) -> Example:
-        """The talk so far, its last message to be written by the base."""
+        """The conversation so far, with its last message as the expected answer."""
         return Example("answer", self.messages[:-1], self.documents, self.messages[-1]["content"])
 
     def add_documents(self) -> None:
-        """One or two sentences, together in one document or each in its own."""
+        """Add one or two sentences, in one document or in two."""
         count = self.rng.randint(1, 1 + round(self.size))
         sentences = []
         for _ in range(count):
@@ -309,7 +310,7 @@ class Talk:
         self.documents = [self.dress(text, number) for number, text in enumerate(sentences)]
 
     def dress(self, text: str, number: int) -> dict:
-        """The shapes in which clients send a document: most often only its text."""
+        """Documents in the shapes that clients send: most often only the text."""
         shape = self.rng.random()
         if shape < 0.6:
             return {"text": text}
@@ -325,7 +326,7 @@ class Talk:
         return self.facts[key]
 
     def turn(self, training: bool) -> None:
-        """One exchange; in training also the turns that adapters leave behind in a conversation."""
+        """Add a question and its answer; in training also turns that adapters leave in a conversation."""
         draw = self.rng.random()
         if draw < 0.05:
             self.say("user", "Hello.")
@@ -360,14 +361,14 @@ class Talk:
         self.say("assistant", self.check(claim))
 
     def state(self, claims: list[Fact], ask: bool = True) -> list[Fact]:
-        """The assistant has said these sentences, with their numbers."""
+        """Let the assistant say these sentences, with their numbers."""
         if ask:
             self.ask()
         self.say("assistant", tagged([claim.text() for claim in claims], "r"))
         return claims
 
     def check_facts(self) -> None:
-        """A claim about something that was said: asked for by the user, or made by the assistant and then checked."""
+        """Add a claim about a stated fact: by the user, or by the assistant and then checked."""
         claim = self.claim(self.rng.choice([*self.facts]))
         if self.rng.random() < 0.4:
             self.is_it_true(claim)
@@ -391,7 +392,7 @@ class Talk:
         self.say("assistant", json.dumps(as_json) if json_wanted else in_words)
 
     def verdicts(self, claims: list[Fact]) -> list[dict]:
-        """What `hallucination_detection` writes: first what the base says of a claim, then the label for it."""
+        """The answer of `hallucination_detection`: what the base says of each claim, then its label."""
         known = [self.facts.get((claim.person, claim.relation)) for claim in claims]
         return [
             {"r": i, "e": self.check(claim), "f": "faithful" if fact == claim else "hallucinated"}
@@ -399,11 +400,11 @@ class Talk:
         ]
 
     def cited(self, keys: list[tuple[str, str]]) -> list[dict]:
-        """What `citations` writes."""
+        """The answer of `citations`."""
         return [{"r": i, "c": self.sources.get(key, NOWHERE)} for i, key in enumerate(keys)]
 
     def review(self, false: float = 0.5) -> None:
-        """The assistant is asked about one of its sentences."""
+        """Ask the assistant about one of its sentences."""
         claims = self.state([self.claim(key, false) for key in self.some_keys(self.rng.randint(1, 2))])
         number = self.rng.randrange(len(claims))
         if self.rng.random() < 0.5:
@@ -414,9 +415,9 @@ class Talk:
             self.say("assistant", self.check(claims[number]))
 
     def ask(self, known: bool | None = None, plain: float = 0.25) -> tuple[str, str]:
-        """The user asks; about what was said (`known`) or what was not. Returns what the question is about.
+        """Add a user question about a stated (`known`) or unstated fact. Returns its (person, relation).
 
-        With a question before it, it may lean on that: "Where does she live?", "What about Ada?"
+        The question may refer to the previous one: "Where does she live?", "What about Ada?"
         """
         if known is None:
             known = self.rng.random() < 0.75
@@ -436,7 +437,7 @@ class Talk:
         return key
 
     def pick(self, known: bool) -> tuple[str, str]:
-        """A key that is known or not; more often than not the same person or the same relation as before."""
+        """A known or unknown (person, relation); usually with the same person or relation as before."""
         keys = list(self.facts) if known else [k for k in self.all_keys() if k not in self.facts]
         if self.last is not None and self.rng.random() < 0.85:
             near = [k for k in keys if (k[0] == self.last[0]) != (k[1] == self.last[1])]
@@ -447,7 +448,7 @@ class Talk:
         return [(person, relation) for person in self.cast for relation in self.relations]
 
     def some_keys(self, count: int) -> list[tuple[str, str]]:
-        """Different keys, two thirds of them known."""
+        """Distinct (person, relation) pairs, two thirds of them known."""
         chosen: list[tuple[str, str]] = []
         while len(chosen) < count:
             keys = list(self.facts) if self.facts and self.rng.random() < 0.67 else self.all_keys()
@@ -459,16 +460,16 @@ class Talk:
         return chosen
 
     def claim(self, key: tuple[str, str], false: float = 0.5) -> Fact:
-        """A statement about `key`; where something is known, false in this share of cases."""
+        """A statement about `key`; if the fact is known, it is false in the given share of cases."""
         known = self.facts.get(key)
         if known is not None and self.rng.random() >= false:
             return known
         return Fact(*key, self.rng.choice([v for v in self.values[key] if known is None or v != known.value]))
 
     def check(self, claim: Fact) -> str:
-        """What was claimed, what is known, and whether the two are the same: "Oslo? Ada lives in Tarn, so no."
+        """The claimed value, the known fact, and whether they agree: "Oslo? Ada lives in Tarn, so no."
 
-        Both values stand close together before the verdict; across a conversation they are compared far later.
+        The model learns much later to compare values across a conversation than side by side, as here.
         """
         known = self.facts.get((claim.person, claim.relation))
         found = UNKNOWN if known is None else f"{known.text()[:-1]}, so {'yes' if claim == known else 'no'}."
