@@ -3,12 +3,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/generative-computing/granite-switch/blob/main/notebooks/1-hello-adapters.ipynb)
 #
-# One checkpoint holds a base model and several adapters. A control token in the prompt says which of them computes the
-# tokens from there on. Here each is called once, and the trace shows which of them computed which token.
+# One checkpoint contains a base model and several adapters. A control token in the prompt selects which of them computes
+# the tokens from there on. This notebook calls each adapter once and shows which of them computed which token.
 
 # %% [markdown]
-# On Colab the next cell installs the package and takes a real Granite from the hub; elsewhere it takes the sample of this
-# repository, 1.7 million parameters, which runs on any machine.
+# On Colab, the next cell installs the package and uses a real Granite model from the hub. Elsewhere it uses this
+# repository's sample of 1.7 million parameters, which runs on any machine.
 
 # %%
 import subprocess
@@ -25,7 +25,7 @@ else:
 WORK = Path(mkdtemp())
 
 # %% [markdown]
-# ## One checkpoint of a base and its adapters
+# ## Compose a base and its adapters into one checkpoint
 
 # %%
 import granite_switch
@@ -35,9 +35,9 @@ for slot, adapter in enumerate(plan.spec.adapters, 1):
     print(slot, adapter.name, adapter.technology, f"rank {adapter.rank}", adapter.token)
 
 # %% [markdown]
-# ## Load it, as any other model
+# ## Load it like any other model
 #
-# `import granite_switch.hf` registers the model with transformers; everything after it is transformers' own.
+# `import granite_switch.hf` registers the model with transformers. Everything after that is plain transformers.
 
 # %%
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,8 +51,8 @@ type(model).__name__
 # %% [markdown]
 # ## Call each adapter
 #
-# `adapter_name` is an argument of the chat template, which puts the adapter's control token where it belongs. What the user
-# says last is what each adapter was trained on: its `io.yaml` has it, and clients such as Mellea write it.
+# `adapter_name` is an argument of the chat template, which places the adapter's control token. The last user message is the
+# instruction that each adapter was trained on; it comes from the adapter's `io.yaml`, and clients such as Mellea add it.
 
 # %%
 DOCUMENTS = [{"doc_id": "0", "text": "Ada lives in Tarn. Ada works as a baker."}]
@@ -100,10 +100,10 @@ print("hallucinations ", text(CLAIM, "hallucination_detection"))
 print("citations      ", text(QUOTE, "citations"))
 
 # %% [markdown]
-# ## See which of them computed which token
+# ## See which adapter computed which token
 #
-# answerability is an activated LoRA: it acts from the assistant's turn on, so all the prompt before it is the base's own
-# computation, and its cache is the base's. citations is a LoRA, and acts from the first token.
+# answerability is an activated LoRA: it acts from the assistant's turn onward. The base computes the prompt before that, so
+# its KV cache can be shared. citations is a LoRA and acts from the first token.
 
 # %%
 from IPython.display import HTML
@@ -123,9 +123,9 @@ show(ASK, "answerability")
 show(QUOTE, "citations")
 
 # %% [markdown]
-# ## What users write is text
+# ## User text cannot switch adapters
 #
-# A control token in a message is taken out before ours is placed: nobody switches an adapter from outside.
+# The chat template replaces control tokens in messages by a space, so users cannot switch to another adapter.
 
 # %%
 rendered = tokenizer.apply_chat_template(

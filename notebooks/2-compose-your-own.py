@@ -3,12 +3,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/generative-computing/granite-switch/blob/main/notebooks/2-compose-your-own.ipynb)
 #
-# What can be put together, what composing will do before it does it, how to check the result against PEFT, and what an
-# adapter costs in time.
+# This notebook looks at the plan before composing, composes, compares the result with PEFT, changes it, and measures what
+# an adapter costs.
 
 # %% [markdown]
-# On Colab the next cell installs the package and takes a real Granite from the hub; elsewhere it takes the sample of this
-# repository, 1.7 million parameters, which runs on any machine.
+# On Colab, the next cell installs the package and uses a real Granite model from the hub. Elsewhere it uses this
+# repository's sample of 1.7 million parameters, which runs on any machine.
 
 # %%
 import subprocess
@@ -27,7 +27,7 @@ WORK = Path(mkdtemp())
 # %% [markdown]
 # ## The plan
 #
-# `prepare` reads headers and configs and says everything that is wrong at once. It writes nothing.
+# `prepare` reads headers and configs and reports all problems at once. It writes nothing.
 
 # %%
 import time
@@ -42,7 +42,7 @@ for adapter in plan.spec.adapters:
     print(f"{adapter.name:25}{adapter.technology:7}{adapter.rank:3}  acts from {where}")
 
 # %% [markdown]
-# What does not fit is an error with a hint, and nothing is left behind:
+# If something does not fit, you get an error with a hint, and no files are left behind:
 
 # %%
 try:
@@ -51,9 +51,9 @@ except granite_switch.SwitchError as error:
     print(error.message, *error.problems, error.hint, sep="\n  ")
 
 # %% [markdown]
-# ## Compose, and look
+# ## Compose and inspect
 #
-# The base's shards are linked, adapters copied; nothing is loaded as a model.
+# The base's shards are linked and the adapters copied. No model is loaded.
 
 # %%
 start = time.perf_counter()
@@ -76,7 +76,7 @@ SVG(str(WORK / "strengths.svg"))
 # %% [markdown]
 # ## Equal to PEFT
 #
-# `verify` checks the files. `compare` runs each adapter in PEFT on the plain base and in the composed model.
+# `verify` checks the files. `compare` runs each adapter both in PEFT on the plain base and in the composed model.
 
 # %%
 import granite_switch.hf
@@ -92,7 +92,7 @@ for result in compare(WORK / "model", {one.name: one.folder for one in found}, b
 # %% [markdown]
 # ## Change it
 #
-# Slots and token ids of the others stay, so their prompts and caches stay valid.
+# The other adapters keep their slots and token ids, so their prompts and caches stay valid.
 
 # %%
 granite_switch.remove(WORK / "model", ["citations"])
@@ -103,8 +103,8 @@ granite_switch.add(WORK / "model", [LIBRARY], include=["citations"], base_name=N
 # %% [markdown]
 # ## What an adapter costs
 #
-# Seconds to read a prompt of 512 tokens and to write 32, base and adapters in turn, the best of five. A small base shows the
-# cost of the calls, not of the arithmetic; docs/performance.md has a base of 367 MB.
+# Seconds to prefill a prompt of 512 tokens and generate 32, for the base and each adapter in turn, best of five. A base this
+# small shows the overhead of the calls rather than the arithmetic; docs/performance.md uses a base of 367 MB.
 
 # %%
 import torch

@@ -3,12 +3,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/generative-computing/granite-switch/blob/main/notebooks/4-one-conversation-five-checks.ipynb)
 #
-# A question is answered from documents, and then checked by five requests. On one cache each check computes only its own few
-# tokens. Prefilled anew, as ordinary LoRA adapters need it, each reads the whole conversation again.
+# The base answers a question from documents, and five requests then check the conversation. On one cache, each check
+# computes only its own few tokens. An ordinary LoRA adapter has to prefill the whole conversation for every check.
 
 # %% [markdown]
-# On Colab the next cell installs the package and takes a real Granite from the hub; elsewhere it takes the sample of this
-# repository, 1.7 million parameters, which runs on any machine.
+# On Colab, the next cell installs the package and uses a real Granite model from the hub. Elsewhere it uses this
+# repository's sample of 1.7 million parameters, which runs on any machine.
 
 # %%
 import subprocess
@@ -36,7 +36,7 @@ model = AutoModelForCausalLM.from_pretrained(WORK / "model", device_map="auto")
 # %% [markdown]
 # ## A long conversation
 #
-# Talk about people and places, then the question that is to be answered. `Conversation` keeps the ids and the cache.
+# Documents about people and places, then a question. `Conversation` keeps the token ids and the cache.
 
 # %%
 from granite_switch.hf import Conversation
@@ -58,8 +58,8 @@ print(len(reply.turn.ids), "tokens read;", reply.text)
 # %% [markdown]
 # ## Five checks on one cache
 #
-# `aside=True`: a check sees the conversation and does not become part of it. The adapter is an activated LoRA, so what it
-# reads is the base's own cache.
+# With `aside=True`, a check sees the conversation but does not become part of it. The adapter is an activated LoRA, so it
+# continues from the base's own cache.
 
 # %%
 import time
@@ -79,9 +79,9 @@ for name, question in zip(CHECKS, QUESTIONS, strict=True):
     print(f"{question:25} from the cache {reply.turn.reused:5}, computed {reply.turn.prefill:4}, {seconds:.3f} s")
 
 # %% [markdown]
-# ## The same, prefilled anew
+# ## The same checks without the cache
 #
-# What a LoRA that acts from the first token costs: nothing of the conversation is cached for it.
+# A LoRA acts from the first token, so no part of the conversation is cached for it.
 
 # %%
 anew = []
@@ -107,9 +107,9 @@ print(f"{sum(anew) / sum(kept):.0f} times as long without the cache")
 assert sum(anew) > sum(kept)
 
 # %% [markdown]
-# ## The flow: rewrite, answer, check, back to base
+# ## Rewrite, answer, check, and back to the base
 #
-# `examples/flow.py` takes one growing cache through four steps with two adapters.
+# `examples/flow.py` runs four steps with two adapters on one growing cache.
 
 # %%
 sys.path.insert(0, "../examples" if Path("../examples").exists() else "granite-switch/examples")
@@ -122,8 +122,8 @@ for step in flow.run(model, AutoTokenizer.from_pretrained(WORK / "model")):
 # %% [markdown]
 # ## Through Mellea
 #
-# Mellea calls the adapters by what they are for: `rag.rewrite_question`, `rag.check_answerability`,
-# `rag.flag_hallucinated_content`. It has an environment of its own here (`make test-vllm` makes it).
+# Mellea has a function for each task: `rag.rewrite_question`, `rag.check_answerability` and
+# `rag.flag_hallucinated_content`. In this repository it has its own environment, which `make test-vllm` creates.
 
 # %%
 own = Path("../.venv-mellea/bin/python")
