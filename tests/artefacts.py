@@ -1,6 +1,6 @@
 """Tiny bases and adapters made by the real libraries: transformers, tokenizers, PEFT.
 
-Weights are larger than default initialisation's, so that attention is sharp and a wrong position shows.
+Weights are larger than by default, so that attention is sharp and a wrong position is noticed.
 """
 
 import json
@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
-SHARED_DATA = ROOT.parent / "shared" / "data"  # real data beside the checkout, where there is any
+SHARED_DATA = ROOT.parent / "shared" / "data"  # real data next to the checkout, if there is any
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 ROLES = ["<|end_of_text|>", "<|pad|>", "<|start_of_role|>", "<|end_of_role|>", "<tool_call>", "</tool_call>"]
@@ -135,7 +135,7 @@ def make_base(
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, specials: Sequence[str], template: str | None) -> None:
-    """Write a tokenizer as transformers does; the first special token begins and ends, the second pads."""
+    """Write a tokenizer as transformers does; the first special token is BOS and EOS, the second pads."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=specials[0],
@@ -164,7 +164,7 @@ def make_adapter(
     """Write a PEFT adapter with random A and B.
 
     Args:
-        invocation: text or ids that turn an aLoRA on; None for a LoRA.
+        invocation: an aLoRA's invocation, as text or ids; None for a LoRA.
         strength: standard deviation of A and B.
         config: more of LoraConfig.
     """

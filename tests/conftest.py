@@ -1,4 +1,4 @@
-"""Shared by all tests: small real models made once a session, and a machine of two cores kept in mind."""
+"""Fixtures for all tests: small real models, created once per session; settings for machines of two cores."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Tiny random decoders of every family that the tests run, each made by transformers, and what PEFT targets in it.
+"""Tiny random decoders of every tested family, created by transformers, with their PEFT targets.
 
 A new family is one row. Heads have 32 dimensions, the smallest that vLLM's CPU attention takes.
 """
@@ -24,7 +24,7 @@ class Family:
 
     config: str  # the config class in transformers
     settings: Mapping[str, Any] = field(default_factory=dict)
-    targets: Sequence[str] = (*ATTENTION, *MLP)  # of PEFT: every linear that an adapter can update
+    targets: Sequence[str] = (*ATTENTION, *MLP)  # PEFT targets: every linear that an adapter can update
 
     @property
     def model(self) -> str:
@@ -119,13 +119,13 @@ def make_decoder(
 ) -> Path:
     """Write a small random decoder with its tokenizer.
 
-    Weights are larger than default initialisation's, so that attention is sharp and texts vary.
+    Weights are larger than by default, so that attention is sharp and texts vary.
 
     Args:
         family: a key of `FAMILIES`.
         pad_vocab: rows of the embedding beyond the tokenizer's end.
         template: chat template; None for a base without one.
-        overrides: of the config.
+        overrides: keys of the config.
     """
     row, tokenizer = FAMILIES[family], tokenizer_file(specials)
     settings = {**COMMON, "vocab_size": tokenizer.get_vocab_size() + pad_vocab, **row.settings, **overrides}
@@ -138,7 +138,7 @@ def make_decoder(
 
 
 def load_decoder(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The base by transformers' own class, which generates past the end of the text."""
+    """The base in transformers' own class, without an end-of-text token."""
     model = getattr(transformers, FAMILIES[family].model).from_pretrained(folder, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     return model
@@ -146,9 +146,9 @@ def load_decoder(folder: Path, family: str, dtype: torch.dtype = torch.float32) 
 
 @torch.no_grad()
 def _enlarge(model: torch.nn.Module, std: float) -> None:
-    """Draw what transformers initialises to zeros or ones, so that a loader that forgets it shows.
+    """Randomise parameters that transformers initialises to zeros or ones, so that a loader that skips them is noticed.
 
-    The norm before the head gets weights of both signs: with a tied head a model would else repeat what it reads.
+    The norm before the head gets weights of both signs; otherwise a model with a tied head would repeat its input.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):

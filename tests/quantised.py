@@ -1,7 +1,7 @@
-"""Quantised bases as quantisers write them, made by hand from a plain one, each beside what its numbers mean.
+"""Quantised bases as quantisers write them, made by hand from a plain base, each with its dequantised weights.
 
-A new format is one function: it takes a weight [out, in] and gives its tensors, by the last part of their names, and
-the weight that they stand for.
+A new format is one function. It takes a weight [out, in] and returns its tensors, by the last part of their names, and
+the dequantised weight.
 """
 
 import copy
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GROUP = 32
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the values in a word
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # order of the values in a word
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Packed:
     """One quantised linear."""
 
     tensors: Mapping[str, Tensor]
-    weight: Tensor  # [out, in], what they stand for
+    weight: Tensor  # [out, in], dequantised
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Format:
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
-    """[n, k] values of so many bits to [n, k * bits / 32] words of int32, the first in the lowest bits."""
+    """Pack [n, k] values of `bits` bits into [n, k * bits / 32] int32 words, the first value in the lowest bits."""
     count = 32 // bits
     shifts = torch.arange(count) * bits
     words = (values.long().reshape(len(values), -1, count) << shifts).sum(-1)
@@ -89,7 +89,7 @@ def fp8_blocks(weight: Tensor) -> Packed:
 
 def gptq(weight: Tensor) -> Packed:
     values, scales = grouped(weight, 4)
-    zeros = torch.full((scales.shape[1], len(weight)), 7)  # kept minus one
+    zeros = torch.full((scales.shape[1], len(weight)), 7)  # stored minus one
     tensors = {
         "qweight": pack_words(values + 8, 4).T,
         "qzeros": pack_words(zeros, 4),
@@ -111,7 +111,7 @@ def awq(weight: Tensor) -> Packed:
 
 
 def fp4(weight: Tensor) -> Packed:
-    """NVFP4: two values of four bits to a byte, a scale of eight bits for each 16, one for all."""
+    """NVFP4: two 4-bit values per byte, an 8-bit scale per 16 values, and one global scale."""
     steps = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     whole = 448 * 6 / weight.abs().amax()
     groups = weight.unflatten(1, (-1, 16))
@@ -176,14 +176,14 @@ FORMATS: Mapping[str, Format] = {
 def quantise(
     plain: Path, folder: Path, name: str, *, keep: Sequence[str] = (), targets: Any = None, **more: Any
 ) -> Path:
-    """Write a base quantised, and beside it the plain base with the weights that it stands for.
+    """Write a quantised base, and next to it the plain base with the dequantised weights.
 
     Args:
         plain: a base in full precision, in one file.
         name: a key of `FORMATS`.
-        keep: parts of the paths of linears that stay as they are.
-        targets: of compressed-tensors' group, in place of "Linear".
-        more: of quantization_config.
+        keep: parts of the paths of linears that are not quantised.
+        targets: of compressed-tensors' group, instead of "Linear".
+        more: further keys of quantization_config.
     """
     stands = meant_by(folder)
     shutil.copytree(plain, folder)

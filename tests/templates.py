@@ -1,4 +1,4 @@
-"""Chat templates in the manner of real ones, in which everything that a chat can hold is printed somewhere."""
+"""Chat templates like real ones, which between them print everything that a chat can contain."""
 
 from artefacts import CHATML, ROLES, SHARED_DATA
 
@@ -38,7 +38,7 @@ GRANITE = (
 """  # noqa: E501
 )
 
-# drops the thinking of earlier turns, and opens an answer otherwise than it writes one that was given
+# drops the thinking of earlier turns, and opens a new answer differently from how it writes an earlier one
 CHATML_THINKING = (
     _TEXT
     + """\
@@ -70,7 +70,7 @@ CHATML_THINKING = (
 """
 )
 
-# begins with a token that no later turn holds, and strips what it is given
+# starts with a token that later turns do not have, and strips messages
 LLAMA_TEMPLATE = (
     _TEXT
     + """\
@@ -93,12 +93,12 @@ LLAMA_TEMPLATE = (
 
 
 def real_granite() -> str | None:
-    """Granite 4.0's own template, where it lies beside the checkout."""
+    """Granite 4.0's own template, if it is next to the checkout."""
     path = SHARED_DATA / "chat_templates" / "granite-4.0.jinja"
     return path.read_text() if path.is_file() else None
 
 
-# template, special tokens of its tokenizer, invocation text that opens an answer
+# template, its tokenizer's special tokens, invocation text that opens an answer
 FAMILIES: dict[str, tuple[str, list[str], str]] = {
     "granite": (GRANITE, ROLES, "<|start_of_role|>assistant<|end_of_role|>"),
     "chatml": (CHATML_THINKING, CHATML, "<|im_start|>assistant\n"),

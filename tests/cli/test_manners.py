@@ -1,4 +1,4 @@
-"""How the commands treat a person: first steps, examples, completion, quiet, JSON, colours, bars, libraries' noise."""
+"""Usability of the commands: first steps, examples, completion, quiet, JSON, colours, bars, library noise."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subp
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command with the words that call it."""
+    """Every command, with the words that call it."""
     children = getattr(command, "commands", None)
     if not children:
         yield path, command

@@ -1,4 +1,4 @@
-"""Every bad input gets one error that names the thing and the way out, and leaves no output behind."""
+"""Every bad input gives one error that names the problem and a remedy, and leaves no output."""
 
 import json
 import shutil
@@ -19,12 +19,12 @@ CONFIG = "adapter_config.json"
 
 @pytest.fixture
 def adapter(adapters: Path, tmp_path: Path) -> Path:
-    """A copy of a good adapter, to be spoilt."""
+    """A copy of a good adapter, to be damaged."""
     return Path(shutil.copytree(adapters / "citations", tmp_path / "citations"))
 
 
 def refused(base: Path, sources: list[Path], folder: Path, *words: str, **options: object) -> SwitchError:
-    """Compose, expect an error with all these words, and find nothing left."""
+    """Compose, and expect an error with all these words and no output."""
     output = folder / "made" / "out"
     output.parent.mkdir(exist_ok=True)
     with pytest.raises(SwitchError) as caught:
@@ -129,7 +129,7 @@ def test_a_token_that_is_taken(base: Path, adapter: Path, tmp_path: Path) -> Non
 
 
 def test_an_invocation_that_does_not_survive_tokenisation(base: Path, tmp_path: Path) -> None:
-    # 'r' 'iver' where the tokenizer makes one token of ' river': the tail merges otherwise behind a control token
+    # 'r' 'iver', which the tokenizer merges to ' river': after a control token the rest merges differently
     from tokenizers import Tokenizer
 
     ids = [Tokenizer.from_file(str(base / "tokenizer.json")).token_to_id(c) for c in "xriver"]

@@ -1,4 +1,4 @@
-"""What composing writes: the base untouched, adapters as they are, the same bytes each time."""
+"""Composing writes the base and the adapters unchanged, and the same bytes each time."""
 
 import json
 import os
@@ -184,7 +184,7 @@ def test_manifest(base: Path, library: Path, adapters: Path, tmp_path: Path) -> 
 
 
 def test_hub_ids_come_from_the_hubs_cache(base: Path, library: Path, tmp_path: Path, monkeypatch) -> None:
-    """The hub's cache stands in for the hub: what is in it is found by id and revision, nothing else is needed."""
+    """A model in the hub's cache is found by id and revision, without network access."""
     from huggingface_hub import constants
 
     revision = "0123456789abcdef0123456789abcdef01234567"

@@ -1,4 +1,4 @@
-"""The composed model is PEFT's: same adapter, same prompt, same logits; and without an adapter it is the base."""
+"""The composed model gives PEFT's logits for the same adapter and prompt, and the base's without an adapter."""
 
 import copy
 from pathlib import Path
@@ -44,13 +44,13 @@ def test_each_adapter_equals_peft(name: str, model, plain, base: Path, adapters:
     switched = AutoTokenizer.from_pretrained(composed).apply_chat_template(
         chat, adapter_name=name, add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]
-    exchanged = model.model.switch.control_to_substitute[switched]
+    substituted = model.model.switch.control_to_substitute[switched]
     reference = PeftModel.from_pretrained(GraniteForCausalLM.from_pretrained(base), adapters / name)
-    assert largest_difference(logits(model, switched), logits(reference, exchanged)) <= TOLERANCE
-    assert largest_difference(logits(model, switched), logits(plain, exchanged)) > 0.1
+    assert largest_difference(logits(model, switched), logits(reference, substituted)) <= TOLERANCE
+    assert largest_difference(logits(model, switched), logits(plain, substituted)) > 0.1
     options = {"max_new_tokens": 32, "do_sample": False}
     ours = model.generate(switched, **options)[:, switched.shape[1] :]
-    theirs = reference.generate(input_ids=exchanged, **options)[:, switched.shape[1] :]
+    theirs = reference.generate(input_ids=substituted, **options)[:, switched.shape[1] :]
     assert torch.equal(ours, theirs)
 
 
@@ -145,7 +145,7 @@ def test_batch_of_32_with_switches_and_padding_equals_each_alone(model) -> None:
         ids[i, width - len(row) :] = row
         mask[i, width - len(row) :] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    model = copy.deepcopy(model).double()  # in float32 some processors add up a batch otherwise than its rows
+    model = copy.deepcopy(model).double()  # in float32 some processors sum a batch in another order than its rows
     together = logits(model, ids, attention_mask=mask, position_ids=positions)[:, -1]
     for i, row in enumerate(rows):
         alone = logits(model, row[None])[0, -1]
@@ -181,7 +181,7 @@ def test_chunked_equals_whole(cut: int, model) -> None:
 
 
 def test_chatml_with_thinking_and_an_untied_head(tmp_path: Path) -> None:
-    """Granite 4.2's shape: another template, other role tokens, an lm_head of its own."""
+    """Like Granite 4.2: another template, other role tokens, an untied lm_head."""
     base = make_base(tmp_path / "base", template=CHATML_TEMPLATE, specials=CHATML, tied=False)
     make_adapter(tmp_path / "check", base, targets=ALL, invocation="<|im_start|>assistant\n<think>\n\n</think>\n\n")
     make_adapter(tmp_path / "style", base, seed=2, targets=ALL)
@@ -193,9 +193,9 @@ def test_chatml_with_thinking_and_an_untied_head(tmp_path: Path) -> None:
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": "Where?"}], adapter_name=name, add_generation_prompt=True, return_tensors="pt"
         )["input_ids"]
-        exchanged = model.model.switch.control_to_substitute[ids]
+        substituted = model.model.switch.control_to_substitute[ids]
         reference = PeftModel.from_pretrained(GraniteForCausalLM.from_pretrained(base), tmp_path / name)
-        assert largest_difference(logits(model, ids), logits(reference, exchanged)) <= TOLERANCE
+        assert largest_difference(logits(model, ids), logits(reference, substituted)) <= TOLERANCE
 
 
 def test_save_pretrained_writes_format_1_again(composed: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adapters as trainers and hubs leave them: each is taken for what it means, or named with the way out."""
+"""Adapters as trainers and hubs leave them: each is read correctly, or refused with a remedy."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def adapter(adapters: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(base: Path, adapters: Path) -> Plan:
-    """What the good adapter is composed as."""
+    """The result of composing the good adapter."""
     return prepare(base, [adapters / "citations"])
 
 
@@ -123,7 +123,7 @@ def test_two_tensors_for_one_linear(base: Path, adapter: Path) -> None:
     assert "two tensors for one matrix" in error(base, adapter).message
 
 
-# --- what else stands in the file --------------------------------------------------------------------------------
+# --- other tensors in the file -----------------------------------------------------------------------------------
 
 
 def test_copies_of_the_bases_weights_are_dropped(base: Path, adapter: Path, plain: Plan) -> None:
@@ -131,7 +131,7 @@ def test_copies_of_the_bases_weights_are_dropped(base: Path, adapter: Path, plai
     linear = "model.layers.0.self_attn.o_proj"
     copies = {
         f"{PEFT}model.embed_tokens.weight": of_base["model.embed_tokens.weight"],
-        f"{PEFT}lm_head.weight": of_base["model.embed_tokens.weight"].bfloat16(),  # tied, and narrower
+        f"{PEFT}lm_head.weight": of_base["model.embed_tokens.weight"].bfloat16(),  # tied, in a narrower dtype
         f"{PEFT}{linear}.base_layer.weight": of_base[f"{linear}.weight"],
     }
     change(adapter, lambda t: t.update({n: v.clone() for n, v in copies.items()}))
@@ -361,7 +361,7 @@ def test_an_adapter_config_of_a_merged_base_is_not_carried_over(base: Path, adap
 
 
 def compared(base: Path, folder: Path, reference: torch.nn.Module, ids: list[int], at: int) -> float:
-    """The largest difference of logits, with the control token at a position of the prompt."""
+    """The largest difference of logits, with the control token at a given position of the prompt."""
     plan = compose(base, [folder], folder.parent / "out", force=True)
     model = AutoModelForCausalLM.from_pretrained(folder.parent / "out")
     spec = plan.spec.adapters[0]

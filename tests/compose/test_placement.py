@@ -1,4 +1,4 @@
-"""Control tokens stand where they must in templates of every kind, those that begin with a BOS token too."""
+"""Control tokens are placed correctly in all kinds of templates, including those that start with a BOS token."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Quantised bases at the border: what is known composes with the right shapes, all else is refused by name."""
+"""Composing quantised bases: known forms get the right shapes, all others are refused by name."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from granite_switch.errors import AdapterError, BaseModelError
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain base, and beside it a LoRA on every linear."""
+    """A plain base, and next to it a LoRA on every linear."""
     folder = tmp_path_factory.mktemp("plain")
     base = make_decoder(folder / "base", "granite", intermediate_size=192)
     make_adapter(folder / "whole", base, targets=ALL)
@@ -52,7 +52,7 @@ class TestShapes:
         assert not (tmp_path / "composed").exists()
 
     def test_tensors_that_do_not_agree_are_refused(self, plain, tmp_path, name):
-        """Each tensor of one linear without a row or an element, or gone."""
+        """Each tensor of one linear, cut in half or missing."""
         path = "model.layers.1.mlp.up_proj."
         base = quantise(plain, tmp_path / "base", name)
         whole = load_file(base / "model.safetensors")
@@ -64,13 +64,13 @@ class TestShapes:
                     if changed[key].shape == whole[key].shape or not changed[key].numel():
                         continue
                     if key.endswith(".weight") and len(changed[key]) == len(whole[key]) and "compressed" in name:
-                        continue  # a number for each of the linear's, a scale for each row: the width is the tensor's
+                        continue  # per-tensor and per-row values do not determine the width; the weight tensor does
                 save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
                 if cut is None and key.endswith(("qweight", "weight", "weight_packed")):
                     assert path[:-1] not in read_base(base).linears or "weight_scale" in name
                     continue
                 if cut is None and key.endswith("g_idx"):
-                    continue  # it may be left out
+                    continue  # this one is optional
                 with pytest.raises(BaseModelError, match=r"up_proj"):
                     read_base(base).linears  # noqa: B018
         save_file(whole, base / "model.safetensors", metadata={"format": "pt"})

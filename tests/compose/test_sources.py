@@ -1,4 +1,4 @@
-"""Where adapters come from: hub ids with paths and commits, caches, libraries in either layout, links, manifests."""
+"""Sources of adapters: hub ids with paths and commits, caches, libraries in either layout, links, manifests."""
 
 import json
 import logging
@@ -21,13 +21,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """The hub with its cache: repositories are folders, and what was fetched is noted."""
+    """A stand-in for the hub and its cache: repositories are folders, and fetches are recorded."""
 
     def __init__(self, cache: Path) -> None:
         self.cache, self.fetched, self.down = cache, [], False
 
     def add(self, repo: str, **folders: Path) -> Path:
-        """A repository with folders under paths (`__` for `/`, `root` for the whole)."""
+        """Add a repository with folders under paths (`__` for `/`, `root` for the whole repository)."""
         place = self.cache / f"models--{repo.replace('/', '--')}"
         for path, folder in folders.items():
             target = place / "snapshots" / COMMIT / ("" if path == "root" else path.replace("__", "/"))

@@ -1,4 +1,4 @@
-"""A composed model's tokenizer is read as its base's: by transformers, whatever class the base names, and by us."""
+"""A composed model's tokenizer reads as its base's: in transformers, for every tokenizer class, and in this package."""
 
 import json
 import os
@@ -28,9 +28,9 @@ from granite_switch.compose.verify import find_problems
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import BaseModelError
 
-TEXTS = int(os.environ.get("TOKENIZER_TEXTS", "15"))  # for each case; 2000 shows it in full
+TEXTS = int(os.environ.get("TOKENIZER_TEXTS", "15"))  # per case; 2000 for a thorough run
 ADA = "Ada said:\n\n\"It's 1871!\"\n- see (Tarn), x=12345;\n\n\tHugo's harp"
-# releases that read a byte-level tokenizer.json as Llama's sentencepiece one: base and composed model alike
+# releases that read a byte-level tokenizer.json as Llama's sentencepiece one, for base and composed model alike
 MISREAD = Version(transformers.__version__) < Version("5.22")
 
 _PIECES = st.one_of(
@@ -101,7 +101,7 @@ def test_without_importing_us(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample's base as real Granite folders are: with the class that their tokenizer_config.json names."""
+    """The sample's base with the tokenizer class that the tokenizer_config.json of real Granite folders names."""
     folder = tmp_path_factory.mktemp("sample") / "base"
     shutil.copytree(ROOT / "sample" / "base", folder)
     edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
@@ -116,7 +116,7 @@ def test_the_sample_as_granite_is_published(sample: Path, tmp_path: Path) -> Non
     assert AutoTokenizer.from_pretrained(composed).encode(ADA, add_special_tokens=False) == expected
     assert read_tokenizer(composed).library.encode(ADA, add_special_tokens=False).ids == expected
 
-    edit_json(composed / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")  # as composing once wrote it
+    edit_json(composed / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")  # as earlier versions composed it
     unregistered = AutoTokenizer.from_pretrained(composed, config=PreTrainedConfig())
     assert len(unregistered.encode(ADA, add_special_tokens=False)) == 43
     problems = find_problems(composed)
@@ -125,7 +125,7 @@ def test_the_sample_as_granite_is_published(sample: Path, tmp_path: Path) -> Non
 
 
 def test_truncation_and_padding_do_not_touch_prompts(adapters: Path, tmp_path: Path) -> None:
-    """A `max_length` left from training once cut the control token off; a fixed padding ended prompts in pads."""
+    """A `max_length` left from training used to cut off the control token; fixed padding ended prompts with pads."""
     base = make_base(tmp_path / "base", pad_vocab=9)
     truncation = {"max_length": 32, "direction": "Right", "strategy": "LongestFirst", "stride": 0}
     padding = {"strategy": {"Fixed": 4000}, "direction": "Right", "pad_to_multiple_of": None}
@@ -133,7 +133,7 @@ def test_truncation_and_padding_do_not_touch_prompts(adapters: Path, tmp_path: P
     edit_json(base / "tokenizer.json", truncation=truncation, padding=padding)
     composed = tmp_path / "model"
     compose(base, [adapters], composed)
-    edit_json(composed / "tokenizer.json", truncation=truncation, padding=padding)  # put back: reading resets it too
+    edit_json(composed / "tokenizer.json", truncation=truncation, padding=padding)  # restored: reading resets it too
     for adapter in ("answerability", "citations"):
         turn = Conversation(composed).ask("Where does Anna live? " * 100, adapter)
         assert 1 not in turn.ids
@@ -186,7 +186,7 @@ def test_sentencepiece_alone_is_refused_with_the_way_out(tmp_path: Path) -> None
 
 
 def test_the_way_out_of_sentencepiece_leads_there(tmp_path: Path) -> None:
-    """The command in the hint makes a folder that is taken, and read as transformers reads the sentencepiece model."""
+    """The hint's command makes a folder that composes, and that reads as transformers reads the sentencepiece model."""
     spm: Any = pytest.importorskip("sentencepiece")
     lines = tmp_path / "lines.txt"
     lines.write_text("\n".join(["the river ends in the sea", "It's 1871! naïve café", "x = 12345; (Tarn)"] * 30))

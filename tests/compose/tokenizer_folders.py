@@ -1,4 +1,4 @@
-"""Bases' tokenizer folders as they are published, and the composed folders that they become; without weights."""
+"""Tokenizer folders of bases as they are published, and their composed folders, without weights."""
 
 import json
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ class Case:
 
     model_type: str
     tokenizer_class: str | None
-    kind: str  # of tokenizer.json: bytes, metaspace, gemma
-    config: dict[str, Any] = field(default_factory=dict)  # more of tokenizer_config.json
-    file: dict[str, Any] = field(default_factory=dict)  # more of tokenizer.json
+    kind: str  # kind of tokenizer.json: bytes, metaspace, gemma
+    config: dict[str, Any] = field(default_factory=dict)  # further keys of tokenizer_config.json
+    file: dict[str, Any] = field(default_factory=dict)  # further keys of tokenizer.json
     specials_map: dict[str, Any] | None = None
 
     def __str__(self) -> str:
@@ -79,10 +79,10 @@ def tokenizer_of(kind: str) -> Tokenizer:
 
 
 def write_base(folder: Path, case: Case) -> Path:
-    """Write the tokenizer's files of a base, and as much of its config.json as decides how they are read."""
+    """Write a base's tokenizer files, and the part of config.json that determines how they are read."""
     folder.mkdir(parents=True)
     data = json.loads(tokenizer_of(case.kind).to_str())
-    if case.kind != "bytes":  # bytes are plain entries of the vocabulary
+    if case.kind != "bytes":  # byte tokens are ordinary vocabulary entries
         data["added_tokens"] = [token for token in data["added_tokens"] if not token["content"].startswith("<0x")]
     write_json(folder / "tokenizer.json", {**data, **case.file})
     named = {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"}
@@ -99,7 +99,7 @@ def write_base(folder: Path, case: Case) -> Path:
 
 
 def write_composed(folder: Path, base: Path) -> Path:
-    """Write what composing makes of those files."""
+    """Write the composed version of those files."""
     folder.mkdir(parents=True)
     config = json.loads((base / "config.json").read_text())
     tokenizer = read_as_base(base, config)

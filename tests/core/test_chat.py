@@ -1,4 +1,4 @@
-"""The wrapped template: the base's render, byte for byte, with control tokens only where they belong."""
+"""The wrapped template renders the base's text byte for byte, with control tokens only where they belong."""
 
 import pytest
 from artefacts import CHATML_TEMPLATE, GRANITE_TEMPLATE
@@ -124,7 +124,7 @@ def test_an_adapter_for_each_message() -> None:
 
 
 def test_a_turn_with_tool_calls_is_one_turn() -> None:
-    """What follows a call belongs to the turn that a user opened: nothing is placed in it."""
+    """Tool results belong to the turn that the user's message opened, so no control token is placed there."""
     call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
     template = FAMILIES["granite"][0]
     chat = [

@@ -1,4 +1,4 @@
-"""What users write is text: no token that composing added can come out of it, nor any that the base did not read.
+"""User text stays text: it cannot produce a token that composing added, nor one that the base does not read from it.
 
 `SOAK=1` draws 10,000 chats for each template.
 """
@@ -21,16 +21,16 @@ from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.tokenizer import added_texts, unused_token
 
 CHATS = 10_000 if os.environ.get("SOAK") else 60
-NAMES = ["a", "answer", "t", "t:2"]  # the last is a removed adapter's
+NAMES = ["a", "answer", "t", "t:2"]  # the last one is removed
 
 
 @dataclass(frozen=True)
 class Family:
-    """A template with four adapters: a LoRA, two aLoRA, one that was removed."""
+    """A template with four adapters: a LoRA, two aLoRA, and a removed one."""
 
     base: str
     composed: str
-    tokens: tuple[str, ...]  # that composing added
+    tokens: tuple[str, ...]  # tokens that composing added
     plain: Tokenizer
     tokenizer: Tokenizer
     variables: dict[str, str]
@@ -62,7 +62,7 @@ def family(name: str) -> Family:
 
 
 ALL = {name: family(name) for name in FAMILIES}
-# every piece from which the text of a token can be put together, and what surrounds it
+# pieces from which a token's text can be assembled, and surrounding text
 PIECES = [
     "<|", "|>", "<", "|", ">", " ", "a", "t", "answer", "rewrite", "<rewrite>", "unused_", "<|unused_", "406", "5",
     "start_of", "_role", "im_", "start", "end", "header_id", "x" * 9, "-", "\n", "return_to_base", "é", "</think>",
@@ -121,7 +121,7 @@ def test_special_tokens_are_the_bases_and_the_one_that_was_asked_for(name: str) 
     @given(chats(name), st.sampled_from(["", "base", "a", "answer", "t"]))
     def run(chat: dict[str, Any], adapter: str) -> None:
         chat = {**chat, **chosen.variables}
-        if adapter == "t":  # its text is written where it is missing; the base is to see the same
+        if adapter == "t":  # the template writes its text if missing; give the base the same
             last = chat["messages"][-1]["content"]
             if not isinstance(last, str) or "<rewrite>" not in last:
                 return
@@ -143,7 +143,7 @@ def test_special_tokens_are_the_bases_and_the_one_that_was_asked_for(name: str) 
 
 
 def test_a_space_closes_no_gap() -> None:
-    """No text of a token holds a space, so what stands on its two sides cannot be one token; nor do two overlap."""
+    """No token's text contains a space, so the text around a space cannot form a token; and no two tokens overlap."""
     for chosen in ALL.values():
         known = [token.content for token in chosen.tokenizer.get_added_tokens_decoder().values()]
         assert not any(" " in text for text in known)

@@ -1,4 +1,4 @@
-"""Safetensors as streams: what the safetensors library wrote is read, what we write it reads, damage is named."""
+"""Safetensors as streams: we and the safetensors library read each other's files; damage is reported."""
 
 import json
 from pathlib import Path

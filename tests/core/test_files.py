@@ -1,4 +1,4 @@
-"""Copies work where a system call does not; data is on the disk before its rename; no file leads out of its folder."""
+"""Copying works without system calls that fail, data is synced before a rename, no path leads out of its folder."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.
 
 
 def failing(number: int, *, after: int = 0, real: Callable[..., int] | None = None) -> Callable[..., int]:
-    """A system call that fails, or does so from its nth call on."""
+    """A system call that fails, optionally only from its nth call on."""
     calls = []
 
     def call(*arguments: object, **keywords: object) -> int:
@@ -88,7 +88,7 @@ def test_a_full_disk_is_not_taken_for_a_call_that_is_missing(tmp_path: Path, mon
 
 
 class Disk:
-    """Records which names and contents are on the disk: what is not synced is lost when the power goes."""
+    """A disk that loses everything that was not synced when the power fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, str]] = []
@@ -102,7 +102,7 @@ class Disk:
             self.events.append(("rename", str(path)))
             return rename(path, target)
 
-        def exchanged(a: Path, b: Path) -> bool:
+        def swapped(a: Path, b: Path) -> bool:
             done = exchange(a, b)
             self.events += [("rename", str(a))] if done else []
             return done
@@ -110,14 +110,14 @@ class Disk:
         monkeypatch.setattr(os, "fsync", synced)
         monkeypatch.setattr(Path, "rename", renamed)
         monkeypatch.setattr(Path, "replace", renamed)
-        monkeypatch.setattr(staging, "_exchange", exchanged)
+        monkeypatch.setattr(staging, "_exchange", swapped)
 
     def check(self, partial: Path, parent: Path, names: set[str]) -> None:
-        """Everything of a staged output was on the disk when it was renamed, and the renaming is."""
+        """Check that a staged output was synced when it was renamed, and that the rename was synced."""
         moved = self.events.index(("rename", str(partial)))
         before = [path for kind, path in self.events[:moved] if kind == "sync"]
         assert names <= set(before)
-        for name in names:  # a folder's list of names is written after what it lists
+        for name in names:  # a folder is synced after its contents
             for inner in names:
                 if Path(name) in Path(inner).parents:
                     assert before.index(inner) < before.index(name)
@@ -189,7 +189,7 @@ def test_a_kill_between_the_two_steps_is_mended(tmp_path: Path, monkeypatch: pyt
     with staged(tmp_path / "out") as folder:
         (folder / "a").write_text("1")
     for mend in (lambda: restore(tmp_path / "out"), lambda: staged(tmp_path / "out", force=True).__enter__()):
-        (tmp_path / "out").rename(tmp_path / ".out.old")  # as far as it came
+        (tmp_path / "out").rename(tmp_path / ".out.old")  # the state in which the process was killed
         mend()
         assert (tmp_path / "out/a").read_text() == "1"
         assert not (tmp_path / ".out.old").exists()

@@ -1,4 +1,4 @@
-"""The switched linear's definition: the base path is the base, and each token sees its own adapter alone."""
+"""The definition of the switched linear: slot 0 is the base, and each token gets only its own adapter."""
 
 import numpy as np
 from hypothesis import given

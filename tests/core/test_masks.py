@@ -1,4 +1,4 @@
-"""`{% generation %}` in a base's template marks what the assistant wrote, in a composed one too."""
+"""`{% generation %}` marks the assistant's text in a composed template as in the base's."""
 
 from typing import Any
 
@@ -57,8 +57,8 @@ def test_masks_are_the_bases(template: str, tokenizer: Any) -> None:
         found = masked(
             tokenizer, wrapped(template), messages, add_generation_prompt=generation, adapter_name=adapter
         )  # fmt: skip
-        exchanged = [("<|im_start|>" if token in CONTROLS else token, mask) for token, mask in found]
-        assert exchanged == plain
+        substituted = [("<|im_start|>" if token in CONTROLS else token, mask) for token, mask in found]
+        assert substituted == plain
         assert sum(token in CONTROLS for token, _ in found) == (adapter in ("whole", "answer"))
 
     run()

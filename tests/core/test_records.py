@@ -1,4 +1,4 @@
-"""The border: what others wrote comes back checked, or as an error that names the file and the key."""
+"""Files from third parties are read into checked records, or give an error that names the file and the key."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The definition of routing has the properties that make it one."""
+"""Properties of the definition of routing."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,10 +41,10 @@ def test_return_to_base_ends_an_adapter(tokens: list[int]) -> None:
 
 @given(sequences)
 def test_exchange_changes_control_tokens_only(tokens: list[int]) -> None:
-    exchanged = substitute(tokens, dict.fromkeys(CONTROLS, 3))
-    assert len(exchanged) == len(tokens)
-    assert not set(exchanged) & set(CONTROLS)
-    assert all(a == b for a, b in zip(tokens, exchanged, strict=True) if a not in CONTROLS)
+    substituted = substitute(tokens, dict.fromkeys(CONTROLS, 3))
+    assert len(substituted) == len(tokens)
+    assert not set(substituted) & set(CONTROLS)
+    assert all(a == b for a, b in zip(tokens, substituted, strict=True) if a not in CONTROLS)
 
 
 def test_ten_thousand_control_tokens() -> None:

@@ -1,9 +1,9 @@
-"""Damage files and run every command on them: a result, or an error that says what is wrong; nothing else.
+"""Damage files and run every command on them. Each run must give a result or an error that names the problem.
 
 python fuzz.py MATERIAL --cases 20000 [--seed 0] [--workers 2]; `--case N` runs one and shows its traceback. A case
-fails if anything but a `SwitchError` comes out, if an error leaves something behind or changes its sources, if what
-was composed without an error does not verify, or if it takes more than 20 seconds. Without torch, in one process for
-each worker, whose memory is limited.
+fails if it raises anything but a `SwitchError`, if an error leaves files or changes its sources, if a model composed
+without an error does not verify, or if it takes more than 20 seconds. There is no torch, and one process with limited
+memory for each worker.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from granite_switch.compose.upgrade import upgrade
 from granite_switch.compose.verify import find_problems, verify
 from granite_switch.errors import SwitchError
 
-# transformers' own reading of a tokenizer is proved in a process that takes seconds to start: not in every case
+# comparing the tokenizer with transformers starts a process, which takes seconds: skip it in most cases
 for _module in ("write", "verify"):
     sys.modules[f"granite_switch.compose.{_module}"].start_proof = lambda *_: None
 
 SECONDS = 20
 MEMORY = 1 << 30
 
-Command = Callable[[Path, Path], object]  # (where the material is, where to write)
+Command = Callable[[Path, Path], object]  # (folder of the material, folder for output)
 
 
 def _described(at: Path, out: Path) -> None:
@@ -53,7 +53,7 @@ def _described(at: Path, out: Path) -> None:
             sys.stdout = real
 
 
-# the folder that is damaged, and what is done with it
+# the damaged folder, and the command that is run on it
 COMMANDS: tuple[tuple[str, Command], ...] = (
     ("base", lambda at, out: compose(at / "base", [at / "adapters"], out)),
     ("one", lambda at, out: compose(at / "one", [at / "adapters/lora"], out)),
@@ -79,21 +79,21 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
 
 
 class TooLong(BaseException):
-    """Nothing catches this on the way."""
+    """Raised on a timeout; not an Exception, so that no handler catches it."""
 
 
 def state(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Every file below a folder, and what tells whether it was written."""
+    """Every file below a folder, with attributes that show whether it was written."""
     found = {}
     for path in folder.rglob("*"):
         about = path.lstat()
-        if not path.is_dir() or path.is_symlink():  # a folder's time changes with its lock file
+        if not path.is_dir() or path.is_symlink():  # a folder's modification time changes with its lock file
             found[str(path.relative_to(folder))] = (about.st_ino, about.st_size, about.st_mtime_ns)
     return found
 
 
 def run(number: int, seed: int, material: Path, place: Path) -> tuple[str, str]:
-    """One case. What was done, and what is wrong with what came of it ("" if nothing)."""
+    """Run one case. Returns what was done, and what is wrong with the outcome ("" if nothing)."""
     draw = random.Random(f"{seed}-{number}")
     damaged, command = draw.choice(COMMANDS)
     at, out = place / "at", place / "out"
@@ -122,7 +122,7 @@ def run(number: int, seed: int, material: Path, place: Path) -> tuple[str, str]:
 
 
 def leftovers(before: dict[str, tuple[int, int, int]], place: Path, out: Path, failed: bool) -> str:
-    """What a command that came to an end has left that it should not have."""
+    """Files that a finished command should not have left."""
     after = {name: about for name, about in state(place).items() if not name.startswith("out/") and name != "out"}
     if after != before:
         return f"changed or left: {sorted(set(after.items()) ^ set(before.items()))[:3]}"
@@ -134,10 +134,10 @@ def leftovers(before: dict[str, tuple[int, int, int]], place: Path, out: Path, f
 
 
 def work(arguments: argparse.Namespace, first: int, step: int) -> int:
-    """Every `step`th case from `first`; prints those that fail, and says how much memory it took."""
-    resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))  # mapped files count in, so it is generous
+    """Run every `step`th case from `first`; prints the failed ones and the memory used."""
+    resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))  # includes mapped files, so it is generous
     signal.signal(signal.SIGALRM, _too_long)
-    os.fsync = lambda descriptor: None  # the disk is not what is tested here
+    os.fsync = lambda descriptor: None  # durability is not tested here
     kinds: collections.Counter[str] = collections.Counter()
     for number in range(first, arguments.cases, step):
         with tempfile.TemporaryDirectory(dir=arguments.place) as place:
@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--place", type=Path, help="where temporary folders are made; on the material's disk")
+    parser.add_argument("--place", type=Path, help="folder for temporary folders, on the same disk as the material")
     parser.add_argument("--case", type=int)
     arguments = parser.parse_args()
     arguments.material = arguments.material.resolve()

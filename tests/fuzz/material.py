@@ -1,4 +1,4 @@
-"""What is damaged: a base, adapters, a manifest, a composed model, and one of each legacy format.
+"""Material to damage: a base, adapters, a manifest, a composed model, and one checkpoint per legacy format.
 
 python material.py FOLDER
 """
@@ -19,7 +19,7 @@ IO_YAML = "model: null\nresponse_format: null\ntransformations: null\nparameters
 
 
 def make(folder: Path) -> None:
-    """Write it into an empty folder."""
+    """Write the material into an empty folder."""
     base = make_base(folder / "base", layers=2, hidden=32, heads=2, kv_heads=1, mlp=48, max_shard_size="40KB")
     one = make_base(folder / "one", layers=2, hidden=32, heads=2, kv_heads=1, mlp=48)
     adapters = folder / "adapters"
@@ -33,8 +33,8 @@ def make(folder: Path) -> None:
     manifest = [*entries, {"name": "gone", "retired": True, "substitute_token_id": 2}]
     (folder / "manifest/manifest.yaml").write_text(json.dumps(manifest))
     compose(base, [folder / "manifest/manifest.yaml"], folder / "model")
-    for generation in (1, 2, 3):
-        write_old(folder / f"legacy-{generation}", generation, one, adapters, ["lora"])
+    for version in (1, 2, 3):
+        write_old(folder / f"legacy-{version}", version, one, adapters, ["lora"])
 
 
 if __name__ == "__main__":

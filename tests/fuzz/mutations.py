@@ -1,4 +1,4 @@
-"""Damage done to files: to values where a file has structure, to bytes where it has none, and to the file itself."""
+"""Damage to files: to values in structured files, to bytes in others, and to the file as a whole."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def node(data: Any, draw: Random) -> tuple[Any, Any] | None:
         level = []
         for item in items:
             keys = list(item) if isinstance(item, dict) else range(len(item))
-            some = keys if len(keys) <= 40 else draw.sample(list(keys), 40)  # a vocabulary is not all that there is
+            some = keys if len(keys) <= 40 else draw.sample(list(keys), 40)  # do not let the vocabulary dominate
             places += [(item, key) for key in some]
             level += [item[key] for key in some]
     return draw.choice(places) if places else None
@@ -76,7 +76,7 @@ def structure(data: Any, draw: Random) -> Any:
 
 
 def text_of(data: Any) -> bytes:
-    """JSON, also of what is nested too deeply for the encoder."""
+    """JSON text, even of data nested too deeply for the encoder."""
     try:
         return json.dumps(data, ensure_ascii=True).encode()
     except RecursionError:
@@ -99,7 +99,7 @@ def yaml_file(data: bytes, draw: Random) -> bytes:
 
 
 def safetensors_file(data: bytes, draw: Random) -> bytes:
-    """A header with one change, or another length, or other data behind it."""
+    """A safetensors file with a changed header, header length or data."""
     length = int.from_bytes(data[:8], "little")
     header, body = data[8 : 8 + length], data[8 + length :]
     way = draw.randrange(6)
@@ -131,7 +131,7 @@ READERS: dict[str, Callable[[bytes, Random], bytes]] = {
 
 
 def place(path: Path, draw: Random) -> str:
-    """Change what stands under a name: nothing, a folder, a link, a pipe, another file."""
+    """Replace a file by nothing, a folder, a link, a pipe or another file."""
     way = draw.choice(("nothing", "folder", "link out", "link to itself", "pipe", "another"))
     path.unlink()
     if way == "folder":
@@ -148,7 +148,7 @@ def place(path: Path, draw: Random) -> str:
 
 
 def mutate(folder: Path, draw: Random) -> str:
-    """Change one file of a folder, perhaps more than once; what was done, in words."""
+    """Change one file of a folder, perhaps more than once. Returns a description."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     path = draw.choice(files)
     name = str(path.relative_to(folder))
@@ -161,7 +161,7 @@ def mutate(folder: Path, draw: Random) -> str:
         try:
             data = change(data, draw)
         except (ValueError, RecursionError, OverflowError, MemoryError, yaml.YAMLError):
-            data = any_file(data, draw)  # it is no longer what its name says
+            data = any_file(data, draw)  # the content no longer matches the name
             change = any_file
         done.append(change.__name__)
         if len(data) > 1 << 20:

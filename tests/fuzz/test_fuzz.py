@@ -1,4 +1,4 @@
-"""A slice of `make fuzz`: damaged files end in a result or in an error, never in a traceback or in leftovers."""
+"""A part of `make fuzz`: damaged files give a result or an error, never a traceback or leftover files."""
 
 import subprocess
 import sys

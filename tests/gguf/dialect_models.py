@@ -53,7 +53,7 @@ DIALECTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 def make_dialect(folder: Path, model_type: str, **config: Any) -> Path:
     """A composed model of a dialect: a LoRA (`check`) and an aLoRA (`cite`) on all linears, an aLoRA on one.
 
-    Its base and adapters stay beside it, in `base` and `adapters`.
+    Its base and adapters are kept next to it, in `base` and `adapters`.
     """
     words = tokenizer_file()
     settings: dict[str, Any] = {
@@ -102,7 +102,7 @@ def make_peft(
 
 
 class Reference:
-    """transformers' own class of the base, with PEFT's adapter on it: nothing of this project."""
+    """The oracle: the base in transformers' own class with PEFT's adapter, without any code of this project."""
 
     def __init__(self, model: Path) -> None:
         self.folder = model.parent
@@ -110,7 +110,7 @@ class Reference:
         self.vocabulary = min(self.spec.control_slots)
 
     def tokens(self, name: str, length: int = 48) -> list[int]:
-        """As the base sees them: random, an aLoRA's invocation among them."""
+        """Random tokens as the base sees them, including an aLoRA's invocation."""
         result = [int(i) for i in np.random.default_rng(5).integers(6, self.vocabulary - 40, length)]
         if name:
             invocation = self.spec.adapter(name).invocation_tokens
@@ -118,7 +118,7 @@ class Reference:
         return result
 
     def switched(self, name: str) -> list[int]:
-        """The same with the control token in its place."""
+        """The same tokens with the control token placed."""
         result = self.tokens(name)
         if name:
             adapter = self.spec.adapter(name)

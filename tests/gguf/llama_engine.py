@@ -40,7 +40,7 @@ class Engine:
 
     @contextmanager
     def context(self, sequences: int = 1, length: int = 256, kv: int = 0, threads: int = 1) -> Iterator["Context"]:
-        """A context of `length` tokens for each sequence. `kv`: ggml's type of the cache, float32 by default."""
+        """A context of `length` tokens per sequence. `kv` is the ggml type of the cache, float32 by default."""
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = length * sequences
         parameters.n_seq_max = sequences
@@ -55,7 +55,7 @@ class Engine:
             llama_cpp.llama_free(context)
 
     def logits(self, tokens: Sequence[int]) -> Logits:
-        """Of one sequence, in one batch."""
+        """Logits of one sequence, computed in one batch."""
         with self.context(length=max(64, len(tokens))) as context:
             return context.decode({0: tokens})[0]
 
@@ -68,7 +68,7 @@ class Context:
         self.positions: dict[int, int] = {}
 
     def decode(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, Logits]:
-        """Append tokens to sequences, all in one batch and interleaved; the logits of each."""
+        """Append tokens to sequences in one interleaved batch. Returns the logits of each sequence."""
         total = sum(len(tokens) for tokens in sequences.values())
         batch = llama_cpp.llama_batch_init(total, 0, 1)
         order: list[int] = []

@@ -56,7 +56,7 @@ def mutations(model_type: str) -> Iterator[dict[str, Any]]:
         if field.name.startswith(("_", "mamba_")) or field.name in NO_ARITHMETIC:
             continue
         for changed in others(getattr(config, field.name, None)):
-            with contextlib.suppress(Exception):  # the class takes no such value
+            with contextlib.suppress(Exception):  # the class rejects the value
                 CONFIG_MAPPING[model_type](**{field.name: changed})
                 yield {field.name: changed}
                 break
@@ -67,7 +67,7 @@ def mutations(model_type: str) -> Iterator[dict[str, Any]]:
 
 
 def others(value: Any) -> list[Any]:
-    """Values that a field may have instead."""
+    """Other values for a field."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
@@ -216,7 +216,7 @@ def test_the_defaults_are_those_of_transformers() -> None:
     for model_type, dialect in dialects.DIALECTS.items():
         config = CONFIG_MAPPING[model_type]()
         for key, value in dialect.defaults.items():
-            if key not in ("head_dim", "num_key_value_heads", "layer_types"):  # these follow from others
+            if key not in ("head_dim", "num_key_value_heads", "layer_types"):  # these depend on other keys
                 assert getattr(config, key, None) == value, (model_type, key)
     assert {*CONFIG_MAPPING["granitemoehybrid"]().layer_types} == {"linear_attention"}
     assert (

@@ -1,4 +1,4 @@
-"""`granite-switch export gguf` and the Modelfiles beside its output."""
+"""`granite-switch export gguf` and the Modelfiles next to its output."""
 
 import json
 import re
@@ -20,7 +20,7 @@ RUN = CliRunner()
 
 
 def go(template: str, system: str, prompt: str, response: str = "") -> str:
-    """Ollama's rendering of one turn, for the actions that are used here."""
+    """Ollama's rendering of one turn, for the template actions used here."""
     text = re.sub(
         r"{{ if \.System }}(.*?){{ else }}(.*?){{ end }}", r"\1" if system else r"\2", template, flags=re.DOTALL
     )
@@ -79,7 +79,7 @@ def test_modelfiles_render_what_the_chat_template_renders(make_model: Any, model
     turns.append({"role": "user", "content": "When?"})
     base = template_of(files[""])
     wanted = render(template, turns, add_generation_prompt=True, **tokenizer.special_tokens)
-    if not chatml:  # that template opens its answers with more than it keeps of them
+    if not chatml:  # that template drops a part of an answer's opening later
         assert go(base, "", "Where?", "There.") + go(base, "", "When?") == wanted
     assert 'PARAMETER stop "' in files[""]
 

@@ -1,4 +1,4 @@
-"""The exported file holds what the checkpoint holds, read back by the gguf package."""
+"""The exported file, read by the gguf package, has the checkpoint's contents."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def keys(path: Path) -> dict[str, Any]:
 
 
 def checkpoint(folder: Path) -> dict[str, np.ndarray]:
-    """A folder's tensors, by the safetensors library."""
+    """A folder's tensors, read by the safetensors library."""
     files = sorted(folder.glob("*.safetensors"))
     return {name: t.float().numpy() for file in files for name, t in load_file(file).items()}
 
@@ -52,7 +52,7 @@ def halves(rows: np.ndarray, head: int) -> np.ndarray:
 
 
 def unpacked(path: Path, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The file's tensors under the checkpoint's names with the rotary order undone, and what was to be zero."""
+    """The file's tensors under the checkpoint's names, rotary order undone, and the values that must be zero."""
     config = read_json(folder / "config.json")
     spec, decoder = SwitchSpec.from_dict(config["switch"]), read_decoder(config, "granite")[0]
     sizes, tensors, result, zeros = decoder.sizes, read(path), {}, {}
@@ -230,7 +230,7 @@ def test_tokenizers_that_llama_cpp_lacks(model: Path) -> None:
     assert any("the tokenizer is WordPiece" in line for line in problems(model=pieces))
     metaspace = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}
     assert any("with decoder Metaspace" in line for line in problems(decoder=metaspace))
-    text = f"[PAD{tokenizer.size}]"  # what the last row, which has no token, would be called
+    text = f"[PAD{tokenizer.size}]"  # the name of the last row, which has no token
     added = [{**t, "content": text if t["id"] == 4 else t["content"]} for t in tokenizer.data["added_tokens"]]
     model_data = tokenizer.data["model"]
     words = {text if i == 4 else word: i for word, i in model_data["vocab"].items()}

@@ -1,4 +1,4 @@
-"""The exported file in llama.cpp itself computes what the transformers backend computes."""
+"""llama.cpp computes from the exported file what the transformers backend computes."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ LENGTH = 48
 
 
 class Reference:
-    """The transformers backend in float32, and the tokens that only the base knows."""
+    """The transformers backend in float32, and the base's own token ids."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -71,9 +71,9 @@ def test_logits(engine: Engine, reference: Reference, name: str, at: int) -> Non
     tokens = reference.prompt(name, at)
     wanted = reference.logits(tokens)
     assert difference(engine.logits(tokens), wanted) < TOLERANCE
-    if name:  # the adapter acts, from its token on
-        exchanged = [reference.spec.substitutes.get(token, token) for token in tokens]
-        base = reference.logits(exchanged)
+    if name:  # the adapter acts from its token onward
+        substituted = [reference.spec.substitutes.get(token, token) for token in tokens]
+        base = reference.logits(substituted)
         assert difference(base[:at], wanted[:at]) < TOLERANCE if at else True
         assert (np.abs(base - wanted)[at:].max(axis=1) > 0.01).all()
 
@@ -178,7 +178,7 @@ def test_smaller_types(model: Path, reference: Reference, tmp_path: Path, outtyp
         found = engine.logits(tokens)[:, : wanted.shape[1]]
         off = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert off < error
-        if name:  # the adapter's effect is there, not just the base's logits
+        if name:  # the adapter has an effect: these are not just the base's logits
             base = reference.logits([reference.spec.substitutes.get(token, token) for token in tokens])
             assert np.linalg.norm(found - wanted) < 0.2 * np.linalg.norm(base - wanted)
     engine.close()
@@ -196,9 +196,9 @@ def test_the_engine_tokenises_rendered_prompts_alike(engine: Engine, model: Path
         assert engine.tokenize(text, around=True) == ids
 
 
-@pytest.mark.parametrize("generation", ["g2", "g3"])
-def test_older_generations_as_their_own_program_computed_them(generation: str, tmp_path: Path) -> None:
-    folder = SHARED_DATA / "legacy" / generation
+@pytest.mark.parametrize("version", ["g2", "g3"])
+def test_legacy_formats_equal_the_old_programs(version: str, tmp_path: Path) -> None:
+    folder = SHARED_DATA / "legacy" / version
     if not folder.is_dir():
         pytest.skip("the samples are not beside the checkout")
     export(folder, tmp_path / "out.gguf")

@@ -1,4 +1,4 @@
-"""Which pre-tokenizer llama.cpp is told, and that it splits as the tokenizer does."""
+"""The pre-tokenizer name in the file makes llama.cpp split text as the tokenizer does."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ OTHER = {
 
 
 def tokenizer_of(expressions: tuple[str, ...], ignore_merges: bool = False) -> Tokenizer:
-    """A byte-level BPE trained on the texts, whose merges cross every border that the expressions do not draw."""
+    """A byte-level BPE trained on the texts; merges cross every boundary that the expressions do not create."""
     tokenizer = Tokenizer(BPE(ignore_merges=ignore_merges))
     pieces = [pre_tokenizers.Split(Regex(text), "isolated") for text in expressions]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -148,7 +148,7 @@ def test_the_engine_tokenises_alike(row: tuple[tuple[str, ...], bool], name: str
     tokenizer = tokenizer_of(*row)
     wanted = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
     assert tokens_in_engine(tokenizer, name, tmp_path) == wanted
-    for other, its in KNOWN.items():  # a wrong name shows
+    for other, its in KNOWN.items():  # a wrong name is noticed
         if other[0] != row[0]:
             assert tokens_in_engine(tokenizer, its, tmp_path) != wanted
 
@@ -165,7 +165,7 @@ def tokens_in_engine(tokenizer: Tokenizer, pre: str, folder: Path) -> list[list[
 
 
 def write_vocabulary(tokenizer: Tokenizer, pre: str, path: Path) -> None:
-    """A GGUF file that holds a tokenizer alone."""
+    """Write a GGUF file with only a tokenizer."""
     from gguf import GGUFWriter
 
     from granite_switch.core.spec import SwitchSpec

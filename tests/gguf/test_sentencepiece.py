@@ -1,4 +1,4 @@
-"""BPE with byte fallback in llama.cpp: the tokens of the tokenizer, on real vocabularies and on hypothesis' texts."""
+"""BPE with byte fallback in llama.cpp gives the tokenizer's tokens, on real vocabularies and hypothesis' texts."""
 
 import json
 import tarfile
@@ -33,7 +33,7 @@ def metaspace(scheme: str, split: bool = False) -> dict[str, Any]:
     return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
 
 
-# what writes spaces: (normalizer, pre_tokenizer)
+# how spaces are written: (normalizer, pre_tokenizer)
 SPACES = {
     "prepend": (PREPEND, None),
     "never": (NEVER, None),
@@ -43,7 +43,7 @@ SPACES = {
 
 
 def llama_2(folder: Path) -> dict[str, Any]:
-    """Llama 2's tokenizer.json, from its vocabulary in llama.cpp's sources by transformers' own conversion."""
+    """Llama 2's tokenizer.json, converted by transformers from the vocabulary in llama.cpp's sources."""
     found = {
         name: field.contents() for name, field in GGUFReader(real("ggml-vocab-llama-spm.gguf", folder)).fields.items()
     }

@@ -1,4 +1,4 @@
-"""The same model through llama.cpp's own converter, which reads the layout of the second older generation."""
+"""The same model through llama.cpp's own converter, which reads legacy format 2."""
 
 import shutil
 import subprocess
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def convert(folder: Path, output: Path) -> Path:
-    """The converter's files of all types, <type>.gguf in `output`."""
+    """Run the converter for all types; writes <type>.gguf to `output`."""
     script = Path(__file__).parent / "upstream_converter.py"
     output.mkdir()
     done = subprocess.run(
@@ -49,7 +49,7 @@ def convert(folder: Path, output: Path) -> Path:
 
 
 def in_the_old_layout(model: Path, target: Path) -> None:
-    """Rewrite a composed model as the second older generation had it: fused, stacked, padded, B scaled."""
+    """Rewrite a composed model in legacy format 2: fused, stacked, padded, B scaled."""
     config = read_json(model / "config.json")
     spec, decoder = SwitchSpec.from_dict(config["switch"]), read_decoder(config, "granite")[0]
     layers, rank = decoder.layers, max_rank(spec)
@@ -94,15 +94,15 @@ def in_the_old_layout(model: Path, target: Path) -> None:
     edit_json(target / "config.json", **changes)
 
 
-def same(found: GGUFReader, wanted: GGUFReader, silent: Sequence[int]) -> None:
-    """Every tensor, type and byte; but upstream lets all tokens be generated, so the rows of silent ones differ."""
+def same(found: GGUFReader, wanted: GGUFReader, suppressed: Sequence[int]) -> None:
+    """Compare every tensor, type and byte, except the rows of suppressed tokens, which upstream can generate."""
     mine = {tensor.name: tensor for tensor in found.tensors}
     assert mine.keys() == {tensor.name for tensor in wanted.tensors}
     for theirs in wanted.tensors:
         tensor = mine[theirs.name]
         assert (tensor.tensor_type, tensor.shape.tolist()) == (theirs.tensor_type, theirs.shape.tolist()), theirs.name
-        rows = np.delete(tensor.data, silent, axis=0) if theirs.name == "token_embd.weight" else tensor.data
-        others = np.delete(theirs.data, silent, axis=0) if theirs.name == "token_embd.weight" else theirs.data
+        rows = np.delete(tensor.data, suppressed, axis=0) if theirs.name == "token_embd.weight" else tensor.data
+        others = np.delete(theirs.data, suppressed, axis=0) if theirs.name == "token_embd.weight" else theirs.data
         np.testing.assert_array_equal(rows, others, err_msg=theirs.name)
     for key, field in wanted.fields.items():
         if key.startswith(("tokenizer.", "graniteswitch.")) and "expert" not in key:
@@ -119,7 +119,7 @@ def test_both_layouts_of_one_model(model: Path, tmp_path: Path) -> None:
         export(model, tmp_path / "new.gguf", outtype=outtype, force=True)
         same(GGUFReader(tmp_path / "new.gguf"), wanted, spec.suppressed)
         export(tmp_path / "old", tmp_path / "old.gguf", outtype=outtype, force=True)
-        # it knows no return to the base, and no rows in reserve
+        # it has no return-to-base token and no spare rows
         same(GGUFReader(tmp_path / "old.gguf"), wanted, controls[1:])
 
 

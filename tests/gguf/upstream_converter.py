@@ -1,7 +1,7 @@
 """Run llama.cpp's own converter: `upstream_converter.py SOURCE MODEL FOLDER OUTTYPE...`.
 
-Its pre-tokenizer is looked up by a hash of known tokenizers, and a tiny one's is not among them: that look-up, and the
-attempt to read a sentencepiece model first, are answered here. Everything else is the converter's.
+The converter looks up the pre-tokenizer by a hash of known tokenizers, which a tiny tokenizer is not. This lookup and
+the attempt to read a sentencepiece model are replaced here; everything else is the converter's.
 """
 
 import sys

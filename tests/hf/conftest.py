@@ -1,7 +1,7 @@
-"""What the tests of the transformers backend share: the plain load as the reference, and the table they write.
+"""Fixtures for the transformers backend: the plain load as reference, and the table of results.
 
-Every way of loading and running is judged by what the adapters do, so `check` compares logits of the base and of each
-adapter with the plain load's. `WRITE_TABLE=1 pytest tests/hf` writes docs/transformers.md's table from what was seen.
+For every way of loading and running, `check` compares the logits of the base and of each adapter with the plain load's.
+`WRITE_TABLE=1 pytest tests/hf` writes the results to the table in docs/transformers.md.
 """
 
 import os
@@ -28,7 +28,7 @@ def reference(composed: Path) -> Reference:
 
 @pytest.fixture
 def row(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
-    """Puts a row into the table: section, way, outcome, and what was seen."""
+    """A function that adds a row to the table: section, way, outcome, measurements."""
 
     def add(section: str, way: str, outcome: str = "works", seen: Seen | None = None, difference: float = -1) -> None:
         effects = sorted(seen.effects.values()) if seen else []
@@ -40,7 +40,7 @@ def row(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
 
 @pytest.fixture
 def check(reference: Reference, row: Callable[..., None]) -> Callable[..., None]:
-    """Asserts that a model does what the plain load does, and puts a row into the table."""
+    """A function that asserts that a model matches the plain load, and adds a row to the table."""
 
     def compare(model: Any, section: str, way: str, tolerance: float = 1e-5) -> None:
         seen = reference.seen(model)
@@ -59,7 +59,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Replace the table of docs/transformers.md; on the process that hears of all tests, if none failed."""
+    """Replace the table in docs/transformers.md, in the main process and only if no test failed."""
     if not os.environ.get("WRITE_TABLE") or hasattr(session.config, "workerinput") or exitstatus or not _ROWS:
         return
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

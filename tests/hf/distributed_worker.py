@@ -1,4 +1,4 @@
-"""One of two processes that train a model together, each on an adapter of its own; started by test_distributed.py.
+"""One of two processes that train a model together, each its own adapter; started by test_distributed.py.
 
 Arguments: the checkpoint, "ddp" or "fsdp", the adapter of each process (or "base"), a file for the gradients.
 """
@@ -29,7 +29,7 @@ else:
     for layer in model.model.layers:
         fully_shard(layer)
     trained = fully_shard(model)
-for _ in range(2):  # DDP finds in the second pass what it waited for in the first
+for _ in range(2):  # DDP reports in the second pass what was missing in the first
     model.zero_grad()
     trained(ids, labels=ids, use_cache=False).loss.backward()
 gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

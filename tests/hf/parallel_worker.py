@@ -1,7 +1,7 @@
 """One of several processes that hold a model together; started by test_parallel.py under torchrun.
 
 Arguments: the checkpoint; a file with {name: ids}; a file to write {logits, text, held, gradients} to, and beside it
-the folder that is saved. In float64, so that the order of sums does not show.
+the saved folder. It computes in float64, so that the order of sums does not matter.
 """
 
 import sys

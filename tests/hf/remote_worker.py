@@ -1,4 +1,4 @@
-"""Run composed models by transformers' own entry points, in a process that imports nothing of ours itself."""
+"""Run composed models through transformers' own entry points, in a process that does not import this package."""
 
 import json
 import sys

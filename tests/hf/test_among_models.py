@@ -1,4 +1,4 @@
-"""A model among models: what transformers, its users and its tools expect of any model, with adapters acting."""
+"""What transformers, its users and its tools expect of any model, with active adapters."""
 
 import copy
 import gc
@@ -44,7 +44,7 @@ def plain(base):
 
 @pytest.fixture
 def own(reference):
-    """A copy to change."""
+    """A copy that a test may change."""
     return copy.deepcopy(reference.model)
 
 
@@ -53,7 +53,7 @@ def greedy(model, ids, **options):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **{**setup, **options})
 
 
-def exchanged(reference, ids):
+def substituted(reference, ids):
     return torch.tensor([substitute(row, reference.spec.substitutes) for row in ids.tolist()])
 
 
@@ -146,7 +146,7 @@ def _switch(name: str) -> str:
 
 class TestCaches:
     def test_generate_leaves_no_cache_behind(self, model, reference):
-        """Without the garbage collector: a cycle would keep every cache of every call alive."""
+        """Checked without the garbage collector: a reference cycle would keep every call's cache alive."""
         made = []
         original = DynamicCache.__init__
 
@@ -188,7 +188,7 @@ class TestCaches:
 
 class TestLogits:
     def test_guidance(self, model, plain, reference):
-        """Classifier-free guidance computes with all logits: the base's numbers, and no control token."""
+        """Classifier-free guidance, which uses all logits, gives the base's values and no control token."""
         ids, negative = torch.randint(10, 300, (1, 9)), torch.randint(10, 300, (1, 5))
         options = {"guidance_scale": 1.5, "negative_prompt_ids": negative}
         assert greedy(model, ids, **options).tolist() == greedy(plain, ids, **options).tolist()
@@ -207,7 +207,7 @@ class TestLogits:
         assert not set(new.flatten().tolist()) & set(reference.spec.suppressed)
 
     def test_losses_that_compute_with_all_logits(self, model, plain, reference):
-        """Distillation, entropy and label smoothing are finite, and the first two are the base's numbers."""
+        """Distillation, entropy and label smoothing are finite; the first two equal the base's."""
         ids = torch.randint(10, 300, (2, 12))
         size = min(reference.spec.suppressed)
         with torch.no_grad():
@@ -221,7 +221,7 @@ class TestLogits:
 
     def test_trainer_with_label_smoothing(self, own, reference, tmp_path):
         ids = reference.prompts["citations"][0]
-        data = [{"input_ids": ids, "labels": exchanged(reference, ids[None])[0]}] * 4
+        data = [{"input_ids": ids, "labels": substituted(reference, ids[None])[0]}] * 4
         arguments = TrainingArguments(
             tmp_path, label_smoothing_factor=0.1, max_steps=2, report_to=[], use_cpu=True, logging_steps=1
         )
@@ -255,7 +255,7 @@ class TestPacked:
         ids = torch.cat(rows, 1)
         positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
         labels = ids.clone()
-        labels[0, [0, rows[0].shape[1]]] = -100  # nothing predicts a sequence's first token
+        labels[0, [0, rows[0].shape[1]]] = -100  # a sequence's first token is not predicted
         own(ids, position_ids=positions, labels=labels, use_cache=False).loss.backward()
         packed = {name: p.grad.clone() for name, p in own.named_parameters() if "citations" in name}
         own.zero_grad()
@@ -306,7 +306,7 @@ class TestEmbeddings:
 
 
 def test_eight_threads(model, reference):
-    """Different adapters on one model give what each gives alone."""
+    """Threads that use different adapters of one model get what each gets alone."""
     names = (list(reference.prompts) * 8)[:8]
     expected = {name: greedy(model, reference.prompts[name]).tolist() for name in set(names)}
     found, errors = [None] * 8, []
@@ -344,7 +344,7 @@ class TestHooks:
             own(reference.prompts["answerability"])
 
     def test_a_block_that_does_not_call_its_linears(self, own, reference):
-        """As a fused kernel does: the adapters would do nothing, without an error."""
+        """A block that bypasses its linears, like a fused kernel, would lose its adapters without an error."""
         mlp = own.model.layers[1].mlp
         mlp.forward = lambda x: torch.nn.functional.linear(
             mlp.act_fn(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T), mlp.down_proj.weight
@@ -366,7 +366,7 @@ class TestHooks:
 
 
 def test_push_to_hub(own, tmp_path, monkeypatch):
-    """`private` and `create_pr` reach the hub; a public repository is refused where a private one was asked for."""
+    """`private` and `create_pr` reach the hub; an existing public repository is refused for `private`."""
     calls = {}
 
     class Api:

@@ -1,4 +1,4 @@
-"""torch.compile: decoding with a static cache is one graph, made once, whatever switches."""
+"""torch.compile: decoding with a static cache is one graph, compiled once, whichever adapters are used."""
 
 import copy
 
@@ -18,7 +18,7 @@ def model(reference):
 
 @pytest.fixture(scope="module")
 def tokens(reference):
-    """Four sequences; in the last eight steps each switches to something else, several times."""
+    """Four sequences, each of which switches several times in the last eight steps."""
     controls = [*reference.spec.control_slots]
     torch.manual_seed(3)
     ids = torch.randint(10, 300, (4, 20))
@@ -48,20 +48,20 @@ def test_decode(model, tokens, row, backend):
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_prefill(model, tokens, reference, backend):
-    """Of one shape, without a cache; what is meant for the base is the base's."""
+    """Prefill of one shape without a cache; base tokens equal the base's."""
     substitutes = reference.spec.substitutes
-    exchanged = torch.tensor([substitute(line, substitutes) for line in tokens.tolist()])
+    substituted = torch.tensor([substitute(line, substitutes) for line in tokens.tolist()])
     with torch.no_grad():
         compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
-        for ids in (tokens, tokens.flip(0), exchanged):
+        for ids in (tokens, tokens.flip(0), substituted):
             got = compiled(ids, use_cache=False).logits
             torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
     if backend == "eager":
-        assert torch.equal(got, model(exchanged).logits)
+        assert torch.equal(got, model(substituted).logits)
 
 
 def test_generate(model, reference, row):
-    """transformers' own way: `generate` compiles decoding by itself where the cache is static."""
+    """`generate` itself compiles decoding with a static cache."""
     ids, mask = reference.batch()
     setup = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1, "attention_mask": mask}
     how = CompileConfig(backend="eager", fullgraph=True)

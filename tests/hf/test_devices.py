@@ -1,4 +1,4 @@
-"""Where the weights are: device maps, offloading, made-up GPUs, and the buffers that no loader has to place."""
+"""Device maps, offloading, simulated GPUs, and buffers that no loader has to place."""
 
 import copy
 import logging
@@ -92,7 +92,7 @@ def _on_disk(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("gpus", [2, 3, 8])
 def test_made_up_gpus(composed, gpus):
-    """accelerate's own plan for several GPUs: all is placed, and no layer is apart from its adapters."""
+    """accelerate's plan for several GPUs places everything, and each layer together with its adapters."""
     config = GraniteSwitchConfig.from_pretrained(composed)
     config.num_hidden_layers = 32
     for record in config.switch["adapters"]:
@@ -129,7 +129,7 @@ def _by_layer(tensors) -> dict[str, list[str]]:
 
 
 class TestBuffers:
-    """What the config says about tokens is never saved, never missing."""
+    """Token tables follow from the config, so they are never saved and never missing."""
 
     @pytest.fixture
     def saved(self, reference, tmp_path):
@@ -168,12 +168,12 @@ class TestBuffers:
             assert not [key for key in load_file(file) if key.endswith(BUFFERS)]
 
     def test_all_are_known(self, reference):
-        """No buffer of ours is missing from this list."""
+        """This list contains all buffers of this package."""
         ours = {name.removeprefix("model.") for name, _ in reference.model.named_buffers()}
         assert ours == {*BUFFERS, "rotary_emb.inv_freq", "rotary_emb.original_inv_freq"}
 
     def test_older_checkpoint(self, composed, tmp_path, caplog, check):
-        """Tensors of this name in a checkpoint, with any contents, change nothing and say nothing."""
+        """Tensors of these names in a checkpoint are ignored without a warning."""
         folder = _with_tensors(
             composed,
             tmp_path / "older",
@@ -212,7 +212,7 @@ def _filled_model(model: GraniteSwitchModel, spec: SwitchSpec) -> None:
 
 
 def _with_tensors(source: Path, target: Path, extra: dict[str, torch.Tensor]) -> Path:
-    """A copy of a checkpoint in one file, with more tensors."""
+    """A copy of a checkpoint in one file, with additional tensors."""
     target.mkdir()
     tensors = {}
     for file in source.iterdir():
@@ -225,7 +225,7 @@ def _with_tensors(source: Path, target: Path, extra: dict[str, torch.Tensor]) ->
 
 
 def _places_all(folder: Path, offload: Path) -> None:
-    """Loads with a device map that splits the model, and looks for every table's contents."""
+    """Load with a device map that splits the model, and check the contents of every table."""
     memory = {"cpu": 400_000}
     model, info = GraniteSwitchForCausalLM.from_pretrained(
         folder, device_map="auto", max_memory=memory, offload_folder=offload, output_loading_info=True
@@ -242,7 +242,7 @@ def test_every_table_is_placed(composed, tmp_path):
 
 @pytest.mark.parametrize("name", BUFFERS)
 def test_persistent_table_is_noticed(composed, tmp_path, monkeypatch, name):
-    """The test above fails where a table is part of the checkpoint."""
+    """The test above fails if a table is part of the checkpoint."""
     made = Switch.register_buffer
 
     def persistent(self, buffer, tensor, persistent=True):
@@ -254,7 +254,7 @@ def test_persistent_table_is_noticed(composed, tmp_path, monkeypatch, name):
 
 
 def test_original_error(composed, tmp_path, monkeypatch):
-    """A persistent table that stands directly in the model, which accelerate splits, cannot be placed at all."""
+    """A persistent table directly in the model, which accelerate splits, cannot be placed at all."""
     made = GraniteSwitchModel._install
 
     def with_table(self, prefix):

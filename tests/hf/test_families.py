@@ -1,4 +1,4 @@
-"""Any decoder with adapters is PEFT on its base's own class: the same logits, the same text, the base bit for bit.
+"""Any decoder with adapters equals PEFT on the base's class in logits and text, and the base bit for bit.
 
 A new family is a row in families.py.
 """
@@ -80,7 +80,7 @@ def draw(folder: Path, base: Path, family: str, seed: int) -> Path:
 
 
 def prompts(case: Case, name: str, seed: int, count: int = 2, length: int = 21) -> torch.Tensor:
-    """Random text in which the adapter's control token is where it acts from."""
+    """Random text with the adapter's control token at the position from which it acts."""
     adapter = case.spec.adapter(name)
     ids = torch.randint(10, 300, (count, length), generator=torch.Generator().manual_seed(seed))
     if adapter.technology == "lora":
@@ -92,7 +92,7 @@ def prompts(case: Case, name: str, seed: int, count: int = 2, length: int = 21) 
     return ids
 
 
-def exchanged(case: Case, ids: torch.Tensor) -> torch.Tensor:
+def substituted(case: Case, ids: torch.Tensor) -> torch.Tensor:
     return torch.tensor([substitute(row, case.spec.substitutes) for row in ids.tolist()])
 
 
@@ -122,7 +122,7 @@ class TestFamilies:
         case = made(family, seed)
         for name in case.spec.names:
             peft, ids = case.peft(name), prompts(case, name, seed)
-            plain = exchanged(case, ids)
+            plain = substituted(case, ids)
             with torch.no_grad():
                 expected, without = peft(input_ids=plain).logits, case.model(plain).logits
                 got = case.model(ids).logits[..., : expected.shape[-1]]
@@ -131,14 +131,14 @@ class TestFamilies:
             assert text(case.model, ids) == text(peft, plain)
 
     def test_mixed_batches(self, made, family, seed):
-        """Every adapter and the base in one batch are what each is alone."""
+        """In one batch, every adapter and the base give what each gives alone."""
         case = made(family, seed)
         rows = [prompts(case, name, seed, count=1) for name in case.spec.names] + [torch.randint(10, 300, (1, 21))]
         together = text(case.model, torch.cat(rows))
         assert together == [line for row in rows for line in text(case.model, row)]
 
     def test_packed_sequences(self, made, family, seed):
-        """Sequences packed one after another by `position_ids` are what each is alone."""
+        """Sequences packed by `position_ids` give what each gives alone."""
         case = made(family, seed)
         if "hybrid" in family:
             pytest.skip("the base itself does not separate packed sequences by their positions")

@@ -1,4 +1,4 @@
-"""The adapters' files, read by ourselves: as transformers reads them, and left to it where something is amiss."""
+"""Our loader of adapter files equals transformers', and leaves special cases to it."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ def _load(folder: Path, auto=AutoModelForCausalLM, **options) -> tuple[torch.nn.
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """What `load_adapters` has loaded, call by call."""
+    """What each call of `load_adapters` loaded."""
     calls: list[set[str]] = []
 
     def watched(*args):

@@ -1,4 +1,4 @@
-"""The ways of the table for a base that is not Granite: Qwen3, which normalises queries and keys."""
+"""The table's ways of loading and running for another base: Qwen3, which normalises queries and keys."""
 
 import copy
 
@@ -26,7 +26,7 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture
 def seen(qwen, row):
-    """Judges a model by the plain load, and puts a row into the table."""
+    """A function that compares a model with the plain load, and adds a row to the table."""
 
     def judge(model, way, tolerance=1e-5):
         found = qwen.seen(model)

@@ -1,4 +1,4 @@
-"""Tensor parallel as transformers does it: two processes on the CPU are one model."""
+"""transformers' tensor parallelism: two processes on the CPU give what one model gives."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ WORKER = Path(__file__).parent / "parallel_worker.py"
 
 @pytest.fixture(scope="module")
 def together(composed, reference, tmp_path_factory):
-    """What two processes computed, and the folder that they saved."""
+    """The outputs of two processes, and the folder that they saved."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.save(reference.prompts, folder / "prompts.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,7 +1,7 @@
-"""Whatever is done to a model, its parameters are parameters: any sequence of uses and changes, checked each time.
+"""After any sequence of uses and changes, a model computes with its current parameters.
 
-The oracle is plain: every linear of the base with its adapter added by `core.lora`'s formula, on the parameters as they
-are at that moment. SEQUENCES=500 draws so many sequences.
+The oracle adds each linear's adapter by the formula of `core.lora`, with the parameters' current values. SEQUENCES=500
+draws 500 sequences.
 """
 
 import copy
@@ -40,7 +40,7 @@ def composed_model(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @torch.no_grad()
 def defined(model: nn.Module, ids: torch.Tensor, slots: list[int]) -> torch.Tensor:
-    """Logits by the definition: each sequence alone, on a base whose linears have its adapter merged."""
+    """Logits by the definition: each sequence alone, on a base with the adapter merged into its linears."""
     rows = []
     for row, slot in zip(ids, slots, strict=True):
         merged = copy.deepcopy(model)

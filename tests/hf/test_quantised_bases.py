@@ -1,6 +1,6 @@
-"""Bases that come quantised: composed, they are the plain quantised base plus the adapters' definition.
+"""Models composed from quantised bases equal the quantised base plus the definition of the adapters.
 
-The vLLM tests have those that vLLM runs on CPU; here are those that transformers does.
+Here are the forms that transformers runs on CPU; the vLLM tests have those that vLLM runs.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ IDS = torch.randint(10, 300, (2, 24), generator=torch.Generator().manual_seed(0)
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain base, and beside it a LoRA on every linear."""
+    """A plain base, and next to it a LoRA on every linear."""
     folder = tmp_path_factory.mktemp("plain")
     base = make_decoder(folder / "base", "granite", intermediate_size=256)
     make_adapter(folder / "whole", base, rank=8, targets=ALL, strength=0.2)
@@ -59,7 +59,7 @@ def add_by_definition(model: Any, composed: Any, folder: Path) -> None:
 
 
 def check(plain: Path, base: Path, name: str) -> Any:
-    """The composed model is its base in slot 0, bit for bit, and the base with the adapter by definition in slot 1."""
+    """Check that slot 0 is the base, bit for bit, and slot 1 the base plus the adapter by definition."""
     folder = base.with_name("composed")
     compose(base, [plain.parent / "whole"], folder)
     model, quantised = load(folder, name), load(base, name)
@@ -69,17 +69,17 @@ def check(plain: Path, base: Path, name: str) -> Any:
     (adapter,) = model.config.switch_spec.adapters
     ids = IDS.clone()
     ids[:, 0] = adapter.token_id
-    exchanged = IDS.clone()
-    exchanged[:, 0] = adapter.substitute_token_id
+    substituted = IDS.clone()
+    substituted[:, 0] = adapter.substitute_token_id
     got = logits(model, ids)[..., :rows]
     add_by_definition(quantised, model, folder)
-    expected = logits(quantised, exchanged)
+    expected = logits(quantised, substituted)
     assert (got - without).abs().max() > 0.5, "the adapter does nothing"
     tolerance = 2e-2 if model.dtype == torch.bfloat16 else 1e-4
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
     if name in EXACT:
         peft = PeftModel.from_pretrained(load(meant_by(base), ""), plain.parent / "whole").eval()
-        meant = logits(peft, exchanged)
+        meant = logits(peft, substituted)
         assert (got - meant).abs().max() <= 1e-4 * meant.abs().max()
     return model
 

@@ -1,6 +1,6 @@
 """Quantised loading: the base's projections are quantised, the adapters are not, and they act as in full precision.
 
-On the trained sample where it is there, else on a small random model.
+Uses the trained sample if present, else a small random model.
 """
 
 import sys
@@ -100,7 +100,7 @@ def full(plain_base: Path, library: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def load(plain_base: Path, full: Reference) -> Callable[..., torch.nn.Module]:
-    """Loads the composed model quantised; skips what does not load plain Granite here."""
+    """Load the composed model quantised; skips methods that cannot load plain Granite here."""
     loaded: dict[str, torch.nn.Module] = {}
 
     def quantised(way: str) -> torch.nn.Module:
@@ -139,7 +139,7 @@ class TestBnBAdapterActivation:
 @pytest.mark.parametrize("way", WAYS)
 class TestWays:
     def test_base_is_quantised(self, load, way):
-        """Every projection of the base, and no tensor of an adapter."""
+        """Every projection of the base is quantised, and no tensor of an adapter."""
         model, quantised = load(way), 0
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in ALL:
@@ -162,13 +162,13 @@ class TestWays:
             row("Quantisation", way, f"not run: {skipped.msg}")
             raise
         row("Quantisation", way, seen=seen)
-        # two bits ruin the base itself, and with it what is added; that it is what PEFT adds is tested below
+        # two bits ruin the base itself and distort the adapter's effect; equality with PEFT is tested below
         tolerance = 0.5 if way == "quanto int2" else 0.1
         for adapter, effect in seen.effects.items():
             assert effect == pytest.approx(1, abs=tolerance), adapter
 
     def test_equals_peft_on_the_base_quantised_alike(self, load, full, plain_base, library, row, way):
-        """The same adapter, prompt and quantised base in PEFT: the same logits."""
+        """PEFT gives the same logits with the same adapter, prompt and quantised base."""
         model = load(way)
         differences = []
         for name in full.spec.names:
@@ -180,8 +180,8 @@ class TestWays:
                 ).eval()
             except Exception as error:
                 pytest.skip(f"PEFT: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-            exchanged = torch.tensor([[full.spec.substitutes.get(i, i) for i in prompt[0].tolist()]])
-            expected = Reference.of(peft, exchanged)
+            substituted = torch.tensor([[full.spec.substitutes.get(i, i) for i in prompt[0].tolist()]])
+            expected = Reference.of(peft, substituted)
             found = Reference.of(model, prompt)[..., : expected.shape[-1]]
             kept = found.isfinite()
             differences.append(float((found - expected)[kept].abs().max() / expected.abs().max()))
@@ -194,7 +194,7 @@ class TestWays:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("way", ["bitsandbytes nf4, double", "bitsandbytes int8", "quanto int8"])
 def test_accuracy(load, full, way, adapter):
-    """The adapters' tasks are done as well as in full precision."""
+    """The adapters' accuracy is that in full precision."""
     import world
     from evaluate import accuracy
 
@@ -206,7 +206,7 @@ def test_accuracy(load, full, way, adapter):
 
 @pytest.mark.parametrize("way", ["bitsandbytes nf4, double", "bitsandbytes int8", "torchao int8 weights"])
 def test_saved_quantised(load, full, tmp_path, row, way):
-    """`save_pretrained` of a quantised model gives a checkpoint that loads as it was."""
+    """`save_pretrained` of a quantised model gives a checkpoint that loads with the same outputs."""
     model = load(way)
     model.save_pretrained(tmp_path)
     assert len([*tmp_path.glob("adapter-*.safetensors")]) == len(full.spec.names)
@@ -218,7 +218,7 @@ def test_saved_quantised(load, full, tmp_path, row, way):
 
 @pytest.fixture(scope="module", params=["bitsandbytes nf4", "bitsandbytes int8"])
 def serialised(plain_base, library, request, tmp_path_factory):
-    """A base that was quantised and saved, and what was composed of it."""
+    """A base that was quantised and saved, and the model composed from it."""
     folder = tmp_path_factory.mktemp(request.param)
     _load(plain_base, WAYS[request.param]()).save_pretrained(folder / "base")
     for file in plain_base.iterdir():

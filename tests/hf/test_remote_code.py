@@ -1,4 +1,4 @@
-"""Tools that cannot import us: `trust_remote_code=True` is enough, in processes of their own."""
+"""Tools that do not import this package need only `trust_remote_code=True`; each runs in its own process."""
 
 import json
 import os
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def run(tmp_path: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python process whose cache of remote code is its own, and whose stdin answers no prompt."""
+    """Run a Python process with its own cache of remote code, and with an empty stdin."""
     own = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", **environment}
     line = [sys.executable, *map(str, arguments)]
     return subprocess.run(line, env=own, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
@@ -60,7 +60,7 @@ def test_our_own_loading_asks_nothing(composed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("older", [False, True])
 def test_without_the_package_the_error_says_what_to_install(older: bool, composed: Path, tmp_path: Path) -> None:
-    """Nothing of that name, and the older project under it."""
+    """With no package of that name, and with release 0.1.1 under it."""
     (tmp_path / "granite_switch" / "hf").mkdir(parents=True)
     for package in ("granite_switch", "granite_switch/hf"):
         (tmp_path / package / "__init__.py").write_text("" if older else "raise ModuleNotFoundError('not here')")

@@ -1,4 +1,4 @@
-"""Attention, caches and ways of generating: each gives what the model gives without a cache, token for token."""
+"""Attention implementations, caches and decoding methods equal the model without a cache, token for token."""
 
 import copy
 
@@ -64,7 +64,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("name", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
     def test_padding(self, reference, model, name):
-        """A row of a padded batch is what it is alone."""
+        """Each row of a padded batch gives what it gives alone."""
         ids, mask = reference.batch()
         padded = copy.deepcopy(model)
         padded.set_attn_implementation(name)
@@ -100,7 +100,7 @@ class TestCaches:
     @pytest.mark.parametrize("step", [1, 3, 5])
     @pytest.mark.parametrize("kind", ["lazy", "dynamic", "static"])
     def test_chunks(self, model, mixed, kind, step):
-        """However the input is cut, the logits are those of the whole, and the cache knows every slot."""
+        """However the input is split, logits equal those of the whole, and the cache has every slot."""
         cache = {
             "lazy": DynamicCache(),
             "dynamic": DynamicCache(config=model.config),
@@ -115,14 +115,14 @@ class TestCaches:
         assert kept.tolist() == [slots(tokens, controls) for tokens in mixed.tolist()]
 
     def test_quantised(self, reference, row):
-        """What the base with the adapter merged into its weights gives with the same cache."""
+        """Equals the base with the adapter merged, on the same cache."""
         settings = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 4}
         own = reference.model
         for name in ("citations", "hallucination_detection"):
             ids, merged = reference.prompts[name], _merged(reference, name)
-            exchanged = own.model.switch.control_to_substitute[ids]
+            substituted = own.model.switch.control_to_substitute[ids]
             caches = [QuantizedCache(config=own.config, **settings) for _ in range(2)]
-            for part, same in zip(ids.split(6, dim=1), exchanged.split(6, dim=1), strict=True):
+            for part, same in zip(ids.split(6, dim=1), substituted.split(6, dim=1), strict=True):
                 with torch.no_grad():
                     logits = own(part, past_key_values=caches[0]).logits
                     expected = merged(same, past_key_values=caches[1]).logits
@@ -130,20 +130,20 @@ class TestCaches:
                 torch.testing.assert_close(logits[..., :known], expected[..., :known], rtol=1e-4, atol=1e-4)
             options = {"cache_implementation": "quantized", "cache_config": dict(settings)}
             forbidden = {"suppress_tokens": [*reference.spec.suppressed]}
-            expected = greedy(merged, exchanged, **options, **forbidden)[:, ids.shape[1] :]
+            expected = greedy(merged, substituted, **options, **forbidden)[:, ids.shape[1] :]
             assert greedy(own, ids, **options)[:, ids.shape[1] :].tolist() == expected.tolist()
         row("Running", "cache: quantised (quanto, 4 bits)")
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     def test_sliding(self, reference, row, kind):
-        """A cache of a window, for which Granite has no mask but which it takes: as the merged base with the same."""
+        """A sliding-window cache, for which Granite has no mask: equals the merged base with the same cache."""
         config = copy.deepcopy(reference.model.config)
         config.sliding_window = 8
         for name in ("citations", "hallucination_detection"):
             ids, merged = reference.prompts[name], _merged(reference, name)
-            exchanged = reference.model.model.switch.control_to_substitute[ids]
+            substituted = reference.model.model.switch.control_to_substitute[ids]
             logits = []
-            for model, tokens in ((reference.model, ids), (merged, exchanged)):
+            for model, tokens in ((reference.model, ids), (merged, substituted)):
                 cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=32)
                 assert all(cache.is_sliding)
                 with torch.no_grad():
@@ -154,7 +154,7 @@ class TestCaches:
         row("Running", f"cache: {kind}, sliding window")
 
     def test_reuse(self, model, reference, mixed, row):
-        """A cache that one call leaves serves the next, which may switch again."""
+        """The cache of one call can be used by the next, which may switch again."""
         first = greedy(model, mixed, return_dict_in_generate=True)
         more = torch.cat([first.sequences, mixed[:, :6]], dim=1)
         continued = greedy(model, more, past_key_values=first.past_key_values)
@@ -189,7 +189,7 @@ class TestCaches:
             torch.testing.assert_close(logits, model(chosen).logits[:, -1:], rtol=1e-5, atol=1e-4)
 
     def test_cache_of_the_base(self, model, reference, mixed):
-        """What another model of the same base put into a cache counts as the base's."""
+        """Entries that another model of the same base put into a cache count as the base's."""
         base = _merged(reference, None)
         cache = DynamicCache(config=base.config)
         prefix = mixed[3:, :10]
@@ -255,7 +255,7 @@ class TestGenerating:
         row("Running", "assisted decoding: a draft model with the same tokens")
 
     def test_base_as_draft(self, model, base, reference, row):
-        """The base model drafts for the switch model, through the tokenizers: it has no control tokens."""
+        """The base drafts for the switch model, translating through the tokenizers because it has no control tokens."""
         draft = GraniteForCausalLM.from_pretrained(base, dtype=torch.float32)
         tokenizer = type(reference.tokenizer).from_pretrained(base)
         for ids in reference.prompts.values():
@@ -285,7 +285,7 @@ class TestGenerating:
         row("Running", "streaming")
 
     def test_scores(self, model, reference):
-        """No control token is ever likely, so none is generated."""
+        """Control tokens have no probability, so none is generated."""
         out = greedy(model, reference.batch()[0], output_scores=True, return_dict_in_generate=True)
         for scores in out.scores:
             assert scores[:, [*reference.spec.control_slots]].eq(float("-inf")).all()
@@ -303,7 +303,7 @@ class TestGenerating:
         row("Running", "`inputs_embeds` with `base_only=True`", difference=0)
 
     def test_generate_batch(self, model, reference, row):
-        """transformers' continuous batching keeps a paged cache of its own, which has no place for slots."""
+        """transformers' continuous batching has its own paged cache, which cannot store slots."""
         with pytest.raises(RoutingError, match="generate_batch"):
             model.generate_batch([ids[0].tolist() for ids in reference.prompts.values()], GenerationConfig())
         row("Running", "`generate_batch`", "refused; the error names `generate` and vLLM")

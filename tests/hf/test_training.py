@@ -25,7 +25,7 @@ def gradients(model, **inputs):
 
 
 def test_loss(model, reference):
-    """The loss of the tokens that the decoder sees, over the vocabulary without control tokens."""
+    """The loss is that of the tokens that the decoder embeds, over the vocabulary without control tokens."""
     ids, mask = reference.batch()
     labels = ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_loss(model, reference):
 
 
 def test_gradients_reach_their_adapter_only(model, reference, row):
-    """Each adapter's A and B move where it is on, and no other's."""
+    """Gradients reach A and B of the active adapter only."""
     for name in reference.spec.names:
         ids = reference.prompts[name]
         _, found = gradients(model, input_ids=ids, labels=ids)
@@ -52,11 +52,11 @@ def test_gradients_reach_their_adapter_only(model, reference, row):
 @pytest.mark.parametrize("name", ["citations", "answerability", "hallucination_detection", "query_rewrite"])
 def test_gradients_are_those_of_peft(model, reference, base, adapters, name):
     ids = reference.prompts[name]
-    exchanged = model.model.switch.control_to_substitute[ids]
+    substituted = model.model.switch.control_to_substitute[ids]
     plain = GraniteForCausalLM.from_pretrained(base, dtype=torch.float32)
     peft = PeftModel.from_pretrained(plain, adapters / name, is_trainable=True)
     loss, found = gradients(model, input_ids=ids, labels=ids)
-    expected_loss, expected = gradients(peft, input_ids=exchanged, labels=exchanged)
+    expected_loss, expected = gradients(peft, input_ids=substituted, labels=substituted)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert expected
     for key, gradient in expected.items():
@@ -77,7 +77,7 @@ def test_frozen_base(model, reference, row):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(model, reference, row, reentrant):
-    """In float64: the reentrant kind computes its first pass without gradients, which adds up in another order."""
+    """In float64, because the reentrant variant's first pass runs without gradients and sums in another order."""
     model.double()
     ids, mask = reference.batch()
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100), "use_cache": False}
@@ -94,7 +94,7 @@ def test_gradient_checkpointing(model, reference, row, reentrant):
 
 
 def test_learns(model, reference):
-    """A few steps on one adapter lower its loss, and leave the base and the other adapters as they are."""
+    """A few steps on one adapter lower its loss and do not change the base or other adapters."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".citations-" in name
     ids = reference.prompts["citations"]

@@ -1,4 +1,4 @@
-"""The module of adapters alone: each of its ways gives what the definition gives, whatever was done to its weights."""
+"""The adapters' module by itself: every path equals the definition, after any change of its weights."""
 
 import copy
 
@@ -32,7 +32,7 @@ def make(ranks: list[int], dtype: torch.dtype = torch.float32) -> Updates:
 
 
 def expected(module: Updates, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """What `core.lora` says, on a weight of zeros."""
+    """The result of `core.lora` with a weight of zeros."""
     pairs = {
         slot: Pair(getattr(module, a).detach().float().numpy(), getattr(module, b).detach().float().numpy(), scale)
         for slot, (a, b, scale) in module.of.items()
@@ -120,7 +120,7 @@ ACTS = [copy.deepcopy, lambda m: m.double().float(), loaded, loaded_in_place, re
 
 @pytest.mark.parametrize("act", [*ACTS, added_in_place, other_data])
 def test_a_decode_step_uses_the_parameters_as_they_are(act):
-    """Copies that an earlier step padded are made anew when a parameter changes, and parameters are never touched."""
+    """Padded copies of an earlier step are renewed when a parameter changes, and parameters are never modified."""
     torch.manual_seed(0)
     module, past = make([4, 3, 1]), DynamicSlotLayer()
     x, slots = torch.randn(4, 1, WIDTH), torch.tensor([[1], [2], [3], [0]])
@@ -166,7 +166,7 @@ def test_gradients_with_fixed_shapes():
 
 @pytest.mark.parametrize("slots", [[[0, 0]], [[1, 0]]])
 def test_unused_adapters_take_part_in_training(slots):
-    """With gradients of zero, and without a change of the output by a bit."""
+    """Unused adapters get zero gradients, and the output does not change by a bit."""
     module, x = make([4, 2]), torch.randn(1, 2, WIDTH)
     getattr(module, "a1-A").requires_grad = False
     y = torch.randn(1, 2, OUT)

@@ -1,4 +1,4 @@
-"""How two ways of loading one checkpoint compare: by the logits, and by what each adapter does to them."""
+"""Compare two ways of loading a checkpoint: by logits, and by each adapter's effect on them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What an adapter is asked about."""
+    """The prompts for an adapter."""
 
     messages: Sequence[Mapping[str, str]]
     documents: Sequence[Mapping[str, str]] | None = None
@@ -34,7 +34,7 @@ class Reference:
 
     Args:
         folder: a composed checkpoint.
-        conversations: of each adapter, over which its effect is summed; one for all where there is no other.
+        conversations: those of each adapter, over which its effect is summed; one for all adapters by default.
     """
 
     def __init__(self, folder: Path, conversations: Mapping[str, Sequence[Conversation]] | Conversation) -> None:
@@ -43,7 +43,9 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.spec = self.model.config.switch_spec
         self.prompts: dict[str | None, Tensor] = {}
-        self.asked: dict[str, list[tuple[str, str | None]]] = {}  # adapter -> prompts, and the same without its token
+        self.asked: dict[
+            str, list[tuple[str, str | None]]
+        ] = {}  # adapter -> prompts, with and without its control token
         if isinstance(conversations, Conversation):
             self.prompts[None] = self.render(conversations)
             for name in self.spec.names:
@@ -83,7 +85,7 @@ class Reference:
         return model(ids if device.type == "meta" else ids.to(device)).logits.float().cpu()
 
     def seen(self, model: Any) -> Seen:
-        """Compare a model with this one: the same checkpoint, loaded another way."""
+        """Compare with a model that was loaded from the same checkpoint in another way."""
         return self.compare({name: self.of(model, ids) for name, ids in self.prompts.items()})
 
     def compare(self, logits: dict[str | None, Tensor]) -> Seen:
@@ -101,7 +103,7 @@ class Reference:
         return Seen(float(max(differences)), effects)
 
     def change(self, logits: dict[str | None, Tensor], adapter: str, off: str | None) -> float:
-        """By how much an adapter changes the logits of what follows its control token, in the Euclidean norm."""
+        """Euclidean norm of an adapter's change to the logits after its control token."""
         ids, plain = self.prompts[adapter][0].tolist(), self.prompts[off][0].tolist()
         ends = enumerate(zip(reversed(ids), reversed(plain), strict=False))
         shared = next((i for i, (own, other) in ends if own != other), min(len(ids), len(plain)))

@@ -1,4 +1,4 @@
-"""A base, adapters, and old checkpoints of them, one of each generation."""
+"""A base, adapters, and a checkpoint of them in each legacy format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from layouts import write_old
 
 from granite_switch import compose
 
-# what the old composer could take: one rank in all modules, no rslora
+# what the old composer supported: one rank in all modules, no rslora
 NAMES = ("answerability", "citations", "guardian-core")
 ASSISTANT = "<|start_of_role|>assistant<|end_of_role|>"
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -17,7 +17,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Granite whose widths 4-bit kernels take."""
+    """A tiny Granite with widths that 4-bit kernels support."""
     return make_base(tmp_path_factory.mktemp("legacy") / "base", mlp=128)
 
 
@@ -33,7 +33,7 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def composed(base: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as format 1."""
+    """The same model in format 1."""
     output = tmp_path_factory.mktemp("legacy-composed") / "model"
     compose(base, [adapters], output)
     return output
@@ -41,14 +41,14 @@ def composed(base: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def old(base: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Gives the folder of an old checkpoint; the same arguments give the same."""
+    """A function that returns the folder of an old checkpoint; equal arguments give the same folder."""
     made: dict[str, Path] = {}
 
-    def get(generation: int, **options: object) -> Path:
-        key = f"{generation}-{sorted(options.items(), key=str)}"
+    def get(version: int, **options: object) -> Path:
+        key = f"{version}-{sorted(options.items(), key=str)}"
         if key not in made:
-            folder = tmp_path_factory.mktemp("old") / f"generation-{generation}"
-            made[key] = write_old(folder, generation, base, adapters, NAMES, **options)
+            folder = tmp_path_factory.mktemp("old") / f"version-{version}"
+            made[key] = write_old(folder, version, base, adapters, NAMES, **options)
         return made[key]
 
     return get

@@ -25,7 +25,7 @@ RESET = "<|base_reset|>"
 
 def write_old(
     folder: Path,
-    generation: int,
+    version: int,
     base: Path,
     adapters: Path,
     names: Sequence[str],
@@ -38,11 +38,11 @@ def write_old(
     """Write a checkpoint.
 
     Args:
-        generation: 1, 2 or 3.
+        version: legacy format 1, 2 or 3.
         adapters: holds a PEFT adapter folder for each name.
-        reset: generation 3: with the token that returns to the base.
+        reset: legacy format 3: include the token that returns to the base.
         shards: number of files.
-        hiding: legacy format 1: `hiding_groups` and `hiding_policy`; by default everyone hides every control token.
+        hiding: legacy format 1: `hiding_groups` and `hiding_policy`; by default every slot hides every control token.
     """
     config = json.loads((base / "config.json").read_text())
     tensors = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
@@ -66,14 +66,14 @@ def write_old(
                 suffix = f"_slices.{index}" if len(parts) > 1 else ""
                 a, b = _stacks(records, weights, f"{at}.{part}", rows[index].shape, max(ranks))
                 old[f"{at}.{module}.lora_A{suffix}"], old[f"{at}.{module}.lora_B{suffix}"] = a, b
-    tables, keys = _switch(generation, ids, names, records, first, reset, hiding)
+    tables, keys = _switch(version, ids, names, records, first, reset, hiding)
     old |= tables
     _save(folder, {name: t.to(dtype) if t.is_floating_point() else t for name, t in old.items()}, shards)
 
     width = config.pop("intermediate_size")
     config |= {"model_type": "granite_switch", "architectures": ["GraniteSwitchForCausalLM"]}
     config |= {"vocab_size": first + len(texts), "shared_intermediate_size": width, "intermediate_size": width}
-    config["num_hidden_layers"] += EXTRA_LAYERS[generation]
+    config["num_hidden_layers"] += EXTRA_LAYERS[version]
     config |= {"num_adapters": len(names), "adapter_names": list(names), "adapter_token_ids": ids}
     config |= {"adapter_ranks": ranks, "max_lora_rank": max(ranks), "num_local_experts": 0}
     config |= {"position_embedding_type": "rope", "switch_head_dim": 32, "control_token_gain": 15.0, **keys}
@@ -84,7 +84,7 @@ def write_old(
 
 
 def _embeddings(tensors: Mapping[str, torch.Tensor], first: int, count: int) -> Mapping[str, torch.Tensor]:
-    """The old composer cut the embedding to the tokenizer's length; control tokens' rows were random."""
+    """Embeddings as the old composer wrote them: cut to the tokenizer's length, with random rows for control tokens."""
     result = {"model.norm.weight": tensors["model.norm.weight"]}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
@@ -104,10 +104,10 @@ def _stacks(records: list, weights: list, path: str, shape: torch.Size, rank: in
 
 
 def _switch(
-    generation: int, ids: list[int], names: Sequence[str], records: list, first: int, reset: bool, hiding: Any
+    version: int, ids: list[int], names: Sequence[str], records: list, first: int, reset: bool, hiding: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The stored tables, with wrong values (all follow from the config), and the keys of the switch."""
-    if generation == 1:
+    if version == 1:
         groups = {"hiding_groups": {"all": list(names)}, "hiding_policy": {n: ["all"] for n in ("base", *names)}}
         tables = {
             "model.adapter_token_ids": torch.zeros(len(ids), dtype=torch.int64),
@@ -115,11 +115,11 @@ def _switch(
             "model.adapter_hiding_matrix": torch.zeros(len(names) + 1, 1, dtype=torch.bool),
         }
         return tables, {"control_dims": 32, **(groups if hiding is None else hiding)}
-    # a LoRA's is the token that opens a turn; 2 in the tests' tokenizer
+    # a LoRA's substitute opens a turn: token 2 in the tests' tokenizer
     substitutes = [(record.get("alora_invocation_tokens") or [2])[0] for record in records]
     keys: dict[str, Any] = {"adapter_substitute_token_ids": [2, *substitutes] if reset else substitutes}
     tables = {"model.switch.control_to_substitute_lut": torch.zeros(first + len(ids), dtype=torch.int64)}
-    if generation == 3:
+    if version == 3:
         tables["model.switch.codebook"] = torch.zeros(8, 8)
         keys |= {"ms_code_m": 6, "ms_code_type": "kerdock", "ms_memory_gain": 28.0, "ms_counting_head_dim": 32}
     return tables, keys
@@ -153,7 +153,7 @@ def _tokenizer(folder: Path, base: Path, tokenizer: Tokenizer, texts: Sequence[s
 
 
 def _template(folder: Path, base: Path, tokenizer: Tokenizer, names: Sequence[str], records: list) -> None:
-    """As the old composer's: a table of adapters, the placing of control tokens, the base's template."""
+    """A template like the old composer's: a table of adapters, code that places control tokens, the base's template."""
     lines = []
     for name, record in zip(names, records, strict=True):
         tokens = record.get("alora_invocation_tokens")

@@ -1,7 +1,7 @@
-"""Loads a checkpoint and prints, as JSON, by how many bytes the process's own memory grew at its peak and in the end.
+"""Load a checkpoint and print, as JSON, how many bytes the process's own memory grew: at its peak and in the end.
 
-`memory_worker.py WARM_UP FOLDER`: a small checkpoint is loaded first, so that imports and allocators are done with.
-Pages that are mapped from the checkpoint's files do not count: they are the kernel's cache.
+`memory_worker.py WARM_UP FOLDER`: a small checkpoint is loaded first, so that imports and allocators do not count.
+Pages mapped from the checkpoint's files do not count either, since they belong to the page cache.
 """
 
 import json

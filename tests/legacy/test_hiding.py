@@ -1,4 +1,4 @@
-"""Generation 1's hiding, against its definition as a loop over queries and keys."""
+"""Legacy format 1's hiding, against its definition as a loop over queries and keys."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -36,10 +36,10 @@ def set_hiding(model: torch.nn.Module, hiding: Hiding) -> None:
 
 @torch.no_grad()
 def definition(model: torch.nn.Module, tokens: Sequence[int], padding: int = 0) -> Tensor:
-    """Logits of one sequence, [S, V], by the definition: mask and positions written out.
+    """Logits of one sequence, [S, V], by the definition, with explicit mask and positions.
 
     A query in slot s does not see a key in a group that s's policy hides, unless the query is in that group itself.
-    A position is less by the keys that the policy hides, and by one at least where an adapter is on.
+    A position is reduced by the number of keys that the policy hides, and by at least one if an adapter is active.
     """
     spec = model.config.switch_spec
     groups, policy = spec.hiding.groups, spec.hiding.policy
@@ -52,7 +52,7 @@ def definition(model: torch.nn.Module, tokens: Sequence[int], padding: int = 0) 
             mask[q, k] = not any(tokens[k] in group and query not in group for group in hides)
         gaps = sum(any(tokens[k] in group for group in hides) for k in range(padding, q + 1))
         positions.append(max(0, q - padding - max(gaps, int(slot > 0))))
-    mask |= torch.eye(len(tokens), dtype=torch.bool)  # of padding: a row must see something
+    mask |= torch.eye(len(tokens), dtype=torch.bool)  # for padding: a row must see something
     hiding, model.model.hiding = model.model.hiding, None
     try:
         additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn) -> tuple[Hiding, list[int], int, list[int]]:
     return hiding, tokens, draw(st.integers(0, 3)), cuts
 
 
-CONTROL = 400  # the first control token: the tests' tokenizer has so many tokens
+CONTROL = 400  # the first control token, which is the size of the tests' tokenizer
 
 
 @settings(max_examples=30)
@@ -99,7 +99,7 @@ def test_equals_the_definition(model: torch.nn.Module, case: tuple[Hiding, list[
 def _chunked(
     model: torch.nn.Module, tokens: list[int], mask: Tensor, positions: Tensor, cache: object, cuts: list[int]
 ) -> Tensor:
-    """Logits, [S, V], of a sequence that comes in chunks."""
+    """Logits, [S, V], of a sequence that is prefilled in chunks."""
     edges = [0]
     for cut in [*cuts, len(tokens)]:
         edges.append(min(edges[-1] + cut, len(tokens)))
@@ -116,7 +116,7 @@ def _chunked(
 
 @pytest.fixture
 def apart(model: torch.nn.Module) -> torch.nn.Module:
-    """Policies that differ by adapter: the first hides its own group, the second the others', the third none."""
+    """Policies that differ between adapters: the first hides its own group, the second the others', the third none."""
     controls = [CONTROL, CONTROL + 1, CONTROL + 2]
     set_hiding(model, Hiding((tuple(controls[:2]), (controls[2],)), ((0, 1), (0,), (1,), ())))
     return model

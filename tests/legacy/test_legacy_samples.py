@@ -1,4 +1,4 @@
-"""Small checkpoints by the old programs themselves, with what they computed. Skipped where they are not at hand."""
+"""Small checkpoints written by the old programs, with their outputs. Skipped if they are not available."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_upgraded_computes_the_same(sample: Path, tmp_path: Path) -> None:
         if before.hiding and name:
             at = next(i for i, token in enumerate(tokens) if token in spec.control_slots)
             if tokens[at + 1] != spec.adapter(name).substitute_token_id:
-                continue  # the control token was put where nothing of the invocation sequence follows
+                continue  # nothing of the invocation sequence follows the control token here
             tokens.pop(at + 1)
         _check(model, case, tokens)
         options = {"documents": case["documents"], "add_generation_prompt": True, "return_tensors": "pt"}

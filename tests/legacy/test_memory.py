@@ -1,4 +1,4 @@
-"""Loading an old checkpoint takes the memory of its weights and at most one layer more."""
+"""Loading a legacy checkpoint takes the memory of its weights plus at most one layer."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from layouts import write_old
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS = 24
-SLACK = 6_000_000  # what Python and the allocator keep beside the weights
+SLACK = 6_000_000  # overhead of Python and the allocator
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def ingredients(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_peak(
-    generation: int, ingredients: tuple[Path, Path], old: Callable[..., Path], tmp_path: Path, record_property
+    version: int, ingredients: tuple[Path, Path], old: Callable[..., Path], tmp_path: Path, record_property
 ) -> None:
     base, adapters = ingredients
-    folder = write_old(tmp_path / "old", generation, base, adapters, ["citations"])
-    worker = [sys.executable, str(Path(__file__).with_name("memory_worker.py")), str(old(generation)), str(folder)]
+    folder = write_old(tmp_path / "old", version, base, adapters, ["citations"])
+    worker = [sys.executable, str(Path(__file__).with_name("memory_worker.py")), str(old(version)), str(folder)]
     seen = json.loads(subprocess.run(worker, capture_output=True, text=True, check=True).stdout)
     record_property("memory", seen)
     assert seen["samples"] > 20

@@ -29,7 +29,7 @@ def spec_of(folder: Path) -> SwitchSpec:
 
 @pytest.fixture
 def library(base: Path, tmp_path: Path) -> Path:
-    """In the layout of the older guide: <name>/<base>/<technology>, with its minimal io.yaml."""
+    """A library in the layout of the old guide: <name>/<base>/<technology>, with its minimal io.yaml."""
     library = tmp_path / "lib"
     for name, technology in (("uncertainty", "alora"), ("uncertainty", "lora"), ("query_rewrite", "lora")):
         leaf = library / name / "base" / technology
@@ -39,7 +39,7 @@ def library(base: Path, tmp_path: Path) -> Path:
 
 
 def test_the_quick_start_from_end_to_end(base: Path, library: Path, tmp_path: Path) -> None:
-    """As its readme has it: the command, then the Python lines."""
+    """The old readme's command, then its Python lines."""
     command = [
         sys.executable,
         "-m",

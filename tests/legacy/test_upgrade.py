@@ -1,4 +1,4 @@
-"""`granite-switch upgrade`: the same model as format 1."""
+"""`granite-switch upgrade` writes the same model in format 1."""
 
 import json
 import shutil
@@ -22,10 +22,10 @@ from granite_switch.errors import CheckpointError, SwitchError
 MESSAGES = [{"role": "user", "content": "Where does Anna live?"}]
 
 
-@pytest.mark.parametrize("generation", [1, 2, 3])
-def test_is_what_compose_makes(generation: int, old: Callable[..., Path], composed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_is_what_compose_makes(version: int, old: Callable[..., Path], composed: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
-    plan = upgrade(old(generation), new)
+    plan = upgrade(old(version), new)
     verify(new, deep=True)
     made, fresh = Checkpoint(new), Checkpoint(composed)
     assert made.tensors.keys() == fresh.tensors.keys()
@@ -88,7 +88,7 @@ def test_template_and_config_must_agree(old: Callable[..., Path], tmp_path: Path
         upgrade(broken, tmp_path / "new")
 
 
-def test_format_1_is_no_older_generation(composed: Path, tmp_path: Path) -> None:
+def test_format_1_is_not_a_legacy_format(composed: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint in a legacy format"):
         upgrade(composed, tmp_path / "new")
 

@@ -1,4 +1,4 @@
-"""A pool of adapters to change models with."""
+"""Adapters to add to models and to update them with."""
 
 from pathlib import Path
 

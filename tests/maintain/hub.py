@@ -1,4 +1,4 @@
-"""A stand-in for the hub on loopback: as much of its HTTP interface as uploading and fetching a folder needs."""
+"""A stand-in for the hub on loopback: the part of its HTTP interface that uploading and fetching a folder needs."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ COMMIT = "0" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories as {repo: {path: bytes}}, and what was asked for."""
+    """Repositories as {repo: {path: bytes}}, and the requests received."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

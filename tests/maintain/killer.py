@@ -1,4 +1,4 @@
-"""Kill a process that changes a model at random moments, and look at what is left. In a process without torch.
+"""Kill a process at random moments while it changes a model, and check what is left. Runs without torch.
 
 python killer.py MODEL POOL ROUNDS SEED
 """
@@ -27,7 +27,7 @@ def changes(model: Path, pool: Path, names: tuple[str, ...]) -> list:
 
 
 def run(change) -> int:  # type: ignore[no-untyped-def]
-    """Carry it out in a child; its process id."""
+    """Run a change in a child process. Returns its process id."""
     child = os.fork()
     if child:
         return child
@@ -52,7 +52,7 @@ def main(model: Path, pool: Path, rounds: int, seed: int) -> None:
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             killed += 1
-            duration *= 1.1  # a machine may have become slower: in the end both must happen
+            duration *= 1.1  # in case the machine has become slower: both outcomes must occur
         else:
             assert os.WEXITSTATUS(status) == 0
             duration = 0.8 * duration + 0.2 * (time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""Models as recipes, from which they can be composed anew. `SOAK=1` runs the random tests for long."""
+"""Recipes from which models can be composed from scratch. `SOAK=1` runs the random tests for longer."""
 
 import os
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ def assert_same(left: Path, right: Path) -> None:
 
 @dataclass
 class Recipe:
-    """What a model should be: entries of a manifest, from which it can be composed anew."""
+    """The expected model, as the entries of a manifest from which it can be composed from scratch."""
 
     base: Path
     folder: Path
@@ -38,7 +38,7 @@ class Recipe:
         return [entry["name"] for entry in self.entries if "path" in entry]
 
     def compose(self, name: str = "anew") -> Path:
-        """Compose it anew."""
+        """Compose the model from scratch."""
         manifest = self.folder / "manifest.yaml"
         manifest.write_text(yaml.safe_dump(self.entries))
         compose(self.base, [manifest], self.folder / name, force=True)

@@ -1,4 +1,4 @@
-"""A model that somebody else wrote: names are no paths, links stay inside, readers see one state."""
+"""Models from third parties: names are not paths, links stay inside, readers see one state."""
 
 import json
 import shutil

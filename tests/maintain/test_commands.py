@@ -39,7 +39,7 @@ def test_the_commands(base: Path, pool: Path, tmp_path: Path) -> None:
     assert granite_switch.verify(model).names == ("a", "b")
 
 
-def test_older_generations_and_gguf_are_told_apart(composed: Path, tmp_path: Path) -> None:
+def test_legacy_formats_and_gguf_are_told_apart(composed: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     run("export", "gguf", composed, "--output", tmp_path / "model.gguf", "--pre", "gpt-2")
     shown = json.loads(run("inspect", tmp_path / "model.gguf", "--json"))

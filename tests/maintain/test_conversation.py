@@ -1,4 +1,4 @@
-"""Conversations: what is sent is what it should be, and keeping the cache changes nothing but the work."""
+"""Conversations send the right ids, and keeping the cache changes only the amount of work."""
 
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,18 @@ def test_kept_ids_are_the_plain_conversation_with_control_tokens(talk: Conversat
         turn = talk.ask(question, adapter)
         messages.append({"role": "user", "content": question})
         plain = tokenizer.apply_chat_template(messages, documents=DOCUMENTS, add_generation_prompt=True, tokenize=False)
-        exchanged = substitute(turn.ids, talk.spec.substitutes)
-        assert tokenizer.decode(exchanged) == plain
+        substituted = substitute(turn.ids, talk.spec.substitutes)
+        assert tokenizer.decode(substituted) == plain
         assert turn.ids[: len(before)] == before
         assert turn.reused == max(0, len(before) - 1)
-        # the adapter is on where the answer begins, and what opens the new turn is the base's again
+        # the adapter is active where the answer begins; the token that opens the new turn is the base's
         routed = slots(turn.ids, talk.spec.control_slots)
         assert routed[-1] == talk.spec.slot(adapter)
         if number:
-            opening = next(i for i in range(len(before), len(turn.ids)) if exchanged[i] == 2)
+            opening = next(i for i in range(len(before), len(turn.ids)) if substituted[i] == 2)
             assert routed[opening] == (talk.spec.slot(adapter) if adapter == "citations" else 0)
         answer = tokenizer.encode(f"In Oslo, number {number}.", add_special_tokens=False)
-        text = talk.answer([*answer, end] if number % 2 else answer)  # ended, or cut off
+        text = talk.answer([*answer, end] if number % 2 else answer)  # complete, or cut off
         messages.append({"role": "assistant", "content": text})
 
 
@@ -182,7 +182,7 @@ def test_after_an_interruption_a_turn_equals_a_fresh_one(error: Any, model: Any,
 
 
 def test_an_interruption_inside_a_layer_leaves_no_torn_cache(model: Any, composed: Path) -> None:
-    """The first layers have seen the step that failed, the last have not."""
+    """The failed step ran in the first layers, not in the last."""
     talk = granite_switch.hf.Conversation(model, documents=DOCUMENTS)
     talk.say("Where does Anna live?", max_new_tokens=6)
     layers = [module for module in model.modules() if type(module).__name__.endswith("MLP")]
@@ -221,7 +221,7 @@ def test_a_cache_that_cannot_be_brought_back_is_not_used(model: Any, composed: P
 
 
 def alone(model: Any, ids: Any, count: int) -> tuple[int, ...]:
-    """What the model generates without a cache from before."""
+    """The model's text without an earlier cache."""
     with torch.no_grad():
         output = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
     return tuple(output[0, len(ids) :].tolist())
@@ -244,6 +244,6 @@ def test_the_cache_changes_nothing(keep: bool, model: Any, composed: Path) -> No
         assert talk.ids == (before if aside else (*reply.turn.ids, *reply.ids))
     if keep:
         assert all(share > 0.8 for share in reused[1:])
-    else:  # a LoRA acts from the first token: nothing before it can be used, nor after it
+    else:  # a LoRA acts from the first token, so no cache can be reused before or after it
         assert reused[3] == reused[4] == reused[5] == 0
         assert reused[2] > 0.5

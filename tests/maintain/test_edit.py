@@ -1,4 +1,4 @@
-"""A changed model is byte for byte what composing anew gives; what is not concerned is not touched."""
+"""A changed model is byte for byte what composing from scratch gives; other files are not touched."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def model(recipe: Recipe) -> Path:
 
 
 def inodes(model: Path) -> list[int]:
-    """Whether the base's weights were written anew shows in their inodes."""
+    """Inodes of the base's weight files, which change if they are rewritten."""
     return [(model / shard).stat().st_ino for shard in SHARDS]
 
 
@@ -43,7 +43,7 @@ def test_add(recipe: Recipe, model: Path, pool: Path) -> None:
     recipe.entries.append({"name": "c.d", "path": str(pool / "two/c.d")})
     assert_same(model, recipe.compose())
     assert switch(model)["adapters"][:2] == before
-    assert inodes(model) == weights  # its token takes a row in reserve, which is what it must be
+    assert inodes(model) == weights  # its token takes a spare row, which already has the right values
 
 
 def test_add_when_no_row_is_left_in_reserve(recipe: Recipe, pool: Path) -> None:

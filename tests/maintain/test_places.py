@@ -1,4 +1,4 @@
-"""Processes that are killed, two at once, a read-only folder, a full disk: nothing is lost, the error is clear."""
+"""Killed processes, concurrent ones, a read-only folder, a full disk: nothing is lost, and the error is clear."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def test_killed_at_random_moments(model: Path, pool: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     killed, _, changed, _ = done.stdout.split()
-    assert int(killed) >= rounds // 3  # else the moments were not spread over the work
+    assert int(killed) >= rounds // 3  # otherwise the moments were not spread over the run
     assert int(changed) >= rounds // 20
 
 
@@ -77,7 +77,7 @@ def test_a_model_in_use_is_refused(model: Path, pool: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def everyones() -> Iterator[Path]:
-    """A folder that users without rights can reach, unlike pytest's."""
+    """A folder that unprivileged users can reach, unlike pytest's."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     yield folder
@@ -96,7 +96,7 @@ def test_a_read_only_folder(read_only: str, model: Path, pool: Path, everyones: 
             os.chown(path, 65534, 65534)
     (here if read_only == "model" else everyones).chmod(0o555)
     child = os.fork()
-    if not child:  # a user to whom permissions mean something
+    if not child:  # an unprivileged user, to whom permissions apply
         result = 3
         try:
             if os.geteuid() == 0:

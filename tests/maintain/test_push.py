@@ -1,4 +1,4 @@
-"""Uploading a model, against a stand-in for the hub. In a process of its own: the endpoint is read on import."""
+"""Uploading a model to a stand-in for the hub, in its own process because the endpoint is read on import."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Random sequences of changes: at every step the model verifies, is what composing anew gives, and equals PEFT."""
+"""Random sequences of changes: after each step the model verifies, equals composing from scratch, and equals PEFT."""
 
 import itertools
 import shutil
@@ -28,7 +28,7 @@ STEP = st.tuples(
 
 
 class Oracle:
-    """PEFT's logits for a source's adapter, worked out once for each prompt."""
+    """PEFT's logits for a source's adapter, computed once per prompt."""
 
     def __init__(self, base: Path) -> None:
         self.base, self.known = base, {}
@@ -63,7 +63,7 @@ def check(model: Path, recipe: Recipe, origins: dict[str, Path], oracle: Oracle)
 
 
 def change(model: Path, recipe: Recipe, origins: dict[str, Path], pool: Path, step: Any, number: int) -> bool:
-    """Carry out one step on the model and on the recipe; False if there is nothing to do it to."""
+    """Apply one step to the model and the recipe; False if it is not applicable."""
     kind, index, version = step
     if kind == "add":
         free = [name for name in NAMES if name not in recipe.names]
@@ -90,7 +90,7 @@ def change(model: Path, recipe: Recipe, origins: dict[str, Path], pool: Path, st
         rename(model, name, new)
     elif kind == "extract":
         entry["path"] = str(extract(model, name, recipe.folder / "out" / str(number) / name))
-    elif name in NAMES:  # renamed ones are under this name in no source
+    elif name in NAMES:  # renamed adapters are in no source under this name
         origins[name] = pool / version / name
         entry["path"] = str(origins[name])
         update(model, [origins[name]])

@@ -1,4 +1,4 @@
-"""An empty slot: it changes nothing until it is trained, and training changes its own tensors alone."""
+"""An empty slot changes nothing until it is trained, and training changes only its own tensors."""
 
 import hashlib
 import json
@@ -156,9 +156,9 @@ def test_training_a_slot_changes_the_slot_alone(invocation: str, model: Path, ba
     ids = tokenizer.apply_chat_template(LINES[0]["messages"][:1], adapter_name="fresh", add_generation_prompt=True)[
         "input_ids"
     ]
-    exchanged = [spec.substitute_token_id if i == spec.token_id else i for i in ids]
+    substituted = [spec.substitute_token_id if i == spec.token_id else i for i in ids]
     ours = logits(AutoModelForCausalLM.from_pretrained(trained), ids)
-    theirs = logits(reference, exchanged)
+    theirs = logits(reference, substituted)
     assert (ours[..., : theirs.shape[-1]] - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
     compose(base, [tmp_path / "fresh"], tmp_path / "again")
 

@@ -1,4 +1,4 @@
-"""An adapter for each message: a client without state sends the very ids that a conversation keeps.
+"""With an adapter for each message, a stateless client sends exactly the ids that a conversation keeps.
 
 `SOAK=1` draws 2,000 conversations for each template.
 """
@@ -23,7 +23,7 @@ NAMES = ["base", "whole", "other", "answer", "tag", "put"]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def switch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two LoRA; aLoRA on what opens an answer and on a tag that the user writes, or that the template writes."""
+    """Two LoRA, and aLoRA invoked by the start of an answer, by a user's tag, and by a tag that the template writes."""
     template, specials, invocation = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("turns")
     base = make_base(folder / "base", layers=1, template=template, specials=specials)
@@ -70,7 +70,7 @@ def test_messages_give_the_ids_that_a_conversation_keeps(switch: Path) -> None:
             assert turn.reused == max(0, len(talk.ids) - 1)
             talk.answer(answer)
             messages.append({"role": "assistant", "content": answer})
-        # the last answer belongs to the conversation, and the exchanged ids are text without a control token
+        # the last answer belongs to the conversation, and the substituted ids are text without a control token
         assert not set(substitute(talk.ids, talk.spec.substitutes)) & set(talk.spec.control_slots)
 
     run()

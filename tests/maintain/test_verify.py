@@ -1,4 +1,4 @@
-"""Whatever is wrong with a model's files, `verify` says so; `inspect` says what is there."""
+"""`verify` reports whatever is wrong with a model's files; `inspect` reports what is in them."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ FILE = "adapter-citations.safetensors"
 
 @pytest.fixture
 def model(composed: Path, tmp_path: Path) -> Path:
-    """A copy of a good model, to be spoilt."""
+    """A copy of a good model, to be damaged."""
     return Path(shutil.copytree(composed, tmp_path / "model"))
 
 

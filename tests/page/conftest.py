@@ -1,4 +1,4 @@
-"""The sample, composed, and both engines over it; a browser, where there is one."""
+"""The composed sample, both engines for it, and a browser if there is one."""
 
 import os
 import sys
@@ -57,7 +57,7 @@ def page(sample: Path) -> Iterator[str]:
 
 @pytest.fixture
 def browse(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Opens a browser of its own each time it is called."""
+    """A function that opens a new browser."""
     if not page_browser.CHROMIUM or not page_browser.DRIVER:
         missing = "no chromium with chromium-driver here; `make test-page` installs them where apt can be used"
         (pytest.fail if "NEED_BROWSER" in os.environ else pytest.skip)(missing)

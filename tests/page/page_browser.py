@@ -1,4 +1,4 @@
-"""Debian's Chromium through its own driver, and the words in which the tests speak of the page."""
+"""Chromium through its driver, and the vocabulary with which tests refer to the page."""
 
 import shutil
 import time
@@ -13,7 +13,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-dev-shm-usage")
 FLAGS += ("disable-background-networking", "disable-component-update", "disable-sync")
 
-# every text on the page with its contrast against what is painted below it
+# every text on the page, with its contrast against the background
 CONTRASTS = """
 const parse = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
 const over = (top, below) => { const a = top.length > 3 ? top[3] : 1;
@@ -38,9 +38,9 @@ class Page:
 
     Args:
         url: of the page.
-        profile: a folder that nobody else uses.
-        width: in pixels; below 600 it is a phone.
-        dark: whether the person prefers dark pages.
+        profile: a folder for this browser only.
+        width: in pixels; below 600 the browser emulates a phone.
+        dark: prefer dark mode.
     """
 
     def __init__(self, url: str, profile: Path, width: int = 1280, dark: bool = False) -> None:
@@ -91,7 +91,7 @@ class Page:
         box.clear()
         if len(text) < 500:
             box.send_keys(text)
-        else:  # the driver types ten letters in the time of this
+        else:  # faster than typing through the driver
             self.driver.execute_script(
                 "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", box, text
             )
@@ -107,7 +107,7 @@ class Page:
         label.click()
 
     def say(self, text: str, adapter: str) -> list[str]:
-        """Send a message and wait for its figures, or for an error; gives the answers so far."""
+        """Send a message and wait for its figures or an error. Returns the answers so far."""
         turns, old = len(self.all("#figures tbody tr")), "document.querySelectorAll('#alert .gs-alert')"
         self.driver.execute_script(f"{old}.forEach(e => e.dataset.old = 1)")
         self.choose("#adapter", adapter)
@@ -123,7 +123,7 @@ class Page:
         """The whole page, from top to bottom."""
         path.parent.mkdir(parents=True, exist_ok=True)
         width = self.driver.execute_script("return innerWidth")
-        for _ in range(2):  # what is taller shows more
+        for _ in range(2):  # a taller window shows more content
             self.resize(width, self.driver.execute_script("return document.documentElement.scrollHeight"))
             time.sleep(0.3)
         self.driver.save_screenshot(str(path))

@@ -1,8 +1,8 @@
-"""Servers that the tests start: `granite-switch play`, and one that answers as vLLM's does.
+"""Servers for the tests: `granite-switch play`, and a stand-in for vLLM's.
 
 The latter has /v1/models and streamed /v1/completions over the sample.
 
-It stands in for vLLM, which has an environment of its own; tests/vllm/test_vllm_play.py asks the real one.
+vLLM has its own environment; tests/vllm/test_vllm_play.py uses the real server.
 """
 
 import json
@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
     def __init__(self, local: Any, port: int) -> None:
         self.model, self.spec = local.model, local.files.spec
         self.seen: list[list[int]] = []
-        self.told = True  # whether usage says what was cached
+        self.told = True  # whether usage includes cached tokens
         self.pause = 0.0  # seconds before each token
         self.ended = threading.Event()
         self.breaks = False  # whether connections break after two tokens
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
 
 @contextmanager
 def serving(local: Any, port: int, running: "Server | None" = None) -> Iterator[str]:
-    """A server with the model, which is gone afterwards."""
+    """A server with the model, stopped afterwards."""
     running = running or Server(local, port)
     thread = threading.Thread(target=running.run)
     thread.start()
@@ -100,7 +100,7 @@ def serving(local: Any, port: int, running: "Server | None" = None) -> Iterator[
 
 @contextmanager
 def playing(sample: Path, *options: object) -> Iterator[str]:
-    """`granite-switch play`; gives the page's address."""
+    """Run `granite-switch play`; yields the page's address."""
     command = [sys.executable, "-m", "granite_switch.cli", "play", sample, "--port", free_port(), *options]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True)

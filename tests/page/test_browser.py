@@ -1,6 +1,6 @@
-"""The page in a real browser: what is read out of it is what `Conversation` counts, and it survives what goes wrong.
+"""The page in a real browser: it shows the counts of `Conversation`, and survives errors.
 
-Pictures of what was seen are written to out/page.
+Screenshots are written to out/page.
 """
 
 import re
@@ -134,7 +134,7 @@ def test_errors_are_sentences_and_the_page_goes_on(page: str, browse: Callable[.
         seen.say(text, adapter)
         seen.until(lambda words=words: words in seen.text("#alert"))
         assert seen.one("#alert [role=alert]").is_displayed()
-        assert seen.one("#message textarea").get_attribute("value").strip() == text.strip()  # to be mended
+        assert seen.one("#message textarea").get_attribute("value").strip() == text.strip()  # kept for correction
         assert not seen.all("#chat article")
     tricky = "${1+1} <b>not bold</b> &amp; **stars** <|answerability|>"
     assert seen.say(tricky, "base")
@@ -233,7 +233,9 @@ def test_a_server_that_is_slow_is_stopped_breaks_and_comes_back(
         seen.until(lambda: len(seen.text("#chat .gs-answer")) > 3)
         seen.one("#message textarea").send_keys("typed meanwhile")
         seen.press("#stop")
-        seen.until(lambda: "unknown" in seen.text("#figures"))  # the counts come last, and nobody waited for them
+        seen.until(
+            lambda: "unknown" in seen.text("#figures")
+        )  # the counts come last, and the client did not wait for them
         written = len(seen.all("#trace .new"))
         assert 0 < written < 30
         assert seen.one("#message textarea").get_attribute("value") == "typed meanwhile"

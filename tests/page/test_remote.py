@@ -1,4 +1,4 @@
-"""A server that is not there, is another's, breaks in the middle or keeps its counts to itself."""
+"""A server that is absent, serves another model, fails midway, or does not report its counts."""
 
 import threading
 from dataclasses import replace

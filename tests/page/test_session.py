@@ -1,4 +1,4 @@
-"""A session on both engines: what it shows is what `Conversation` counts, and nothing that goes wrong changes it."""
+"""A session on both engines shows the counts of `Conversation`, and errors do not change it."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def test_texts_and_counts_are_conversations(engine: Engine, model: Any, sample: 
         assert exchange.measure.prompt == len(reply.turn.ids)
         assert exchange.measure.generated == len(reply.ids)
         assert session.last.turn.ids == reply.turn.ids
-        if isinstance(engine, Local):  # measured at the embedding, where `reused` is reckoned
+        if isinstance(engine, Local):  # counted at the embedding, while `reused` is calculated
             assert (exchange.measure.cached, exchange.measure.computed) == (reply.turn.reused, reply.turn.prefill)
 
 

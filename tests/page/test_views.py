@@ -1,4 +1,4 @@
-"""What is written stays text, differences lose nothing, and every slot's colour passes WCAG AA."""
+"""User text is escaped, differences lose no text, and every slot's colour passes WCAG AA."""
 
 import re
 from html import unescape

@@ -1,6 +1,6 @@
-"""Read the commands out of a page: its shell blocks, its indented blocks of commands, and commands in tables.
+"""Extract the commands of a page: shell blocks, indented commands, and inline commands.
 
-A word in capitals stands for something of the reader's own (`MODEL`, `SOURCE...`), and `[--option]` may be left out.
+A word in capitals is a placeholder (`MODEL`, `SOURCE...`), and `[--option]` is optional.
 """
 
 import re
@@ -14,7 +14,7 @@ _MARK = re.compile(r"<!-- needs (.+?) -->\s*\Z")
 
 
 def blocks(page: Path) -> list[list[str]]:
-    """The page's commands in order: those of one fenced block follow on each other, others stand alone."""
+    """The page's commands in order, grouped: a fenced block runs in sequence, other commands are single."""
     text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
     shells = [m for m in _FENCE.finditer(text) if m[1] in ("", "bash", "console", "sh")]
     found = [(m.start(), m[2].splitlines()) for m in shells]
@@ -25,22 +25,22 @@ def blocks(page: Path) -> list[list[str]]:
 
 
 def _command(line: str) -> str:
-    """A line without its prompt and comment; "" where it is no command."""
+    """A line without its prompt and comment; "" if it is not a command."""
     line = re.sub(r"\s+#\s.*$", "", line.removeprefix("$ ")).strip()
     return line if line.split(" ")[0] in PROGRAMS else ""
 
 
 def snippets(page: Path) -> list[str]:
-    """The page's Python blocks that stand alone: those that need something say so in a comment before them."""
+    """The page's self-contained Python blocks. Others are marked by a `needs` comment."""
     text = page.read_text(encoding="utf-8")
     return [m[2] for m in _FENCE.finditer(text) if m[1] == "python" and not _MARK.search(text[: m.start()])]
 
 
 def filled(command: str, words: Mapping[str, str]) -> str:
-    """A command with the reader's own things put in.
+    """A command with its placeholders replaced.
 
     Raises:
-        ValueError: a word in capitals is none of them.
+        ValueError: a placeholder is unknown.
     """
     command = re.sub(r"\s\[[^]]*\]", "", command)
     command = re.sub(r"\b([A-Z][A-Z]+)\b(\.\.\.)?(?![\w=])", lambda m: words.get(m[1], m[1]), command)

@@ -1,4 +1,4 @@
-"""Stand-ins for what the pages name: hub repositories, and the programs of other projects."""
+"""Stand-ins for the hub repositories and the other projects' programs on the pages."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, b
 
 @pytest.fixture
 def reader(published: dict[str, dict[str, bytes]], tmp_path: Path) -> Iterator[Reader]:
-    """A checkout's root to be in, `granite-switch` on the path, other projects' programs that only take notes."""
+    """A checkout to work in, with `granite-switch` on the path; other projects' programs only record their calls."""
     programs, here = tmp_path / "bin", tmp_path / "checkout"
     programs.mkdir()
     here.mkdir()

@@ -1,4 +1,4 @@
-"""What stands in for the repositories that the pages name, and where a reader of them is."""
+"""Stand-ins for the repositories on the pages, and the working environment of a reader."""
 
 import sys
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ sys.path[:0] = [str(ROOT / "tests" / "maintain"), str(ROOT / "tests" / "legacy")
 
 from hub import Hub
 
-# published bases: model_type and layers as the table of real ones has them, everything else tiny
+# published bases: model_type and kinds of layers as in the real ones, everything else tiny
 BASES = {
     "ibm-granite/granite-4.0-micro": "granitemoehybrid",
     "ibm-granite/granite-4.0-h-micro": "granitemoehybrid_mamba",
     "ibm-granite/granite-4.1-3b": "granite",
 }
-# published libraries: adapters, and the technologies in which each is there
+# published libraries: adapter -> its technologies
 LIBRARIES = {
     "ibm-granite/granitelib-rag-r1.0": {
         "answerability": ("alora", "lora"),
@@ -31,7 +31,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Reader:
-    """Somebody who follows the pages: a folder to be in, and the environment of their shell."""
+    """A reader who follows the pages: a working folder and the environment of a shell."""
 
     folder: Path
     environment: dict[str, str]

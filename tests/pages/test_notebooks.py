@@ -1,4 +1,4 @@
-"""The notebooks' two files are in step: what can be read as text, and what holds the outputs of its last run."""
+"""Each notebook's two files agree: the text (.py), and the one with the outputs of the last run (.ipynb)."""
 
 import sys
 
@@ -26,5 +26,5 @@ def test_outputs_are_of_this_text(source) -> None:
     outputs = [output for cell in kept.cells if cell.cell_type == "code" for output in cell.outputs]
     assert len(outputs) >= 3
     assert not [output for output in outputs if output.output_type == "error"]
-    assert f"notebooks/{source.stem}.ipynb" in kept.cells[0].source  # the badge opens this one
+    assert f"notebooks/{source.stem}.ipynb" in kept.cells[0].source  # the badge opens this notebook
     assert "google.colab" in source.read_text()

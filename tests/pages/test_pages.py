@@ -1,4 +1,4 @@
-"""What the pages tell a reader to do works: their commands and Python blocks, against stand-ins for what they name."""
+"""The commands and Python blocks on the pages work, against stand-ins for what they name."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from stand_ins import BASES, LIBRARIES, Reader
 from layouts import write_old  # isort: skip
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-HISTORY = {"log.md"}  # what was run on a day, not what to run
+HISTORY = {"log.md"}  # commands of the past, not to run
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
 
@@ -69,13 +69,13 @@ def test_commands_of_the_pages(page: Path, reader: Reader, composed: Path, base:
 
 
 def ours(line: str) -> bool:
-    """Whether a line is to be run: fewer than three words only name a command, and a server does not end."""
+    """Whether to run a line: with fewer than three words it only names a command, and a server does not end."""
     words = line.split()
     return words[0] == "granite-switch" and len(words) > 2 and words[1] not in ("serve", "play")
 
 
 def prepared(line: str, reader: Reader, base: Path, adapters: Path) -> str:
-    """A page's line with a fresh model under MODEL, and what it reads or writes beside it."""
+    """A page's line with a fresh model as MODEL, and its other inputs and outputs."""
     source = adapters / "citations" if line.startswith("granite-switch update") else reader.folder / "more"
     words = {"MODEL": "model", "SOURCE": str(source), "BASE": str(base), "ADAPTERS": str(adapters)}
     words |= {"FOLDER": str(source / "certainty"), "DIR": "taken", "NAME": "citations", "NEW": "renamed"}
@@ -97,7 +97,7 @@ def prepared(line: str, reader: Reader, base: Path, adapters: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_pages_name_exists(page: Path) -> None:
-    """Hub repositories that the stand-ins have, extras of pyproject.toml, files of links, options of vLLM's own."""
+    """The pages name only hub repositories with stand-ins, extras in pyproject.toml, and link targets that exist."""
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"\bibm-granite/[\w.-]*\w", text))
     if page.name not in HISTORY:
@@ -109,7 +109,7 @@ def test_what_pages_name_exists(page: Path) -> None:
 
 
 def test_figures_of_the_readme_are_measured() -> None:
-    """Every figure of the README's first table and of its comparison stands on the page of measurements."""
+    """Every figure in the README's tables of measurements and comparison is in docs/performance.md."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     measured = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     figures = re.findall(r"\d+\.\d{3,4}|\d+\.\d+(?= s\b)|\d+(?= MB)", text)

@@ -1,4 +1,4 @@
-"""The trained sample: composed it does what PEFT does, each adapter its task, and the flow on one cache is exact."""
+"""The composed sample equals PEFT, each adapter does its task, and the flow on one cache is exact."""
 
 import sys
 from itertools import pairwise
@@ -79,9 +79,9 @@ def test_logits_equal_peft(task: str, model, tokenizer) -> None:
             return_tensors="pt",
         )["input_ids"]
         substitutes = model.config.switch_spec.substitutes
-        exchanged = torch.tensor([[substitutes.get(i, i) for i in ids[0].tolist()]])
+        substituted = torch.tensor([[substitutes.get(i, i) for i in ids[0].tolist()]])
         with torch.no_grad():
-            ours, theirs = model(ids).logits, reference(exchanged).logits
+            ours, theirs = model(ids).logits, reference(substituted).logits
         torch.testing.assert_close(ours[..., : theirs.shape[-1]], theirs, atol=5e-5, rtol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_flow_on_one_cache_equals_a_fresh_computation(model, tokenizer) -> None:
     assert [step.name for step in steps] == ["rewrite", "answer", "check", "back to base"]
     assert steps[0].cached == 0
     for before, step in pairwise(steps):
-        assert step.cached == len(before.sequence) - 1  # all but the last token, which no step has fed yet
+        assert step.cached == len(before.sequence) - 1  # all but the last token, which was not an input yet
         assert step.prefilled < 40
     for step in steps:
         new = len(step.logits)

@@ -1,7 +1,7 @@
-"""What unmodified clients get of a server: `python clients.py CLIENT URL < requests.json > answers.json`.
+"""Send requests with unmodified clients: `python clients.py CLIENT URL < requests.json > answers.json`.
 
-Runs in the environment of the clients, which knows nothing of this project. A request is `{"model", "messages"}`, and
-`"stream"` or `"adapters"`, one for each user message; an answer is `{"model", "text"}` and its numbers of tokens.
+Runs in the clients' environment, without this project. A request is `{"model", "messages"}`, optionally with `"stream"`
+or `"adapters"` (one per user message). An answer is `{"model", "text"}` with its token counts.
 """
 
 import json
@@ -14,7 +14,7 @@ SETTINGS = {"temperature": 0, "max_tokens": 40}
 
 
 def marked(messages: list[dict[str, str]], adapters: list[str]) -> list[dict[str, str]]:
-    """The messages with the adapter of each user message in it."""
+    """The messages, with an adapter in each user message."""
     names = iter(adapters)
     return [m | {"adapter": next(names, "base")} if m["role"] == "user" else m for m in messages]
 
@@ -68,7 +68,7 @@ def langchain_client(url: str) -> tuple[list[str], Callable[..., Any]]:
         return ChatOpenAI(base_url=url, api_key=KEY, model=model, **SETTINGS, **more)
 
     def ask(model: str, messages: Any, stream: bool = False, adapters: list[str] | None = None) -> Any:
-        # LangChain's messages hold no fields of their own, its requests do
+        # LangChain allows extra fields in requests, not in messages
         more = {"extra_body": {"chat_template_kwargs": {"message_adapters": adapters}}} if adapters else {}
         if stream:
             chunks = list(chat(model).stream(messages))

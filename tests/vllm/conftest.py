@@ -1,4 +1,4 @@
-"""Engines for the vLLM tests: in this process, so that a start takes seconds and a test can look inside."""
+"""Engines for the vLLM tests, in this process, so that they start in seconds and tests can inspect them."""
 
 import gc
 import os
@@ -60,7 +60,7 @@ def start(model: Path, **options: Any) -> Any:
 
 @contextmanager
 def running(model: Path, **options: Any) -> Iterator[Any]:
-    """An engine that is gone afterwards, so that the next one finds its memory free."""
+    """An engine that is shut down afterwards, to free its memory for the next one."""
     llm = start(model, **options)
     try:
         yield llm
@@ -72,7 +72,7 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
 
 @contextmanager
 def serving(model: Path, name: str, log: Path, *options: object) -> Iterator[str]:
-    """`granite-switch serve` in float32 on loopback, under one name or several; gives its URL."""
+    """Run `granite-switch serve` in float32 on loopback, under one or several names; yields its URL."""
     import httpx
 
     with socket.socket() as free:

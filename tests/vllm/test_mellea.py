@@ -1,6 +1,6 @@
 """Mellea, unmodified, calls adapters of the sample: from a vLLM server, and in transformers.
 
-Mellea stands in an environment of its own, `.venv-mellea`.
+Mellea has its own environment, `.venv-mellea`.
 """
 
 import json
@@ -35,7 +35,7 @@ def server(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 def mellea(*arguments: object) -> dict[str, Any]:
     """Run the example; its answers."""
     line = [MELLEA, ROOT / "examples" / "mellea_adapters.py", *arguments]
-    # Mellea compiles a function of llguidance's otherwise, for a minute
+    # otherwise Mellea compiles a function of llguidance for a minute
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
         list(map(str, line)), capture_output=True, text=True, timeout=400, env=environment, check=False
@@ -45,7 +45,7 @@ def mellea(*arguments: object) -> dict[str, Any]:
 
 
 def check(result: dict[str, Any]) -> None:
-    """The answers of a model that has learnt its tasks."""
+    """Check the answers of a trained model."""
     assert result["rewritten"] == "Where does Ada live?"
     assert list(result["answerable"].values()) == ["answerable", "unanswerable"]
     assert [r["faithfulness"] for r in result["checked"]] == ["faithful", "hallucinated"]

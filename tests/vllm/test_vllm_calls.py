@@ -1,4 +1,4 @@
-"""What a request names, and what reaches the engine: without HTTP, without an engine."""
+"""What a request names and what reaches the engine, without HTTP or an engine."""
 
 import asyncio
 import json
@@ -108,7 +108,7 @@ def test_adapters_of_messages_reach_the_template_which_vllm_gives_no_fields_of_i
     found = call(catalogue, "/v1/responses", model="m", input=messages)
     assert json.loads(found.body)["chat_template_kwargs"] == {"message_adapters": ["citations", None]}
     assert found.slot == 0
-    earlier = {"message_adapters": ["citations"]}  # a list may end before the turn to come
+    earlier = {"message_adapters": ["citations"]}  # the list may omit the turn to come
     found = call(catalogue, CHAT, model="m:query_rewrite", messages=[last, last], chat_template_kwargs=earlier)
     assert found.slot == catalogue.spec.slot("query_rewrite")
     found = call(catalogue, CHAT, model="m", messages=[last, last], chat_template_kwargs=earlier)
@@ -144,7 +144,7 @@ def test_prompts_that_hold_control_tokens_are_not_cut(catalogue: Catalogue) -> N
 
 
 class Engine:
-    """Answers each prompt with three outputs; notes who was closed early."""
+    """Answers each prompt with three outputs, and records streams that are closed early."""
 
     def __init__(self) -> None:
         self.closed = False

@@ -1,4 +1,4 @@
-"""`granite-switch check`: it agrees where vLLM and transformers do, and sees where they do not."""
+"""`granite-switch check` passes if vLLM and transformers agree, and fails if they do not."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_eager_and_as_a_server_give_what_transformers_gives(composed: Path) -> None:
-    """In float32, compiled too; the second run is in chunks and out of the cache."""
+    """In float32, eager and compiled; the second run uses chunks and the cache."""
     command = [sys.executable, "-m", "granite_switch.vllm.check", composed, "--dtype", "float32"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]

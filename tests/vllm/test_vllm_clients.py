@@ -1,6 +1,6 @@
-"""Clients as others wrote them: OpenAI's, LangChain's and LiteLLM call every adapter of the sample, and keep the cache.
+"""OpenAI's client, LangChain's and LiteLLM, unmodified, call every adapter of the sample and reuse the cache.
 
-They run unmodified in an environment of their own, as does what docs/serving.md shows.
+They run in their own environment, as do the examples in docs/serving.md.
 """
 
 import json
@@ -23,7 +23,7 @@ PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 TASKS = ("answerability", "citations", "hallucination_detection", "query_rewrite")
 CLIENTS = ("openai", "langchain", "litellm")
 FACTS = " ".join(f"The job of {name} is {job}." for name in ("Edith", "Oskar", "Maud") for job in ("plumber", "hunter"))
-# what is said, and which adapter answers; the first is long, so that 95 % is more than a block of the cache
+# messages and their adapters; the first is long, so that 95 % is more than a cache block
 TURNS = [
     (f"{FACTS * 16} What is the job of Edith?", "base"),
     ("What does Maud eat?", "answerability"),
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The sample under the name MODEL, behind a key; gives the URL of its API."""
+    """The sample served as MODEL with an API key; yields the URL of its API."""
     log = tmp_path_factory.mktemp("server") / "log"
     with serving(sample, "MODEL", log, "--api-key", "secret", "--enable-prompt-tokens-details") as url:
         yield f"{url}/v1"
@@ -50,7 +50,7 @@ def run(server: str, client: str, **given: Any) -> Any:
         pytest.skip(f"{PYTHON.parents[1].name} is not there (make test-vllm makes it)")
     command = [python, Path(__file__).parent / "clients.py", client, server]
     text = json.dumps({"base": "MODEL", "requests": [], "turns": [], **given})
-    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks the network for prices
+    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # otherwise it fetches prices from the network
     result = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -58,7 +58,7 @@ def run(server: str, client: str, **given: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def expected(server: str) -> dict[str, Any]:
-    """Of each adapter: an example of its task, and what the template's argument makes the server answer."""
+    """For each adapter, an example and the server's answer when the template's argument names the adapter."""
     import world
 
     result = {}
@@ -89,7 +89,7 @@ def test_every_adapter_is_called_by_name(client: str, server: str, expected: dic
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_conversation_through_several_adapters_comes_from_the_cache(client: str, server: str) -> None:
-    """The client keeps no state but the messages; the server computes no earlier turn again."""
+    """The client keeps only the messages, and the server does not recompute earlier turns."""
     (first, adapter), *more = TURNS
     hits_before = hits(server)
     turns = run(server, client, turns=[(f"This is {client}. {first}", adapter), *more])["turns"]
@@ -101,7 +101,7 @@ def test_a_conversation_through_several_adapters_comes_from_the_cache(client: st
 
 
 def hits(server: str) -> float:
-    """vLLM's own counter of tokens out of the prefix cache."""
+    """vLLM's counter of tokens from the prefix cache."""
     text = httpx.get(f"{server.removesuffix('/v1')}/metrics").text
     return sum(float(value) for value in re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", text, re.M))
 

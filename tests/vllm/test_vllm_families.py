@@ -50,7 +50,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @torch.no_grad()
 def greedy(model: Any, tokens: list[int], exchange: Any = lambda tokens: tokens) -> list[int]:
-    """Without a cache: the definition of greedy text."""
+    """Greedy decoding without a cache, by definition."""
     tokens = list(tokens)
     for _ in range(NEW):
         tokens.append(int(model(input_ids=torch.tensor([exchange(tokens)]), use_cache=False).logits[0, -1].argmax()))
@@ -58,7 +58,7 @@ def greedy(model: Any, tokens: list[int], exchange: Any = lambda tokens: tokens)
 
 
 def by_definition(made: Made, tokens: list[int]) -> list[int]:
-    """Any number of switches: the base's class, to whose linears each token's adapter is added, token by token."""
+    """The definition for any number of switches: each token's adapter is added to the base's linears."""
     model, spec, slots = load_decoder(made.base, made.family), switch_spec(made.composed), []
 
     def exchange(tokens: list[int]) -> list[int]:
@@ -97,7 +97,7 @@ def prompts(folder: Path) -> dict[str | None, list[int]]:
 
 
 def expected(made: Made, tokens: dict[str | None, list[int]]) -> dict[str | None, list[int]]:
-    """PEFT's greedy text; PEFT does not know more than one switch."""
+    """PEFT's greedy text; by the definition for more than one switch, which PEFT does not support."""
     substitutes = switch_spec(made.composed).substitutes
     result = {}
     for name in (None, "whole", "part"):

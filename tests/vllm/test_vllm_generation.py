@@ -1,4 +1,4 @@
-"""What a user of vLLM asks of an engine, asked of a switch model; the transformers backend is the oracle."""
+"""vLLM's features with a switch model; the transformers backend is the oracle."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What is refused when an engine is configured; loading again renews the adapters and never leaves old ones."""
+"""Refusals when an engine is configured, and reloading, which must renew all adapters."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ PROMPT = [7, 60, 61, 90, 12, 33]
 
 
 def configured(**options: Any) -> Any:
-    """As much of vLLM's configuration as the limits read; a dotted name changes one thing."""
+    """The part of vLLM's configuration that the limits read; a dotted name changes one value."""
     adapter = SimpleNamespace(ranks={"model.layers.0.mlp.up_proj": options.pop("rank", 16)})
     spec = SimpleNamespace(hiding=options.pop("hiding", None), adapters=[adapter] * options.pop("adapters", 1))
     model = {"runner_type": "generate", "max_model_len": 4096, "dtype": torch.bfloat16, "enable_prompt_embeds": False}
@@ -41,7 +41,7 @@ def configured(**options: Any) -> Any:
 
 
 def refused(cpu: bool, **options: Any) -> str:
-    """The reason; an empty text where it is allowed."""
+    """The reason for a refusal; empty if the configuration is allowed."""
     with patch.object(type(current_platform), "is_cpu", lambda self: cpu):
         try:
             limits(None).verify_and_update_config(configured(**options))
@@ -179,7 +179,7 @@ def test_two_switch_models_in_one_process_do_not_meet(composed: Path, tmp_path: 
 
 def test_a_loader_that_hands_over_no_adapters_is_refused(composed: Path) -> None:
     class OfAnotherKind(DummyModelLoader):
-        """Fills the parameters without asking the model, as loaders of sharded states do."""
+        """A loader that fills parameters without calling the model, like sharded_state."""
 
     register_model_loader("of_another_kind")(OfAnotherKind)
     with pytest.raises(ServingError, match="--load-format of_another_kind does not hand the adapters"):
@@ -193,7 +193,7 @@ def texts(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def written(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """By the transformers backend."""
+    """The text of the transformers backend."""
     model = transformers_model(folder)
     model.generation_config.eos_token_id = None
     return [model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :].tolist() for p in prompts]

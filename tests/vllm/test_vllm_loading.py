@@ -1,4 +1,4 @@
-"""What loads, and what is refused at the start and how."""
+"""Checkpoints that load, and those that are refused at startup."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ import granite_switch
 from granite_switch.core.layout import AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 
-FUSED = {  # the old module -> the linears in its rows
+FUSED = {  # legacy module -> the linears that it fuses
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj": ("self_attn.o_proj",),
     "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
@@ -31,14 +31,14 @@ def greedy(llm: Any, prompts: list[list[int]], count: int = 10, **sampling: Any)
 
 
 def prompts_for(folder: Path) -> list[list[int]]:
-    """Text under the base and under each adapter, whichever way its control tokens are called."""
+    """Prompts for the base and each adapter, for any names of control tokens."""
     spec = SwitchSpec.from_dict(json.loads((folder / "config.json").read_text())["switch"])
     text = [7, 60, 61, 90, 12, 33]
     return [text, *([*text, adapter.token_id, 41, 42] for adapter in spec.adapters)]
 
 
-def write_older(model: Path, folder: Path, generation: int) -> Path:
-    """The model of a format-1 folder as generations 2 and 3 wrote it."""
+def write_older(model: Path, folder: Path, version: int) -> Path:
+    """Rewrite a format 1 model in legacy format 2 or 3."""
     config = json.loads((model / "config.json").read_text())
     spec = SwitchSpec.from_dict(config.pop("switch"))
     tensors: dict[str, torch.Tensor] = {}
@@ -61,9 +61,9 @@ def write_older(model: Path, folder: Path, generation: int) -> Path:
                         a[index, 0, :r] = tensors[keys[0]]
                         b[index, 0, :, :r] = tensors[keys[1]] * adapter.scale_of(linear)
     old["model.switch.control_to_substitute_lut"] = torch.arange(config["vocab_size"])
-    reset = generation == 3
+    reset = version == 3
     config |= {
-        "num_hidden_layers": config["num_hidden_layers"] + generation - 1,
+        "num_hidden_layers": config["num_hidden_layers"] + version - 1,
         "num_adapters": len(spec.adapters),
         "adapter_names": [a.name for a in spec.adapters],
         "adapter_ranks": [rank] * len(spec.adapters),
@@ -81,11 +81,11 @@ def write_older(model: Path, folder: Path, generation: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("generation", [2, 3])
+@pytest.mark.parametrize("version", [2, 3])
 def test_older_generations_load_as_they_are(
-    composed: Path, tmp_path: Path, generation: int, reference: Callable[[list[int], int], list[int]]
+    composed: Path, tmp_path: Path, version: int, reference: Callable[[list[int], int], list[int]]
 ) -> None:
-    old = write_older(composed, tmp_path / "old", generation)
+    old = write_older(composed, tmp_path / "old", version)
     prompts = prompts_for(composed)
     with running(old) as llm:
         assert [list(o.token_ids) for o in greedy(llm, prompts)] == [reference(p, 10) for p in prompts]
@@ -141,10 +141,10 @@ def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tm
     granite_switch.compose(base, [tmp_path / "adapters"], tmp_path / "exact")
     exact = transformers_model(tmp_path / "exact")
     for prompt, output in zip(prompts, found, strict=True):
-        exchanged = [exact.config.switch_spec.substitutes.get(token, token) for token in prompt]
+        substituted = [exact.config.switch_spec.substitutes.get(token, token) for token in prompt]
         with torch.no_grad():
             expected, unchanged = (
-                exact(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in (prompt, exchanged)
+                exact(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in (prompt, substituted)
             )
         tokens = list(output.logprobs[0])
         found_there = torch.tensor([record.logprob for record in output.logprobs[0].values()])
@@ -154,7 +154,7 @@ def test_a_quantised_base_stays_quantised_and_its_adapters_do_not(base: Path, tm
 
 
 def quantise(base: Path, folder: Path) -> Path:
-    """The base in 8-bit integers for weights and activations, as compressed-tensors has them."""
+    """Quantise the base to 8-bit integers for weights and activations, as compressed-tensors does."""
     shutil.copytree(base, folder)
     tensors = {}
     for name, tensor in load_file(base / "model.safetensors").items():

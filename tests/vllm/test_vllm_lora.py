@@ -1,4 +1,4 @@
-"""What vLLM's linears add against the definition in `core.lora`, its shapes under tracing, and the switch's digits."""
+"""The updates in vLLM's linears against `core.lora`, their shapes under tracing, and the switch's digits."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ runs = st.lists(st.tuples(st.integers(0, len(RANKS)), st.integers(1, 9)), min_si
 
 
 def config(tokens: int = 512) -> Any:
-    """As much of vLLM's configuration as a router reads."""
+    """The part of vLLM's configuration that a router reads."""
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens),
         compilation_config=SimpleNamespace(static_forward_context={}),
@@ -38,7 +38,7 @@ SPEC = SimpleNamespace(adapters=RANKS)
 
 
 def make_switch(dtype: torch.dtype, captured: dict[str, torch.Tensor]) -> Switch:
-    """A switch whose attention only notes what it is given; tokens 1, 2, 3 switch to slots 100, 200, 300."""
+    """A switch whose attention only records its inputs; tokens 1, 2, 3 switch to slots 100, 200, 300."""
     spec = SimpleNamespace(adapters=range(300), control_slots={i: 100 * i for i in (1, 2, 3)}, substitutes=range(4))
 
     def note(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def stacks(seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def expected(x: torch.Tensor, y: torch.Tensor, routing: list[int]) -> torch.Tensor:
-    """y plus what the definition adds to a product with zero weights."""
+    """y plus the definition's update, with a weight of zeros."""
     a, b = stacks()
     parts = []
     for part, out in enumerate(OUTPUTS):
@@ -129,7 +129,7 @@ def test_the_kernels_metadata_name_the_tokens_of_each_adapter_as_vllms_do(routin
 
 
 def test_the_gpu_path_is_one_graph_for_any_number_of_tokens_without_a_look_at_the_data() -> None:
-    """On the meta device there is no data: a shape that depended on it, or a copy to the host, would raise."""
+    """The meta device has no data, so a data-dependent shape or a copy to the host would raise an error."""
     with torch.device("meta"):
         router = TritonRouter(SPEC, config())
         a = tuple(torch.zeros(len(RANKS), 1, 8, WIDTH, dtype=torch.bfloat16) for _ in OUTPUTS)
@@ -153,7 +153,7 @@ def test_the_gpu_path_is_one_graph_for_any_number_of_tokens_without_a_look_at_th
 
 
 def test_the_latest_control_token_wins_at_any_position_in_any_type() -> None:
-    """Scores as attention computes them, in float32 from keys in the cache's type, up to the last position."""
+    """Scores as attention computes them, in float32 from keys in the cache's dtype, up to the last position."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
         captured: dict[str, torch.Tensor] = {}
         switch = make_switch(torch.float16 if dtype == torch.float16 else torch.bfloat16, captured)
@@ -174,7 +174,7 @@ def test_the_latest_control_token_wins_at_any_position_in_any_type() -> None:
 
 @pytest.mark.slow
 def test_kernels_in_tritons_interpreter_are_the_definition() -> None:
-    """In a process of its own: vLLM looks for Triton when it is imported."""
+    """In a separate process, because vLLM looks for Triton when it is imported."""
     worker = Path(__file__).parent / "triton_worker.py"
     done = subprocess.run([sys.executable, worker], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr[-3000:]

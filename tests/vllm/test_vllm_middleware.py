@@ -1,4 +1,4 @@
-"""The server's middleware around a small application: what HTTP can do to it, without an engine."""
+"""The server's middleware around a small application, over HTTP but without an engine."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ CHAT = "/v1/chat/completions"
 
 
 def application(composed: Path, spec: SwitchSpec, **options: Any) -> FastAPI:
-    """An application with vLLM's state that answers with the body that it got."""
+    """An application with vLLM's state that echoes the request's body."""
     app = FastAPI()
     defaults = {"model": "m", "served_model_name": ["m"], "chat_template": None, "default_chat_template_kwargs": None}
     app.state.args = SimpleNamespace(**{**defaults, **options})
@@ -142,7 +142,7 @@ def test_a_stream_may_come_in_any_pieces(client: TestClient, cuts: list[int], ne
 
 
 def test_a_stream_comes_as_it_is_written(composed: Path, spec: SwitchSpec) -> None:
-    """Each event is passed on before the next is there."""
+    """Each event is passed on before the next one arrives."""
     sent: list[bytes] = []
 
     async def run() -> None:
@@ -272,7 +272,7 @@ WORD = st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1
     st.lists(WORD | WORD.map(lambda word: f"--{word}") | st.sampled_from(["-tp", "-O3", "--port=1", "-h"]), max_size=6)
 )
 def test_options_are_vllms_own(options: list[str]) -> None:
-    """What the command gets after the model is what vLLM gets, in its order."""
+    """The arguments after the model are passed to vLLM in order."""
     if {"--help", "--"} & set(options):
         return
     seen: list[str] = []

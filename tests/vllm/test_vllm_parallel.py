@@ -1,4 +1,4 @@
-"""Two processes, by tensor and by pipeline, give what one gives: the transformers backend's greedy tokens."""
+"""Two processes, tensor- or pipeline-parallel, give the transformers backend's greedy tokens."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from granite_switch.core.spec import SwitchSpec
 
-# pipelines need a compiled model on CPU (vLLM 0.32)
+# pipeline parallelism needs a compiled model on CPU (vLLM 0.32)
 WAYS = {
     "tensor": {"tensor_parallel_size": 2, "enforce_eager": True},
     "pipeline": {"pipeline_parallel_size": 2, "enforce_eager": False},
@@ -51,7 +51,7 @@ def test_two_processes_equal_one(
         output, errors = process.communicate(timeout=1200)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # workers outlive an engine that is cut off
+            os.killpg(process.pid, signal.SIGKILL)  # workers outlive an engine that is killed
     assert process.returncode == 0, errors[-3000:]
     assert json.loads(output.strip().splitlines()[-1]) == [reference(p, 10) for p in prompts]
 

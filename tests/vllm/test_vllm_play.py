@@ -1,4 +1,4 @@
-"""The page's session on vLLM's own server: ids, texts and cached tokens, turns that are stopped and refused."""
+"""The page's session on a vLLM server: ids, texts, cached tokens, and stopped or refused turns."""
 
 from collections.abc import Iterator
 from pathlib import Path

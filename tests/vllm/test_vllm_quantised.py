@@ -1,4 +1,4 @@
-"""Bases that come quantised, in vLLM on CPU: what it says with an adapter is PEFT's on what the packed weights mean."""
+"""Quantised bases in vLLM on CPU: with an adapter they equal PEFT on the dequantised weights."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import granite_switch
 from granite_switch.core.checkpoint import read_json
 from granite_switch.core.spec import SwitchSpec
 
-# mean differences of log-probabilities: rounding to bfloat16, and where activations are quantised, that of them
+# mean differences of log-probabilities, from rounding to bfloat16 and from quantised activations
 FORMATS = {
     "compressed-tensors W4A16": 0.02,
     "compressed-tensors W8A8": 0.04,
@@ -28,7 +28,7 @@ IDS = torch.randint(10, 300, (40,), generator=torch.Generator().manual_seed(0)).
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain base, and beside it a LoRA on every linear."""
+    """A plain base, and next to it a LoRA on every linear."""
     folder = tmp_path_factory.mktemp("plain")
     base = make_decoder(folder / "base", "granite", intermediate_size=256)
     make_adapter(folder / "whole", base, rank=8, targets=ALL, strength=0.2)
@@ -37,7 +37,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def expected(base: Path, adapter: Path | None) -> torch.Tensor:
-    """Log-probabilities [T, V] on the numbers that the base's packed weights mean, in float32."""
+    """Log-probabilities [T, V] with the base's dequantised weights, in float32."""
     model = load_decoder(meant_by(base), "granite")
     model = PeftModel.from_pretrained(model, adapter).eval() if adapter else model
     return model(input_ids=torch.tensor([IDS])).logits[0].log_softmax(-1)

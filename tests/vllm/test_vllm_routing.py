@@ -1,4 +1,4 @@
-"""Slots read out inside the engine against `core.routing`: any prompts, chunks, batches and cached prefixes."""
+"""Slots inside the engine against `core.routing`, for any prompts, chunks, batches and cached prefixes."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,7 +19,7 @@ TYPES = ["float32-auto", "bfloat16-auto", "float16-auto", "bfloat16-fp8", "float
 
 
 class Watched:
-    """An engine, and the slots that it worked out for every token of every request."""
+    """An engine, with the slots that it computed for every token of every request."""
 
     def __init__(self, llm: Any) -> None:
         self.llm, self.core, self.runner = llm, core_of(llm), runner_of(llm)
@@ -39,7 +39,7 @@ class Watched:
             seen.update(zip(positions[first:last], found[first:last], strict=True))
 
     def check(self, prompts: list[list[int]], chunk: int, new_tokens: int = 2) -> int:
-        """Run a batch; every slot must be the oracle's. Gives the number of prompt tokens taken from the cache."""
+        """Run a batch and compare every slot with the oracle. Returns the number of prompt tokens from the cache."""
         self.seen.clear()
         self.core.scheduler.max_num_scheduled_tokens = chunk
         sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The trained sample: vLLM writes what the transformers backend writes, and is right as often."""
+"""The trained sample: vLLM gives the transformers backend's text and accuracy."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ def tokenizer(sample: Path):
 
 @pytest.fixture(scope="module")
 def expected(sample: Path, tokenizer) -> dict[str, list[str]]:
-    """What the transformers backend writes; worked out before the engine binds this process to its cores."""
+    """The transformers backend's text, computed before the engine binds this process to its cores."""
     import world
     from evaluate import answers
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server(composed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a server with the composed model under two names, behind a key."""
+    """A client of a server with the composed model under two names and an API key."""
     log = tmp_path_factory.mktemp("server") / "log"
     options = ("--max-logprobs", 20, "--api-key", "secret", "--trust-request-chat-template")
     with serving(composed, "switch other", log, *options) as url:
@@ -59,7 +59,7 @@ def text(answer: dict[str, Any]) -> str:
 
 
 def refused(server: httpx.Client, path: str, **fields: Any) -> str:
-    """What the error says, which has OpenAI's form."""
+    """The message of an error in OpenAI's format."""
     error = post(server, path, 400, **fields)["error"]
     assert (error["code"], set(error)) == (400, {"message", "type", "param", "code"})
     return error["message"]
@@ -121,7 +121,7 @@ def test_the_other_ways_to_ask_give_the_same(server: httpx.Client, spec: SwitchS
             assert answer["model"] == model(name)
         assert spec.adapter(name).token_id in ids
         for said in (response["output"][0]["content"][0]["text"], message["content"][0]["text"], text(batch)):
-            assert wanted.startswith(said)  # these stop at the end of the text
+            assert wanted.startswith(said)  # the text may stop early at the end-of-text token
             assert said
         assert wanted.startswith(prompt["choices"][0]["text"])
 

@@ -1,6 +1,6 @@
 """Run by test_vllm_lora.py: `TritonRouter` and vLLM's LoRA kernels in Triton's interpreter against the definition.
 
-vLLM looks for a GPU of Triton's when it is imported, so the interpreter must be set up before.
+vLLM looks for Triton's GPU driver when it is imported, so the interpreter must be set up first.
 """
 
 import os
@@ -24,7 +24,7 @@ WIDTH, TOKENS = 32, 48
 
 
 def make(adapters: int, rank: int, slices: int, seed: int) -> tuple[TritonRouter, TritonLinear]:
-    """A router, and a linear whose adapters are drawn."""
+    """A router, and a linear with random adapters."""
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS))
     router = TritonRouter(SimpleNamespace(adapters=range(adapters)), config)
     draw = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ def check(linear: TritonLinear, x: torch.Tensor, before: torch.Tensor, found: to
 
 
 def routings(adapters: int) -> st.SearchStrategy[list[int]]:
-    """Any slots; those of the base alone and of one adapter alone among them."""
+    """Any slots, including only the base and only one adapter."""
     return st.one_of(
         st.lists(st.integers(0, adapters), min_size=1, max_size=TOKENS - 9),
         st.integers(1, TOKENS - 9).map(lambda n: [0] * n),
@@ -69,7 +69,7 @@ def kernels_are_the_definition(data: st.DataObject) -> None:
     adapters, rank = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([1, 8, 32]))
     router, linear = make(adapters, rank, data.draw(st.integers(1, 3)), data.draw(st.integers(0, 99)))
     slots, padding = data.draw(routings(adapters)), data.draw(st.integers(0, 9))  # CUDA graphs pad a batch
-    router.mapping.fill_(adapters - 1)  # what an earlier batch left
+    router.mapping.fill_(adapters - 1)  # left by an earlier batch
     out = sum(b.shape[2] for b in linear.layer.lora_b_stacked)
     x, before = torch.randn(len(slots) + padding, WIDTH).half(), torch.randn(len(slots) + padding, out).half()
     whole = slots + data.draw(st.lists(st.integers(0, adapters), min_size=padding, max_size=padding))
@@ -80,7 +80,7 @@ def kernels_are_the_definition(data: st.DataObject) -> None:
 
 
 def a_captured_route_serves_any_routing() -> None:
-    """What CUDA graphs do: the recorded steps run again on new contents of the same buffers."""
+    """As with CUDA graphs, recorded operations run again on new contents of the same buffers."""
     router, linear = make(5, 8, 2, 0)
     slots, draw = torch.zeros(20, dtype=torch.int32), torch.Generator().manual_seed(1)
 

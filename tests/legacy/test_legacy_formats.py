@@ -1,4 +1,4 @@
-"""Old checkpoints load as they are and compute what PEFT does, however they are loaded."""
+"""Legacy checkpoints load as they are and compute what PEFT computes, however they are loaded."""
 
 import copy
 from collections.abc import Callable
@@ -46,11 +46,11 @@ def _logits(model: torch.nn.Module, tokens: list[int]) -> Tensor:
 
 
 def _old_prompt(folder: Path, name: str, prompt: list[int]) -> list[int]:
-    """The prompt as an old generation wants it: the control token inserted (1) or in its substitute's place."""
+    """The prompt for a legacy format: the control token is inserted (1) or replaces its substitute (2, 3)."""
     spec = legacy.read(folder).spec
     if name == "base":
         return prompt
-    opening = prompt[0]  # of a turn, and of the invocation sequence
+    opening = prompt[0]  # opens a turn and the invocation sequence
     at = 0 if name in LORA else len(prompt) - 1 - prompt[::-1].index(opening)
     control = spec.adapter(name).token_id
     tokens = [*prompt[:at], control, *prompt[at + (0 if spec.hiding else 1) :]]
@@ -76,9 +76,9 @@ WAYS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("generation", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_equals_peft(
-    generation: int,
+    version: int,
     way: str,
     old: Callable[..., Path],
     prompt: list[int],
@@ -86,7 +86,7 @@ def test_equals_peft(
     tmp_path: Path,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    folder = old(generation)
+    folder = old(version)
     options = dict(WAYS[way], offload_folder=tmp_path) if "device_map" in WAYS[way] else WAYS[way]
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info
@@ -111,11 +111,11 @@ def test_latest_wins_and_returns_to_base(old: Callable[..., Path], prompt: list[
         torch.testing.assert_close(got[:first], want[:first], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("generation", [1, 3])
+@pytest.mark.parametrize("version", [1, 3])
 def test_sharded_in_bfloat16(
-    generation: int, old: Callable[..., Path], prompt: list[int], expected: dict[str, Tensor]
+    version: int, old: Callable[..., Path], prompt: list[int], expected: dict[str, Tensor]
 ) -> None:
-    folder = old(generation, shards=3, dtype=torch.bfloat16)
+    folder = old(version, shards=3, dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     for name, logits in expected.items():
@@ -124,9 +124,9 @@ def test_sharded_in_bfloat16(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("generation", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_adapters_act_when_quantised(
-    generation: int, kind: str, old: Callable[..., Path], prompt: list[int], expected: dict[str, Tensor]
+    version: int, kind: str, old: Callable[..., Path], prompt: list[int], expected: dict[str, Tensor]
 ) -> None:
     from transformers import BitsAndBytesConfig, QuantoConfig
 
@@ -136,21 +136,21 @@ def test_adapters_act_when_quantised(
     else:
         pytest.importorskip("optimum.quanto")
         how = QuantoConfig(weights="int8")
-    folder = old(generation)
+    folder = old(version)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
     assert type(model.model.layers[0].self_attn.k_proj) is not torch.nn.Linear
     plain = _logits(model, prompt)[:300]
     for name in LORA + ALORA:
         change = _logits(model, _old_prompt(folder, name, prompt))[:300] - plain
         wanted = expected[name][:300] - expected["base"][:300]
-        # 4 bits on widths of 64 are coarse; an adapter that did nothing, or another's, would be far off
+        # 4 bits are coarse at a width of 64; a missing or wrong adapter would differ far more
         assert change.norm() > 0.5 * wanted.norm(), name
         assert torch.nn.functional.cosine_similarity(change, wanted, dim=0) > 0.8, name
 
 
-@pytest.mark.parametrize("generation", [1, 2, 3])
-def test_saved_and_loaded_again(generation: int, old: Callable[..., Path], prompt: list[int], tmp_path: Path) -> None:
-    folder = old(generation)
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_saved_and_loaded_again(version: int, old: Callable[..., Path], prompt: list[int], tmp_path: Path) -> None:
+    folder = old(version)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
