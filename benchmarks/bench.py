@@ -453,9 +453,7 @@ def _written(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the main targets, on half the layers")
-    parser.add_argument(
-        "--only", default="", metavar="REGEX", help="only the cases, `loading` or `tools`, whose name matches"
-    )
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases, `loading` or `tools`, by name")
     parser.add_argument("--list", action="store_true", help="print the cases and exit")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, help="of the base; half for --quick, else small")

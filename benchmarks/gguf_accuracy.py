@@ -23,12 +23,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the composed sample")
     parser.add_argument("--examples", type=int, default=200, help="held-out examples for each task")
     parser.add_argument("--outtypes", nargs="+", default=["f32", "q8_0"], choices=OUTTYPES)
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="threads of the engine; more than the default helps only on an idle machine",
-    )
+    parser.add_argument("--threads", type=int, default=1, help="engine threads; more help only on an idle machine")
     options = parser.parse_args()
 
     rows: dict[str, list[str]] = {}

@@ -47,9 +47,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="half")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--compiled", action="store_true", help="use torch.compile; vLLM's own LoRA on CPU always runs without it"
-    )
+    parser.add_argument("--compiled", action="store_true", help="torch.compile; vLLM's own LoRA on CPU runs without it")
     options = parser.parse_args()
     if options.command == "plot":
         plot(json.loads(max(RESULTS.glob("*-vllm-prefix*.json")).read_text())["result"])

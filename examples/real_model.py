@@ -271,9 +271,7 @@ def compare_time(switch: Any, composed: Path, held_out: Sequence[Entry]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / ".cache" / "real", help="folder for everything that is created"
-    )
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "real", help="folder for all output")
     others = {"nargs": "*", "choices": ["vllm", "llama.cpp"], "help": "in addition to PEFT and transformers"}
     parser.add_argument("--engines", default=available(), **others)
     count = {"type": int, "choices": range(1, HELD_OUT + 1), "metavar": f"1..{HELD_OUT}"}

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # for cores shared with other processes; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the cores are shared; read when torch is imported
 os.environ.setdefault(  # read by the training processes: use large pages, and keep freed memory
     "GLIBC_TUNABLES",
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=2147483648:glibc.malloc.trim_threshold=4294967296",

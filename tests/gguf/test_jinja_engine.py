@@ -92,6 +92,4 @@ def test_it_renders_what_jinja2_renders(family: str, engine: Engine) -> None:
 
     run()
     chat = {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True, "bos_token": specials[0]}
-    assert (
-        engine(composed, chat)[1] == engine(template, chat)[1]
-    )  # the capabilities that the engine detects in the template
+    assert engine(composed, chat)[1] == engine(template, chat)[1]  # capabilities that the engine detects

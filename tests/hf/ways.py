@@ -43,9 +43,7 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.spec = self.model.config.switch_spec
         self.prompts: dict[str | None, Tensor] = {}
-        self.asked: dict[
-            str, list[tuple[str, str | None]]
-        ] = {}  # adapter -> prompts, with and without its control token
+        self.asked: dict[str, list[tuple[str, str | None]]] = {}  # adapter -> prompts, with and without its token
         if isinstance(conversations, Conversation):
             self.prompts[None] = self.render(conversations)
             for name in self.spec.names:

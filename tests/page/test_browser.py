@@ -233,9 +233,7 @@ def test_a_server_that_is_slow_is_stopped_breaks_and_comes_back(
         seen.until(lambda: len(seen.text("#chat .gs-answer")) > 3)
         seen.one("#message textarea").send_keys("typed meanwhile")
         seen.press("#stop")
-        seen.until(
-            lambda: "unknown" in seen.text("#figures")
-        )  # the counts come last, and the client did not wait for them
+        seen.until(lambda: "unknown" in seen.text("#figures"))  # the counts come last; the client did not wait
         written = len(seen.all("#trace .new"))
         assert 0 < written < 30
         assert seen.one("#message textarea").get_attribute("value") == "typed meanwhile"
