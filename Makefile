@@ -22,24 +22,24 @@ export TOKENIZERS_PARALLELISM ?= false
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       compose the sample model, generate with each adapter, show the routing"
+	@echo "make demo       composes the sample model, generates with each adapter, shows the routing"
 	@echo "make test       everything that runs on a CPU here"
-	@echo "make test-fast  the part of it that takes under two minutes"
+	@echo "make test-fast  the part of make test that takes under two minutes"
 	@echo "make test-vllm  the vLLM backend, in an environment of its own (part of make test)"
-	@echo "make test-page  the page of granite-switch play in a real browser; pictures of it in out/page"
+	@echo "make test-page  the page of granite-switch play in a real browser; writes screenshots to out/page"
 	@echo "make test-gguf  builds llama.cpp once and tests the export in it"
 	@echo "make test-matrix  the transformers backend on the oldest, a middle and the newest release"
-	@echo "make test-newest  the same with the newest release of every dependency, in an environment of its own"
-	@echo "make soak       two hundred kills, many random sequences of changes"
+	@echo "make test-newest  the same with the newest release of every dependency, in its own environment"
+	@echo "make soak       kills two hundred changes midway, and runs many random sequences of changes"
 	@echo "make fuzz       every command on 20,000 damaged files (minutes)"
-	@echo "make test-notebooks  runs notebooks/ from start to end and keeps their outputs"
+	@echo "make test-notebooks  runs the notebooks and stores their outputs"
 	@echo "make test-tools  lm_eval on a composed model, in a process that never imports the package"
 	@echo "make docs       the pages and the API reference as a site, in out/site"
 	@echo "make check      format, lint, types, import arrows, the site"
-	@echo "make dist       sdist and wheel in dist/, checked; the wheel runs in an environment of its own"
-	@echo "make sample     train the sample model and its adapters anew (about an hour)"
-	@echo "make real       a real language model: fetched, adapters trained, composed, run in every engine that is set up (half an hour)"
-	@echo "make bench      the main figures of docs/performance.md (bench-setup: the older project, bench-full: all)"
+	@echo "make dist       builds and checks sdist and wheel in dist/; runs the wheel in its own environment"
+	@echo "make sample     trains the sample model and its adapters again (about an hour)"
+	@echo "make real       trains two adapters for a real language model and runs them in every installed engine (half an hour)"
+	@echo "make bench      the main figures of docs/performance.md (bench-setup: installs release 0.1.1; bench-full: all)"
 
 setup: .venv/.stamp
 
@@ -52,7 +52,7 @@ setup: .venv/.stamp
 demo: setup
 	$(BIN)/python examples/demo.py --output $(SAMPLE)
 
-# With the llama.cpp build at hand its tests run too (see test-gguf).
+# If llama.cpp has been built (see test-gguf), its tests run too.
 test: setup $(if $(wildcard $(LLAMA_WHEEL)),.venv/.llama)
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q
 	$(MAKE) test-vllm
@@ -60,13 +60,13 @@ test: setup $(if $(wildcard $(LLAMA_WHEEL)),.venv/.llama)
 test-fast: setup
 	$(BIN)/python -m pytest tests -n $(WORKERS) -q -m "not slow"
 
-# The page in Debian's chromium, which is installed where apt can be used. `make test` runs this too where it is there.
+# The page in Debian's chromium, installed if apt is available. `make test` includes this if chromium is installed.
 test-page: setup
 	command -v chromedriver || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver)
 	NEED_BROWSER=1 $(BIN)/python -m pytest tests/page -q
 
-# vLLM has an environment of its own: it brings its own versions of transformers and much else. Engines leave state
-# behind in their process, so each file gets one of its own, and is told apart in the output when it is done.
+# vLLM has its own environment, because it pins transformers and much else. Engines leave state in their process, so each
+# file runs in its own process, and its output is printed when it has finished.
 test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp .venv-clients/.stamp
 	mkdir -p $(OUT)
 	printf '%s\n' tests/vllm/test_*.py tests/compose/test_tokenizers.py | VLLM_CPU_KVCACHE_SPACE=1 xargs -P $(WORKERS) -I FILE sh -c \
@@ -81,7 +81,7 @@ test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp .venv-clients/.stamp
 	.venv-vllm/bin/pip install --quiet hypothesis peft pytest rich typer
 	touch $@
 
-# Mellea, the client of the adapters' own functions: also from outside, with versions of its own.
+# Mellea calls the adapters through functions of its own; it needs other versions, hence an environment.
 .venv-mellea/.stamp: pyproject.toml constraints.txt
 	test -x .venv-mellea/bin/python || $(PYTHON) -m venv .venv-mellea
 	.venv-mellea/bin/pip install --quiet --constraint constraints.txt torch
@@ -89,14 +89,14 @@ test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp .venv-clients/.stamp
 	.venv-mellea/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-# Clients of OpenAI's API as others wrote them; nothing of this project is in there.
+# Unmodified clients of OpenAI's API; this project is not installed there.
 .venv-clients/.stamp: Makefile
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet langchain-openai==$(LANGCHAIN) litellm==$(LITELLM)
 	touch $@
 
-# The engine is built from its sdist once (6 to 13 minutes on 2 cores), as a wheel in .cache; its own converter,
-# to compare with, comes from there too.
+# The engine is built once from its sdist (6 to 13 minutes on 2 cores), as a wheel in .cache. The sdist also contains
+# llama.cpp's own converter, which the tests compare with.
 test-gguf: .venv/.llama .cache/llama.cpp
 	$(BIN)/python -m pytest tests/gguf -n $(WORKERS) -q
 
@@ -121,7 +121,7 @@ $(LLAMA_SDIST): | .venv/.stamp
 soak: setup
 	SOAK=1 $(BIN)/python -m pytest tests/maintain -q
 
-# Every command on damaged files: a result or an error, nothing left over, memory under 1 GB.
+# Every command on damaged files must give a result or an error, leave no files, and use less than 1 GB of memory.
 fuzz: setup
 	rm -rf $(OUT)/fuzz && mkdir -p $(OUT)/fuzz
 	$(BIN)/python tests/fuzz/fuzz.py $(OUT)/fuzz/material --cases 20000 --workers $(WORKERS)
@@ -129,7 +129,7 @@ fuzz: setup
 # The fast transformers suite on the oldest, a middle and the newest release.
 test-matrix: $(addprefix test-tf-,$(MATRIX))
 
-# As JSON, for CI, which gives each release a machine.
+# The matrix as JSON, for CI, which runs each release on its own machine.
 matrix:
 	@printf '%s\n' $(MATRIX) | sed 's/.*/"&"/' | paste -sd, | sed 's/.*/[&]/'
 
@@ -140,7 +140,7 @@ test-tf-%: setup
 	.venv-tf-$*/bin/pip install --quiet --constraint .venv-tf-$*/constraints.txt --editable '.[dev]' transformers==$*
 	.venv-tf-$*/bin/python -m pytest tests/hf tests/compose tests/legacy -n $(WORKERS) -q -m "not slow"
 
-# The transformers suite with whatever pip gives today; only torch is pinned, to its CPU build.
+# The transformers suite with the newest releases on the index; only torch is pinned, to its CPU build.
 test-newest:
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
@@ -156,11 +156,11 @@ check: setup docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Strict: a link, an anchor or a name in the reference that leads nowhere fails.
+# Strict: fails on broken links, anchors and names in the reference.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Serving (5) and Mellea (the end of 4) have environments of their own; without them 5 is left as it is.
+# Serving (5) and Mellea (the end of 4) have their own environments; without vLLM's, 5 is skipped.
 test-notebooks: setup
 	$(BIN)/python notebooks/run.py
 
@@ -172,7 +172,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The wheel is installed without extras, and must run and hold its types. With TAG=vX.Y.Z the version must be X.Y.Z.
+# The wheel is installed without extras, and must run and contain py.typed. With TAG=vX.Y.Z the version must be X.Y.Z.
 dist:
 	rm -rf dist .venv-dist
 	$(PYTHON) -m venv .venv-dist
@@ -187,7 +187,7 @@ dist:
 sample: setup
 	$(BIN)/python sample/train.py
 
-# In vLLM and llama.cpp too, where they have been set up (make test-vllm, make test-gguf).
+# Includes vLLM and llama.cpp if they are installed (make test-vllm, make test-gguf).
 real: setup
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python examples/real_model.py
 

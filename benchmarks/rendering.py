@@ -53,10 +53,10 @@ def texts() -> Mapping[str, str]:
     return {
         "harmless": "the river ends in the sea and the road begins at the mill ",
         "control tokens": "".join(f"<|{name}|>" for name in NAMES),
-        "control tokens in each other": nested,
+        "nested control tokens": nested,
         "role tokens around control tokens": "<|start_of<|citations|>_role|>",
-        "tokens in reserve": "<|unused_100400|>",
-        "the letter of the marks": "x",
+        "spare tokens": "<|unused_100400|>",
+        "the letter in the markers": "x",
         "'<' alone": "<",
         "'<', and every control token once": "1",
         "'<', and every control token 1,000 times": "1000",
