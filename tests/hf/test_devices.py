@@ -42,7 +42,7 @@ def test_device_map(composed, check, placement):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(composed, reference, row, dtype):
-    """As in the report that began it."""
+    """In half precision with a device map, adapters keep their full effect."""
     model = AutoModelForCausalLM.from_pretrained(composed, dtype=dtype, device_map="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     seen = reference.seen(model)

@@ -125,7 +125,7 @@ def _load(folder: Path, config: Any) -> torch.nn.Module:
 
 
 class TestBnBAdapterActivation:
-    """As in the report that began it: 4 bits, and each adapter must still do something."""
+    """In 4 bits, each adapter keeps its effect."""
 
     @pytest.mark.parametrize("adapter", ADAPTERS)
     def test_adapter_activates(self, load, full, adapter):
