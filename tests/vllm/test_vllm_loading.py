@@ -82,7 +82,7 @@ def write_older(model: Path, folder: Path, version: int) -> Path:
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_older_generations_load_as_they_are(
+def test_legacy_formats_load_as_they_are(
     composed: Path, tmp_path: Path, version: int, reference: Callable[[list[int], int], list[int]]
 ) -> None:
     old = write_older(composed, tmp_path / "old", version)
@@ -91,7 +91,7 @@ def test_older_generations_load_as_they_are(
         assert [list(o.token_ids) for o in greedy(llm, prompts)] == [reference(p, 10) for p in prompts]
 
 
-def test_generation_1_is_refused_with_the_command(composed: Path, tmp_path: Path) -> None:
+def test_legacy_format_1_is_refused_with_the_command(composed: Path, tmp_path: Path) -> None:
     old = write_older(composed, tmp_path / "old", 2)
     edit_json(old / "config.json", adapter_substitute_token_ids=None, hiding_groups={"controls": ["answerability"]})
     with pytest.raises(Exception, match="granite-switch upgrade OLD NEW"):
