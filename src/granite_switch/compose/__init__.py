@@ -31,18 +31,18 @@ def compose(
     """Compose a base model and adapters into a checkpoint at `output`.
 
     Args:
-        base: local folder or hub id of a Granite model.
+        base: local folder or hub id of a model.
         adapters: PEFT adapter folders, library folders, YAML manifests or hub ids.
-        output: the folder to make. It appears only when it is complete.
+        output: the folder to create; it appears only when it is complete.
         force: replace an existing folder.
-        on_bytes: called with the number of bytes after each piece that is copied.
+        on_bytes: called with the number of bytes of each piece copied.
         options: as for `prepare`.
 
     Returns:
-        What was composed.
+        The plan that was carried out.
 
     Raises:
-        SwitchError: with all that is wrong and what to do; nothing is left over.
+        SwitchError: lists everything that is wrong and how to fix it; no partial output is left.
     """
     check_target(Path(output), force=force)
     planned = prepare(base, adapters, **options)
@@ -65,20 +65,20 @@ def prepare(
     create_io_yaml: bool = False,
     place: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Read and check everything, and write nothing.
+    """Read and check everything without writing; return the plan.
 
     Args:
-        base: local folder or hub id of a Granite model.
+        base: local folder or hub id of a model.
         adapters: PEFT adapter folders, library folders, YAML manifests or hub ids.
-        revision: of every hub repository that is given without one (`owner/repo@revision`).
-        adapter_revision: of those of adapters.
-        base_name: the base's folder in adapter libraries; the base's own name by default.
+        revision: revision of hub repositories that are given without one (`owner/repo@revision`).
+        adapter_revision: the same, for repositories of adapters only.
+        base_name: the base's folder name in adapter libraries; defaults to the base's own name.
         include: globs of adapter names to take; all by default.
         exclude: globs of adapter names to leave out.
-        technology: "alora" or "lora", where only one is wanted. Of both, aLoRA is preferred.
+        technology: "alora" or "lora", to take only one. By default aLoRA is preferred if an adapter comes as both.
         generatable: let the model generate control tokens.
         create_io_yaml: write a minimal io.yaml for adapters without one.
-        place: adapter's name -> "prefix" or "suffix": where the chat template writes a missing invocation text.
+        place: adapter name -> "prefix" or "suffix": where the chat template writes a missing invocation text.
     """
     folder = base_folder(str(base), revision)
     name = base_name or own_name(str(base), folder)
@@ -88,8 +88,7 @@ def prepare(
     planned = plan(
         folder,
         placed(there.found, place or {}),
-        base_name=name,
-        base_source=str(replace(snapshot, revision=None)) if snapshot else name,
+        base_model=str(replace(snapshot, revision=None)) if snapshot else name,
         base_commit=(snapshot.revision or "") if snapshot else "",
         generatable=generatable,
         create_io_yaml=create_io_yaml,
@@ -98,7 +97,7 @@ def prepare(
 
 
 class _Callable(ModuleType):
-    """Importing this package binds it to the name `granite_switch.compose`, which is to be the function too."""
+    """Importing this package binds it to the name `granite_switch.compose`, which must also be the function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Plan:
         return compose(*args, **kwargs)
