@@ -1,4 +1,4 @@
-"""Granite Switch: one Granite checkpoint, many LoRA and aLoRA adapters, switched per token by control tokens.
+"""Granite Switch: one checkpoint with many LoRA and aLoRA adapters, switched per token by control tokens.
 
 Importing this package registers nothing and loads no heavy library; `import granite_switch.hf` registers with
 transformers.

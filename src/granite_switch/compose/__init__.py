@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from granite_switch.compose.base import read_base
 from granite_switch.compose.hub import snapshot_of
-from granite_switch.compose.plan import Plan, plan
+from granite_switch.compose.plan import Plan, assemble, read_slots
 from granite_switch.compose.sources import Selection, base_folder, discover, own_name, placed
 from granite_switch.compose.write import write_model
 from granite_switch.core.staging import check_target, staged
@@ -84,14 +85,16 @@ def prepare(
     name = base_name or own_name(str(base), folder)
     selection = Selection(name, tuple(include), tuple(exclude), technology)
     there = discover([str(source) for source in adapters], selection, adapter_revision or revision)
+    found = placed(there.found, place or {})
     snapshot = snapshot_of(folder)
-    planned = plan(
-        folder,
-        placed(there.found, place or {}),
-        base_model=str(replace(snapshot, revision=None)) if snapshot else name,
-        base_commit=(snapshot.revision or "") if snapshot else "",
-        generatable=generatable,
+    read = read_base(folder)
+    planned = assemble(
+        read,
+        read_slots(found, read),
+        str(replace(snapshot, revision=None)) if snapshot else name,
+        generatable,
         create_io_yaml=create_io_yaml,
+        base_commit=(snapshot.revision or "") if snapshot else "",
     )
     return replace(planned, notes=(*planned.notes, *map(str, there.left)))
 

@@ -1,5 +1,6 @@
 """Read a base model and check that it can carry adapters."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from granite_switch.compose.reading import read_as_base
 from granite_switch.core.border import shown
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import inside
-from granite_switch.core.layout import Vocabulary, decoder_config, natural, vocabulary
+from granite_switch.core.layout import Vocabulary, at_layer, decoder_config, natural, vocabulary
 from granite_switch.core.linears import linears
 from granite_switch.core.packed import FLOATS, WAY_OUT, Shape, plain_name, refused
 from granite_switch.core.records import read_config
@@ -140,21 +141,14 @@ def check_base(base: Base) -> None:
 
 def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list[str]:
     """Return missing layers, and tensors that a layer lacks but the others of its type have."""
-    layers: dict[int, set[str]] = {}
-    heads: dict[str, int] = {}
-    for name in tensors:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if at is not None:
-            heads[".".join(parts[:at])] = heads.get(".".join(parts[:at]), 0) + 1
-    if not heads:
+    numbered = [parts for parts in map(at_layer, tensors) if parts[1]]
+    if not numbered:
         return ["every layer"]
-    stem = max(heads, key=lambda head: heads[head])
-    for name in tensors:
-        if name.startswith(stem + "."):
-            number, _, rest = name[len(stem) + 1 :].partition(".")
-            if number.isdecimal():
-                layers.setdefault(int(number), set()).add(rest)
+    [(stem, _)] = Counter(head for head, _, _ in numbered).most_common(1)
+    layers: dict[int, set[str]] = {}
+    for head, number, rest in numbered:
+        if head == stem:
+            layers.setdefault(int(number), set()).add(rest)
     count = config["num_hidden_layers"]
     absent = [f"{stem}.{i}" for i in range(count) if i not in layers]
     kinds = config.get("layer_types")
@@ -173,7 +167,6 @@ def _missing_norms(tensors: Collection[str], config: Mapping[str, Any]) -> list[
     """Return missing norms: an epsilon in the config implies norms in the layers and after the last one."""
     if not any(config.get(key) is not None for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")):
         return []
-    norms = [name for name in tensors if "norm" in name.lower() or ".ln_" in name]
-    inside = any(any(part.isdecimal() for part in name.split(".")) for name in norms)
-    outside = any(not any(part.isdecimal() for part in name.split(".")) for name in norms)
-    return [*([] if inside else ["the norms of its layers"]), *([] if outside else ["the norm after the last layer"])]
+    found = {bool(at_layer(name)[1]) for name in tensors if "norm" in name.lower() or ".ln_" in name}
+    names = {True: "the norms of its layers", False: "the norm after the last layer"}
+    return [name for in_layer, name in names.items() if in_layer not in found]

@@ -15,7 +15,7 @@ from granite_switch.compose.effect import product_norm
 from granite_switch.compose.sources import model_folder
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import steady
-from granite_switch.core.layout import AdapterTensor, decoder_config
+from granite_switch.core.layout import AdapterTensor, at_layer, decoder_config
 from granite_switch.core.packed import FLOATS
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.errors import SwitchError
@@ -150,26 +150,19 @@ def strengths(model: str | PathLike[str]) -> Strengths:
 
 
 def _strengths(composed: Composed) -> Strengths:
-    places = {linear: _place(linear) for spec in composed.spec.active for linear in spec.targets}
-    modules = tuple(dict.fromkeys(place[0] for place in places.values()))
-    layers = 1 + max((place[1] for place in places.values()), default=0)
+    places = {linear: at_layer(linear) for spec in composed.spec.active for linear in spec.targets}
+    modules = tuple(dict.fromkeys(module for _, _, module in places.values()))
+    layers = 1 + max((int(layer) for _, layer, _ in places.values()), default=0)
     values = {name: np.zeros((len(modules), layers)) for name in composed.adapters}
-    for linear, (module, layer) in places.items():
+    for linear, (_, layer, module) in places.items():
         of_base = None
         for name, adapter in composed.adapters.items():
             a, b = (adapter.tensors.get(AdapterTensor("", linear, matrix)) for matrix in "AB")
             if a and b:
                 of_base = _base_norm(composed.base.checkpoint, linear) if of_base is None else of_base
                 scale = composed.spec.adapter(name).scale_of(linear)
-                values[name][modules.index(module), layer] = scale * product_norm(a, b) / of_base
+                values[name][modules.index(module), int(layer)] = scale * product_norm(a, b) / of_base
     return Strengths(modules, values)
-
-
-def _place(linear: str) -> tuple[str, int]:
-    """Return a linear's path relative to its layer, and the layer's number."""
-    parts = linear.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
-    return ".".join(parts[at + 1 :]), int(parts[at]) if at >= 0 else 0
 
 
 def _base_norm(checkpoint: Checkpoint, linear: str) -> float:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from granite_switch.core.layout import at_layer
+
 _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.(?!weight$)([^.]+))?(?:\.weight)?")
 _OUTSIDE = re.compile(r"(?:(?:base_model\.model|_orig_mod|module|_fsdp_wrapped_module)\.)+")
 _INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -89,16 +91,14 @@ class Linears:
 
 def stem_of(path: str) -> str:
     """Return a path up to its first number, `model.layers.`; the whole path if it has none."""
-    parts = path.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[:at]) + "."
+    return at_layer(path)[0] + "."
 
 
 def _inner(path: str) -> list[str]:
     """Return a path's parts from the list of layers on; empty if the outer parts may be another tower's."""
-    parts = path.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    return parts[at - 1 :] if at and set(parts[: at - 1]) <= _NEUTRAL else []
+    head, number, tail = at_layer(path)
+    *outer, layers = head.split(".")
+    return [layers, number, *tail.split(".")] if head and number and set(outer) <= _NEUTRAL else []
 
 
 def _without_numbers(path: str) -> str:

@@ -6,14 +6,13 @@ Everything that can be refused is refused here. `write.py` carries the plan out,
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import Adapter, Retired, other_base, read_adapter, read_retired
-from granite_switch.compose.base import Base, read_base
+from granite_switch.compose.base import Base
 from granite_switch.compose.reading import UNREGISTERED
 from granite_switch.compose.sources import Found
 from granite_switch.compose.tokenizer import extended
@@ -71,33 +70,6 @@ class Plan:
     @property
     def adapter_bytes(self) -> int:
         return sum(adapter.nbytes for adapter in self.adapters.values())
-
-
-def plan(
-    base: Path,
-    found: Sequence[Found],
-    *,
-    base_model: str,
-    base_commit: str = "",
-    generatable: bool = False,
-    create_io_yaml: bool = False,
-) -> Plan:
-    """Read the base and every adapter, and plan the composed model.
-
-    Args:
-        base: the base model's folder.
-        found: the adapters, in the order of their slots.
-        base_model: the base's hub id or name in the records.
-        base_commit: the base's commit, if it came from the hub.
-        generatable: let the model generate control tokens.
-        create_io_yaml: write a minimal io.yaml for adapters without one.
-
-    Raises:
-        BaseModelError, AdapterError: lists everything that is wrong, for all adapters.
-    """
-    read = read_base(base)
-    slots = read_slots(found, read)
-    return assemble(read, slots, base_model, generatable, create_io_yaml=create_io_yaml, base_commit=base_commit)
 
 
 def assemble(
@@ -170,7 +142,11 @@ def _with_base_warning(slot: Adapter | Retired, base_model: str) -> Adapter | Re
 
 
 def read_slots(found: Sequence[Found], base: Base) -> list[Adapter | Retired]:
-    """Read every adapter; one error lists the problems of all."""
+    """Read every adapter.
+
+    Raises:
+        AdapterError: lists the problems of all adapters.
+    """
     slots: list[Adapter | Retired] = []
     errors = []
     for one in found:

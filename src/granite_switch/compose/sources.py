@@ -145,7 +145,7 @@ def discover(sources: Sequence[str], selection: Selection, revision: str | None 
     return result
 
 
-def placed(found: Sequence[Found], places: Mapping[str, str]) -> list[Found]:
+def placed(found: Sequence[Found], places: Mapping[str, Any]) -> list[Found]:
     """Set where the template writes missing invocation texts.
 
     Raises:
@@ -154,8 +154,10 @@ def placed(found: Sequence[Found], places: Mapping[str, str]) -> list[Found]:
     names = [one.name for one in found]
     if missing := [name for name in places if name not in names]:
         raise AdapterError(f"there is no adapter {', '.join(missing)} to place", hint=f"adapters: {', '.join(names)}")
-    where = {name: check_placement(name, value) for name, value in places.items()}
-    return [replace(one, invocation_placement=where.get(one.name, one.invocation_placement)) for one in found]
+    for name, where in places.items():
+        if where not in ("", "prefix", "suffix"):
+            raise AdapterError(f"{name}: an invocation text is placed as `prefix` or `suffix`, not {where!r}")
+    return [replace(one, invocation_placement=places.get(one.name, one.invocation_placement)) for one in found]
 
 
 def scan(sources: Sequence[str], revision: str | None = None, selection: Selection | None = None) -> list[Found]:
@@ -378,13 +380,5 @@ def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) 
     note = ""
     if entry.type and (is_one := _technology(here[0])) != entry.type:
         note = f"{path.name} calls it {entry.type}; its adapter_config.json makes it {is_one}"
-    where_to = check_placement(where, entry.invocation_placement)
     name = entry.name or here[0].name
-    return replace(here[0], name=name, base_name="", note=note, invocation_placement=where_to)
-
-
-def check_placement(who: str, where: Any) -> Literal["", "prefix", "suffix"]:
-    """Check where a missing invocation text is written: "prefix", "suffix" or "" for nowhere."""
-    if where not in ("", "prefix", "suffix"):
-        raise AdapterError(f"{who}: an invocation text is placed as `prefix` or `suffix`, not {where!r}")
-    return where
+    return replace(here[0], name=name, base_name="", note=note, invocation_placement=entry.invocation_placement)

@@ -73,11 +73,7 @@ def read(path: Path, kind: type[R], error: type[SwitchError] = CheckpointError, 
     Raises:
         SwitchError: of class `error`; the file is missing, is not JSON, or has wrong keys.
     """
-    try:
-        data = read_json(path)
-    except CheckpointError as problem:
-        raise error(problem.message, hint=hint) from None
-    return checked(kind, data, path, error, hint)
+    return checked(kind, read_json(path, error, hint), path, error, hint)
 
 
 def checked(
@@ -137,11 +133,11 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value).encode("utf-8", "backslashreplace").decode()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, error: type[SwitchError] = CheckpointError, hint: str = "") -> Any:
     """Parse a JSON file.
 
     Raises:
-        CheckpointError: the file is missing or not JSON.
+        SwitchError: of class `error`; the file is missing or not JSON.
     """
     try:
         text = _text(path)
@@ -151,9 +147,9 @@ def read_json(path: Path) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({shown(str(error))})") from None
+        raise error(f"{path}: no such file", hint=hint) from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: cannot be read as JSON ({shown(str(problem))})", hint=hint) from None
 
 
 def _text(path: Path) -> str:

@@ -40,7 +40,7 @@ _MASKED = """\
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the template places one adapter's control token."""
+    """The place of one adapter's control token in a rendered prompt."""
 
     name: str
     token: str
@@ -52,7 +52,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Return:
-    """Where the template places the return-to-base token: it replaces the token that opens a turn."""
+    """The place of the return-to-base token in a rendered prompt: it replaces the token that opens a turn."""
 
     token: str
     opening: str

@@ -121,16 +121,19 @@ def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) and "vocab_size" in inner else config
 
 
+def at_layer(path: str) -> tuple[str, str, str]:
+    """Split a path at its first number: `model.layers`, `3`, `mlp.up_proj`. Without one: the path, "" and ""."""
+    parts = path.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[:at]), "".join(parts[at : at + 1]), ".".join(parts[at + 1 :])
+
+
 def fold(values: Mapping[str, T]) -> dict[str, T]:
     """Join paths that differ in their first number only and have equal values: `model.layers.[0-3,5].mlp.up_proj`."""
     groups: dict[tuple[str, str, T], list[int]] = {}
     for path, value in values.items():
-        parts = path.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if at is None:
-            groups[path, "", value] = []
-        else:
-            groups.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :]), value), []).append(int(parts[at]))
+        head, number, tail = at_layer(path)
+        groups.setdefault((head, tail, value), []).extend([int(number)] if number else [])
     return {
         head if not indices else f"{head}.{_ranges(indices)}{tail and '.'}{tail}": value
         for (head, tail, value), indices in groups.items()

@@ -212,12 +212,6 @@ def read_adapter_index(folder: Path) -> AdapterIndex:
     return read(path, AdapterIndex) if path.is_file() else AdapterIndex()
 
 
-class GenerationConfig(Record):
-    """generation_config.json."""
-
-    eos_token_id: TokenId | list[TokenId] | None = None
-
-
 class QuantisedWeights(Record):
     """`weights` of one of compressed-tensors' `config_groups`."""
 
@@ -273,16 +267,11 @@ class ModelConfig(Record):
 
 def read_config(path: Path, error: type[SwitchError] = CheckpointError, hint: str = "") -> dict[str, Any]:
     """Read a model's config.json; the keys in use are checked, the others are kept unchanged."""
-    try:
-        config = read_json(path)
-    except CheckpointError as problem:
-        raise error(problem.message, hint=hint) from None
+    config = read_json(path, error, hint)
     checked(ModelConfig, config, path, error, hint)
     inner = config.get("text_config")
-    if isinstance(inner, dict) and "vocab_size" in inner:
-        checked(DecoderConfig, inner, f"{path}: text_config", error, hint)
-    else:
-        checked(DecoderConfig, config, path, error, hint)
+    nested = isinstance(inner, dict) and "vocab_size" in inner
+    checked(DecoderConfig, inner if nested else config, f"{path}: text_config" if nested else path, error, hint)
     return dict(config)
 
 
