@@ -113,7 +113,7 @@ def test_unreadable_adapter_config(base: Path, adapter: Path, tmp_path: Path) ->
 
 
 def test_two_adapters_of_one_name(base: Path, adapter: Path, adapters: Path, tmp_path: Path) -> None:
-    refused(base, [adapter, adapters], tmp_path, "two adapters of one name", str(adapter), "manifest")
+    refused(base, [adapter, adapters], tmp_path, "two adapters have the same name", str(adapter), "manifest")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "a..b", "a\x07b", "a b", " a", "a\\b", "<|a|>", ".a", "base", "a" * 101])

@@ -143,7 +143,7 @@ def test_a_turn_with_tool_calls_is_one_turn() -> None:
     [
         ([user("x", "nobody")], {}, "no adapter 'nobody'. Adapters: first, answer, tag"),
         ([user("x", "first"), assistant("y"), user("z", "nobody")], {}, "no adapter 'nobody'"),
-        ([user("x", "first")], {"adapter_name": "answer"}, "is 'answer' but the last message's `adapter` is 'first'"),
+        ([user("x", "first")], {"adapter_name": "answer"}, "is 'answer', but the last message's `adapter` is 'first'"),
         (
             [user("x", "first"), assistant("y")],
             {"adapter_name": "answer", "add_generation_prompt": False},

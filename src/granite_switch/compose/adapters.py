@@ -241,7 +241,7 @@ def _invocation(folder: Path, config: AdapterConfig, base: Base) -> tuple[tuple[
     rest = tuple(ids[1:])
     acts_from = library.decode(list(rest), skip_special_tokens=False)
     return rest, [
-        f"invocation_string {shown(text)} is of an older aLoRA, which acts after its first token: {shown(acts_from)}"
+        f"invocation_string {shown(text)} is an older aLoRA's, which acts after its first token: {shown(acts_from)}"
     ]
 
 
@@ -286,4 +286,4 @@ def _is_target(module: str, targets: str | list[str] | None) -> bool:
 
 def _refuse_nonfinite(path: Path, tensors: Mapping[AdapterTensor, Tensor]) -> None:
     if bad := [problem for tensor in tensors.values() if (problem := nonfinite(tensor))]:
-        raise AdapterError(f"{path}: weights that are not finite", problems=bad, hint="train or save it again")
+        raise AdapterError(f"{path}: has weights that are not finite", problems=bad, hint="train or save it again")

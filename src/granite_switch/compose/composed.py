@@ -131,7 +131,7 @@ def _row_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str,
         ]
     names = vocabulary(checkpoint.tensors, size)
     if not names:
-        return [*problems, f"there is no token embedding of {size} rows"]
+        return [*problems, f"no tensor is a token embedding of {size} rows"]
     return problems + [
         f"{name} has {checkpoint[name].shape[0]} rows, not {size}"
         for name in names.names

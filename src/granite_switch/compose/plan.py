@@ -102,7 +102,7 @@ def assemble(
         samples: list[place.Chat] = []
         first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))
         warnings.append(
-            f"{base.folder}: there is no chat template, which `adapter_name` needs. Place control tokens by hand: a "
+            f"{base.folder}: has no chat template, which `adapter_name` needs. Place control tokens by hand: a "
             "LoRA's at the beginning, an aLoRA's instead of the first token of its invocation sequence"
         )
     else:

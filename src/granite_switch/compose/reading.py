@@ -161,12 +161,12 @@ def _classes(tokenizer: BaseTokenizer, config: Settings, folder: Path) -> tuple[
     if tokenizer.config.get("auto_map") and registered != _WHOLE:
         raise BaseModelError(
             f"{folder / 'tokenizer_config.json'}: auto_map: the base's tokenizer needs its own code",
-            hint="save it as a plain one: load it with transformers and trust_remote_code=True, then save_pretrained",
+            hint="load it with transformers and trust_remote_code=True, and save a plain one with save_pretrained",
         )
     if tokenizer.config.get("fix_mistral_regex"):
         raise BaseModelError(
             f"{folder / 'tokenizer_config.json'}: fix_mistral_regex is not supported",
-            hint="load the tokenizer with transformers, save_pretrained it into the base and remove the key",
+            hint="load the tokenizer with transformers, save it into the base with save_pretrained and remove the key",
         )
     if registered == _WHOLE or (kind in _FORCED and registered):
         return registered, registered
@@ -177,7 +177,7 @@ def _classes(tokenizer: BaseTokenizer, config: Settings, folder: Path) -> tuple[
         return _WHOLE, _WHOLE
     if plain not in _REBUILT and not find_spec("transformers"):
         raise BaseModelError(
-            f"{folder / 'tokenizer_config.json'}: tokenizer_class {declared} is read by transformers in an unknown way",
+            f"{folder / 'tokenizer_config.json'}: it is not known how transformers reads tokenizer_class {declared}",
             hint="install transformers, so that composing can check it: pip install granite-switch[hf]",
         )
     return plain, plain

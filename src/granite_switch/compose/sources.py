@@ -138,7 +138,7 @@ def discover(sources: Sequence[str], selection: Selection, revision: str | None 
     ]
     if problems:
         raise AdapterError(
-            "two adapters of one name",
+            "two adapters have the same name",
             problems=problems,
             hint="exclude one with --exclude, or give them other names in a YAML manifest",
         )
@@ -326,7 +326,7 @@ def _place(above: tuple[str, ...], parts: tuple[str, ...], selection: Selection)
         return Found(name, Path(), "", base, technology if parts else "")
     found = Found(whole[-1], Path(), "", checkpoint=bool(parts and _CHECKPOINT.fullmatch(parts[-1])))
     if len(parts) > 1 and not found.checkpoint:
-        return replace(found, aside="it is deeper than adapters of a library (--include, or give its own path)")
+        return replace(found, aside="it is nested deeper than a library's adapters (--include, or give its own path)")
     return found
 
 

@@ -112,9 +112,9 @@ def _take(path: Path, header: Mapping[str, Tensor], base: Base, result: Weights)
             hint="save each in its own folder with PEFT's save_pretrained",
         )
     if wrong:
-        raise AdapterError(f"{path}: made for another base model", problems=wrong)
+        raise AdapterError(f"{path}: was made for another base model", problems=wrong)
     if twice:
-        raise AdapterError(f"{path}: two tensors for one matrix", problems=twice)
+        raise AdapterError(f"{path}: has two tensors for one matrix", problems=twice)
     if not result.tensors:
         raise AdapterError(f"{path}: contains no tensors")
     result.notes += _name_notes(prefixes, adapters, paths)
@@ -156,7 +156,7 @@ def _unknown(path: Path, unknown: Mapping[str, str], header: Mapping[str, Tensor
         )
     problems = [f"{name} {list(header[name].shape)}{why and ': '}{why}" for name, why in reasons.items()]
     return AdapterError(
-        f"{path}: tensors that no linear of this base takes",
+        f"{path}: contains tensors that match no linear of this base",
         problems=problems,
         hint=f"adapters can target {_targets(linears)}",
     )

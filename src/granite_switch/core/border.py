@@ -166,7 +166,7 @@ def _check_depth(value: Any) -> None:
         level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
         if not level:
             return
-    raise ValueError("nested more than 100 deep")
+    raise ValueError("it is nested more than 100 levels deep")
 
 
 def write_json(path: Path, value: Any) -> None:

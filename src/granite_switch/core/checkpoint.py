@@ -144,7 +144,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if length < 2 or 8 + length > size:
                 raise CheckpointError(f"{path}: is not a safetensors file, or cut off ({size:,} bytes)", hint=_AGAIN)
             if length > _MAX_HEADER:
-                raise CheckpointError(f"{path}: header of {length:,} bytes; safetensors allows {_MAX_HEADER:,} at most")
+                raise CheckpointError(f"{path}: its header has {length:,} bytes; safetensors allows {_MAX_HEADER:,}")
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _tensor(path, 8 + length, name, record) for name, record in header.items()}
@@ -158,7 +158,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors header ({str(error)[:300]})", hint=_AGAIN) from None
+        raise CheckpointError(f"{path}: has a damaged safetensors header ({str(error)[:300]})", hint=_AGAIN) from None
     return tensors, metadata
 
 

@@ -99,7 +99,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             false or empty), because a newer PEFT may compute differently with them.
     """
     path = folder / "adapter_config.json"
-    hint = "a PEFT adapter folder holds adapter_config.json"
+    hint = "a PEFT adapter folder contains adapter_config.json"
     try:
         data = read_json(inside(folder, path.name))
     except CheckpointError as error:
