@@ -11,11 +11,9 @@ import regex
 from pydantic import ConfigDict, Field
 
 from granite_switch.core.border import LIMIT, Count, FileName, Name, Number, Pattern, Record, TokenId
-from granite_switch.core.border import check_name as check_name
 from granite_switch.core.border import checked as checked
 from granite_switch.core.border import read as read
 from granite_switch.core.border import read_json as read_json
-from granite_switch.core.border import read_yaml as read_yaml
 from granite_switch.core.border import shown as shown
 from granite_switch.core.files import inside
 from granite_switch.errors import AdapterError, CheckpointError, SwitchError
