@@ -89,7 +89,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="incomplete") as caught:
         Checkpoint(tmp_path)
-    assert "has b in a.safetensors" in caught.value.problems[0]
+    assert "maps b to a.safetensors" in caught.value.problems[0]
 
 
 @pytest.mark.parametrize("name", [

@@ -85,7 +85,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "stray file": (lambda m: shutil.copy(m / FILE, m / "adapter-old.safetensors"), "adapter-old.safetensors is not in"),
     "one file beside the index": (lambda m: shutil.copy(m / SHARD, m / "model.safetensors"), "loaders take it"),
     "total size": (lambda m: edit_text(m / "model.safetensors.index.json", '"total_size": ', '"total_size": 1'),
-                   "total_size 1"),
+                   "total_size is 1"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "token not special": (unspecial, "<|citations|> is not a special token"),
     "foreign template": (lambda m: (m / "chat_template.jinja").write_text("{{ messages }}"), "not written by compose"),
