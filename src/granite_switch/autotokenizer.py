@@ -65,7 +65,7 @@ def _load(folder: Path, kind: str | None = None) -> Any:
         if kind is not None:
             options["config"] = PreTrainedConfig()
             options["config"].model_type = kind
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     finally:
         logging.set_verbosity(verbosity)
 

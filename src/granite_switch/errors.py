@@ -1,6 +1,6 @@
-"""What goes wrong for a user: one small tree of exceptions.
+"""Exceptions for user errors.
 
-Each says all that is wrong at once, and in `hint` what mends it. The command line prints them without a traceback
+Each lists every problem found, and its `hint` says how to fix them. The command line prints them without a traceback
 and exits with 1; Python callers catch `SwitchError`.
 """
 
@@ -9,12 +9,12 @@ from itertools import groupby
 
 
 class SwitchError(Exception):
-    """Base of all errors that this package raises on purpose.
+    """Base class of all errors that this package raises deliberately.
 
     Args:
         message: what is wrong, naming the file, tensor or option.
-        problems: one line for each thing found, when there are several.
-        hint: what to do about it.
+        problems: one line per problem, if there are several.
+        hint: how to fix it.
     """
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str = "") -> None:
@@ -22,7 +22,7 @@ class SwitchError(Exception):
         super().__init__(message, tuple(problems), hint)
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON has it, with every problem."""
+        """Return the error as a JSON object, with every problem."""
         return {"error": self.message, "problems": list(self.problems), "hint": self.hint}
 
     def __str__(self) -> str:
@@ -32,8 +32,13 @@ class SwitchError(Exception):
         return "\n".join(lines)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or its class name if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def shortened(lines: Sequence[str], limit: int = 10) -> list[str]:
-    """A list for people: its first lines and how many more there are. Indented lines are lists of their own."""
+    """Return the first `limit` lines and the number of the rest. Each run of indented lines is shortened separately."""
     result: list[str] = []
     for inner, run in groupby(lines, lambda line: line.startswith(" ")):
         part = list(run)
@@ -46,11 +51,11 @@ def shortened(lines: Sequence[str], limit: int = 10) -> list[str]:
 
 
 class BaseModelError(SwitchError):
-    """The base model cannot carry adapters: not Granite, incomplete, or without what composing needs."""
+    """The base model cannot carry adapters: it is incomplete, or of a kind that is not supported."""
 
 
 class AdapterError(SwitchError):
-    """An adapter, or the set of them, cannot be composed."""
+    """An adapter, or a combination of adapters, cannot be composed."""
 
 
 class CheckpointError(SwitchError):
@@ -66,8 +71,8 @@ class OutputError(SwitchError):
 
 
 class RoutingError(SwitchError, ValueError):
-    """A forward call from which no adapter can be told."""
+    """The arguments of a forward call do not determine which adapter is active."""
 
 
 class ServingError(SwitchError, ValueError):
-    """An engine was asked for what a switch model cannot do."""
+    """A switch model cannot do what an engine was asked for."""

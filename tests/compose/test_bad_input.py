@@ -113,7 +113,7 @@ def test_unreadable_adapter_config(base: Path, adapter: Path, tmp_path: Path) ->
 
 
 def test_two_adapters_of_one_name(base: Path, adapter: Path, adapters: Path, tmp_path: Path) -> None:
-    refused(base, [adapter, adapters], tmp_path, "two adapters of one name", str(adapter), "manifest")
+    refused(base, [adapter, adapters], tmp_path, "two adapters have the same name", str(adapter), "manifest")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "a..b", "a\x07b", "a b", " a", "a\\b", "<|a|>", ".a", "base", "a" * 101])
@@ -148,8 +148,8 @@ def test_several_bad_adapters_are_named_at_once(base: Path, adapters: Path, tmp_
 
 def test_sources_that_hold_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(base, [tmp_path / "empty"], tmp_path, "no adapter in it")
-    refused(base, [tmp_path / "nowhere"], tmp_path, "nowhere", "neither a folder here nor a hub id")
+    refused(base, [tmp_path / "empty"], tmp_path, "contains no adapter")
+    refused(base, [tmp_path / "nowhere"], tmp_path, "nowhere", "neither a local folder nor a hub id")
     refused(base, ["no/such-repository"], tmp_path, "no/such-repository", "hub")
     refused(base, [adapter], tmp_path, "no adapter is left", exclude=["cit*"])
     (tmp_path / "m.yaml").write_text("- path: [1")
@@ -163,13 +163,13 @@ def test_bases_that_cannot_carry_adapters(base: Path, adapter: Path, composed: P
     edit_json(bad / "config.json", model_type=None)
     refused(bad, [adapter], tmp_path, "model_type")
     edit_json(bad / "config.json", model_type="t5", is_encoder_decoder=True)
-    refused(bad, [adapter], tmp_path, "encoder-decoder")
+    refused(bad, [adapter], tmp_path, "is_encoder_decoder: only decoders")
     edit_json(bad / "config.json", is_encoder_decoder=None, architectures=["BertForMaskedLM"])
     refused(bad, [adapter], tmp_path, "BertForMaskedLM", "ForCausalLM")
     edit_json(bad / "config.json", architectures=["GraniteForCausalLM"], tie_word_embeddings=False)
     refused(bad, [adapter], tmp_path, "lm_head.weight", "tie_word_embeddings")
     edit_json(bad / "config.json", tie_word_embeddings=True)
-    refused(composed, [adapter], tmp_path, "composed already", "add")
+    refused(composed, [adapter], tmp_path, "already composed", "add")
     refused(tmp_path / "nowhere", [adapter], tmp_path, "nowhere")
     edit_json(bad / "config.json", model_type="granite")
     (bad / "tokenizer.json").unlink()
@@ -218,7 +218,7 @@ def test_an_invocation_that_the_template_changes(tmp_path: Path) -> None:
 def test_existing_output_is_not_touched(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(SwitchError, match="exists already"):
+    with pytest.raises(SwitchError, match="already exists"):
         compose(base, [adapter], tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     compose(base, [adapter], tmp_path / "out", force=True)

@@ -166,7 +166,7 @@ def test_library_selection(base: Path, library: Path) -> None:
     assert chosen(exclude=["cit*"]) == [("answerability", "alora")]
     with pytest.raises(AdapterError, match="nothing for base model 'huge'") as caught:
         chosen(base_name="huge")
-    assert set(caught.value.problems) == {"there is 'base'", "there is 'big'"}
+    assert set(caught.value.problems) == {"it has 'base'", "it has 'big'"}
     assert len(scan([str(library)])) == 5
 
 

@@ -321,7 +321,7 @@ def test_zero_b_is_warned_of(base: Path, adapter: Path) -> None:
     change(adapter, lambda t: [v.zero_() for n, v in t.items() if "down_proj" in n and "lora_B" in n])
     assert "zero in model.layers.[0-1].mlp.down_proj" in warned(base, adapter)
     change(adapter, lambda t: [v.zero_() for n, v in t.items() if "lora_B" in n])
-    assert "changes nothing until it is trained" in warned(base, adapter)
+    assert "has no effect until it is trained" in warned(base, adapter)
 
 
 def test_an_insane_scale_is_warned_of(base: Path, adapter: Path) -> None:
@@ -528,7 +528,7 @@ def test_a_finished_training_is_its_adapter(base: Path, training: Path, tmp_path
     assert plan.spec.names == ("done",)
     left = "\n".join(plan.notes)
     assert "done/checkpoint-6: left out: an earlier state" in left
-    assert "done/reference: left out: it lies beneath" in left
+    assert "done/reference: left out: it is inside" in left
     assert prepare(base, [done], include=["reference"]).spec.names == ("reference",)
 
 

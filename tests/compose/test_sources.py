@@ -13,7 +13,7 @@ from granite_switch import compose
 from granite_switch.cli import main
 from granite_switch.compose import prepare
 from granite_switch.compose.hub import HubRef, parse_ref, snapshot_of
-from granite_switch.compose.sources import Selection, discover, find, scan
+from granite_switch.compose.sources import Selection, discover, scan
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import AdapterError, SwitchError
 
@@ -169,7 +169,7 @@ def test_the_cache_stands_in_and_says_so(base: Path, adapters: Path, hub: Hub, c
         assert names(base, "me/lora") == ("lora",)
     assert f"commit {COMMIT}" in caplog.text
     assert "no route to the hub" in caplog.text
-    with pytest.raises(AdapterError, match="me/other: is not a folder here, and the hub says: no route"):
+    with pytest.raises(AdapterError, match="me/other: is not a local folder, and the hub says: no route"):
         prepare(base, ["me/other"])
 
 
@@ -229,13 +229,12 @@ def test_a_minimal_io_yaml_is_completed(base: Path, adapters: Path, tmp_path: Pa
         prepare(base, [folder])
 
 
-def test_find_and_discover_agree(base: Path, adapters: Path) -> None:
-    assert find([str(adapters)], Selection("base")) == discover([str(adapters)], Selection("base")).found
+def test_an_invocation_string_makes_an_alora(adapters: Path) -> None:
     edit = adapters / "citations" / "adapter_config.json"
     before = edit.read_text()
     edit_json(edit, invocation_string="<rewrite>")
     try:
-        technologies = find([str(adapters)], Selection("base", technology="alora"))
+        technologies = discover([str(adapters)], Selection("base", technology="alora")).found
         assert "citations" in [found.name for found in technologies]
     finally:
         edit.write_text(before)

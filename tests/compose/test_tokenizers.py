@@ -144,7 +144,7 @@ def test_truncation_and_padding_do_not_touch_prompts(adapters: Path, tmp_path: P
 def test_a_proof_that_fails_names_what_differs(root: Path) -> None:
     base = write_base(root / "cohere" / "base", Case("cohere", "CohereTokenizer", "bytes"))
     composed = write_composed(root / "cohere" / "composed", base)
-    with pytest.raises(BaseModelError, match="reads the composed tokenizer otherwise") as raised:
+    with pytest.raises(BaseModelError, match="reads the composed tokenizer differently") as raised:
         finish_proof(start_proof(composed, base))
     assert any("is read as" in line for line in raised.value.problems)
 

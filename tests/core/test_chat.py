@@ -143,7 +143,7 @@ def test_a_turn_with_tool_calls_is_one_turn() -> None:
     [
         ([user("x", "nobody")], {}, "no adapter 'nobody'. Adapters: first, answer, tag"),
         ([user("x", "first"), assistant("y"), user("z", "nobody")], {}, "no adapter 'nobody'"),
-        ([user("x", "first")], {"adapter_name": "answer"}, "is 'answer' where the last message's `adapter` is 'first'"),
+        ([user("x", "first")], {"adapter_name": "answer"}, "is 'answer', but the last message's `adapter` is 'first'"),
         (
             [user("x", "first"), assistant("y")],
             {"adapter_name": "answer", "add_generation_prompt": False},
@@ -164,8 +164,11 @@ def test_what_contradicts_itself_raises(chat: list, variables: dict, words: str)
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{{ messages[-1].content }}", "does not write an earlier answer once"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }};{% endfor %}", "does not write an earlier answer once"),
+        ("{{ messages[-1].content }}", "does not write an earlier answer exactly once"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }};{% endfor %}",
+            "does not write an earlier answer exactly once",
+        ),
         ("{% for m in messages %}{{ m.content }};{% endfor %}", "does not open with"),
     ],
 )
@@ -222,7 +225,10 @@ def test_whatever_goes_wrong_is_a_template_error(template: str, words: str) -> N
             "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
             "needs more",
         ),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within 2 sec"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "does not finish within 2 sec",
+        ),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
     ],
 )

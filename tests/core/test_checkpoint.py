@@ -89,7 +89,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="incomplete") as caught:
         Checkpoint(tmp_path)
-    assert "has b in a.safetensors" in caught.value.problems[0]
+    assert "maps b to a.safetensors" in caught.value.problems[0]
 
 
 @pytest.mark.parametrize("name", [
@@ -183,5 +183,5 @@ def test_a_header_larger_than_the_librarys_limit(tmp_path: Path) -> None:
     with (tmp_path / "a.safetensors").open("wb") as file:
         file.write(length.to_bytes(8, "little"))
         file.truncate(8 + length)
-    with pytest.raises(CheckpointError, match="100,000,000 at most"):
+    with pytest.raises(CheckpointError, match="allows 100,000,000"):
         read_header(tmp_path / "a.safetensors")

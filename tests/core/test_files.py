@@ -92,7 +92,7 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, str]] = []
-        fsync, rename, exchange = os.fsync, Path.rename, staging._exchange
+        fsync, rename, swap = os.fsync, Path.rename, staging._swap
 
         def synced(descriptor: int) -> None:
             self.events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -103,14 +103,14 @@ class Disk:
             return rename(path, target)
 
         def swapped(a: Path, b: Path) -> bool:
-            done = exchange(a, b)
+            done = swap(a, b)
             self.events += [("rename", str(a))] if done else []
             return done
 
         monkeypatch.setattr(os, "fsync", synced)
         monkeypatch.setattr(Path, "rename", renamed)
         monkeypatch.setattr(Path, "replace", renamed)
-        monkeypatch.setattr(staging, "_exchange", swapped)
+        monkeypatch.setattr(staging, "_swap", swapped)
 
     def check(self, partial: Path, parent: Path, names: set[str]) -> None:
         """Check that a staged output was synced when it was renamed, and that the rename was synced."""
@@ -131,7 +131,7 @@ def test_data_is_on_the_disk_before_it_has_its_name(
     there: bool, in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_one_step:
-        monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(staging, "_swap", lambda a, b: False)
     if there:
         (tmp_path / "out").mkdir()
     disk = Disk(monkeypatch)
@@ -175,8 +175,8 @@ def test_the_systems_own_record_of_compose(base: Path, adapters: Path, tmp_path:
     assert any("fsync" in line and f"<{tmp_path}>" in line for line in lines[moved:])
 
 
-def test_two_steps_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+def test_two_steps_where_folders_cannot_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_swap", lambda a, b: False)
     for text in ("1", "2"):
         with staged(tmp_path / "out", force=True) as folder:
             (folder / "a").write_text(text)
@@ -185,7 +185,7 @@ def test_two_steps_where_folders_cannot_be_exchanged(tmp_path: Path, monkeypatch
 
 
 def test_a_kill_between_the_two_steps_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(staging, "_swap", lambda a, b: False)
     with staged(tmp_path / "out") as folder:
         (folder / "a").write_text("1")
     for mend in (lambda: restore(tmp_path / "out"), lambda: staged(tmp_path / "out", force=True).__enter__()):
@@ -211,7 +211,7 @@ def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
     for name in ("out", "absolute", "missing", "../secret"):
         with pytest.raises(CheckpointError, match="leads out of its folder"):
             inside(model, name)
-    with pytest.raises(CheckpointError, match="is not a plain file"):
+    with pytest.raises(CheckpointError, match="is not a regular file"):
         inside(model, "pipe")
 
 

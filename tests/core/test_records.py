@@ -90,7 +90,7 @@ def test_a_pattern_that_backtracks_is_cut_off(pattern: str) -> None:
 
 
 def test_what_is_cut_off_is_named() -> None:
-    with pytest.raises(AdapterError, match=r"'\(a\|aa\)\+\[!\?\]' takes for ever"):
+    with pytest.raises(AdapterError, match=r"'\(a\|aa\)\+\[!\?\]' takes too long"):
         AdapterConfig(alpha_pattern={"(a|aa)+[!?]": 1}).alpha_of("a" * 200)
 
 
@@ -116,7 +116,7 @@ def test_what_is_no_yaml(text: str, tmp_path: Path) -> None:
 def test_what_is_no_plain_file(read: Callable[[Path], Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(SwitchError, match="no plain file"):
+        with pytest.raises(SwitchError, match="not a regular file"):
             read(path)
 
 

@@ -31,7 +31,7 @@ def test_success_and_failure(tmp_path: Path) -> None:
 def test_existing_output_needs_force(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("")
-    with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "out"):
+    with pytest.raises(OutputError, match="already exists"), staged(tmp_path / "out"):
         pass
     with staged(tmp_path / "out", force=True) as folder:
         (folder / "new").write_text("")
@@ -90,7 +90,7 @@ def test_a_file_is_staged_like_a_folder(tmp_path: Path) -> None:
         path.write_text("1")
         with pytest.raises(OutputError, match="another command"), staged_file(tmp_path / "out"):
             pass
-    with pytest.raises(OutputError, match="exists already"), staged_file(tmp_path / "out"):
+    with pytest.raises(OutputError, match="already exists"), staged_file(tmp_path / "out"):
         pass
     with staged_file(tmp_path / "out", force=True) as path:
         path.write_text("2")

@@ -11,20 +11,22 @@ import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]  # [tokens, vocabulary]
 
-_silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+_said: list[str] = []  # the engine's log since it last began to load
+_keep = llama_cpp.llama_log_callback(lambda level, text, data: _said.append(text.decode(errors="replace")))
 
 
 class Engine:
     """A loaded GGUF file."""
 
     def __init__(self, path: Path, vocab_only: bool = False) -> None:
-        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+        _said.clear()
+        llama_cpp.llama_log_set(_keep, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = vocab_only
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
-            raise RuntimeError(f"llama.cpp does not load {path}")
+            raise RuntimeError(f"llama.cpp does not load {path}: {''.join(_said[-3:])}")
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.size = llama_cpp.llama_vocab_n_tokens(self.vocab)
 

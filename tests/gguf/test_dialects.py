@@ -14,12 +14,15 @@ import pytest
 import torch
 from artefacts import GRANITE_TEMPLATE, ROLES
 from dialect_models import DIALECTS, Reference, make_dialect
+from gguf import GGMLQuantizationType
 from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from granite_switch import compose
 from granite_switch.errors import CheckpointError, SwitchError
 from granite_switch.gguf import dialects, export, prepare
+from granite_switch.gguf.tensors import Target
+from granite_switch.gguf.write import write
 
 
 @pytest.fixture(scope="module", params=DIALECTS.values(), ids=DIALECTS.keys())
@@ -156,8 +159,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"attention_bias": True}, "attention_bias True"),
     ("llama", {"mlp_bias": True}, "mlp_bias True"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ("llama", {"rope_parameters": ROPES[-2]}, "rope_parameters: type 'llama3' .* rope_freqs"),
+    ("llama", {"rope_parameters": ROPES[-2]}, "rope_parameters: type 'llama3' .* rope_freqs.weight.* vLLM"),
     ("llama", {"rope_scaling": ROPES[-2]}, "rope_scaling: type 'llama3'"),
+    ("llama", {"rope_parameters": ROPES[-1]}, "type 'longrope' .* rope_factors_long.weight"),
+    ("mistral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic' .* graniteswitch; use"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention of type"),
     ("llama", {"sliding_window": 8}, "sliding_window 8"),
     ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
@@ -192,6 +197,20 @@ def test_the_key_that_rules_a_base_out(
     with pytest.raises(CheckpointError) as caught:
         prepare(tmp_path / "model")
     assert re.search(message, str(caught.value))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "rope_factors_long.weight"])
+def test_the_engine_takes_no_factors_of_frequencies(models: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """Why rope types llama3 and longrope are refused. An engine that loads this file can be given them."""
+    from llama_engine import Engine
+
+    plan = prepare(models["llama"])
+    factors = np.ones(plan.decoder.head // 2, np.float32)
+    more = Target(name, factors.shape, GGMLQuantizationType.F32, lambda: [factors])
+    write(dataclasses.replace(plan, targets=(*plan.targets, more)), tmp_path / "model.gguf")
+    with pytest.raises(RuntimeError, match="wrong number of tensors"):
+        Engine(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text", "granite_swa", "granitemoe", "unheard_of"])

@@ -46,10 +46,10 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     assert "no Modelfile for rewrite" in done.stderr
     names = {path.name for path in output.parent.iterdir()}
     assert names == {"model.gguf", "model.Modelfile", "model.check.Modelfile", "model.cite.Modelfile"}
-    with pytest.raises(SwitchError, match="exists already"):
+    with pytest.raises(SwitchError, match="already exists"):
         RUN.invoke(app, arguments, catch_exceptions=False)
     output.unlink()
-    with pytest.raises(SwitchError, match=r"model\.Modelfile: exists already"):
+    with pytest.raises(SwitchError, match=r"model\.Modelfile: already exists"):
         RUN.invoke(app, arguments, catch_exceptions=False)
     assert not output.exists()
     assert RUN.invoke(app, [*arguments, "--force"]).exit_code == 0

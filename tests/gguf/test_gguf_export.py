@@ -251,7 +251,7 @@ def test_the_file_appears_whole_or_not_at_all(model: Path, tmp_path: Path, monke
         export(model, tmp_path / "out.gguf", on_bytes=fail)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out.gguf").write_text("mine")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         export(model, tmp_path / "out.gguf")
     written: list[int] = []
     plan = export(model, tmp_path / "out.gguf", force=True, on_bytes=written.append)

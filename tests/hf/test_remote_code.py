@@ -21,11 +21,11 @@ from granite_switch.errors import CheckpointError
 HERE = Path(__file__).parent
 
 
-def run(tmp_path: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python process with its own cache of remote code, and with an empty stdin."""
+def run(tmp_path: Path, *arguments: object, answers: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python process with its own cache of remote code, and with answers to prompts on stdin."""
     own = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", **environment}
     line = [sys.executable, *map(str, arguments)]
-    return subprocess.run(line, env=own, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return subprocess.run(line, env=own, capture_output=True, text=True, timeout=300, input=answers)
 
 
 def test_pipeline_and_saving_in_a_process_that_never_imports_us(composed: Path, tmp_path: Path) -> None:
@@ -56,6 +56,23 @@ def test_our_own_loading_asks_nothing(composed: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "warn" not in done.stderr.lower()
     assert "trust_remote_code" not in done.stderr
+
+
+def test_a_tokenizer_alone_needs_no_code(composed: Path, tmp_path: Path) -> None:
+    """`trust_remote_code=False` asks nothing. Without it transformers asks on stdin, and no gives the same ids."""
+    code = (
+        "import sys; from transformers import AutoTokenizer as T; folder, text = sys.argv[1:];"
+        "ids = T.from_pretrained(folder, trust_remote_code=False)(text)['input_ids']; print(ids);"
+        "assert T.from_pretrained(folder)(text)['input_ids'] == ids; print(sys.stdin.read());"
+        "assert not [name for name in sys.modules if name.startswith('granite_switch')]"
+    )
+    text = "<|citations|>the river ends"
+    done = run(tmp_path, "-c", code, composed, text, answers="n\nleft", TRANSFORMERS_VERBOSITY="warning")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *_, last = done.stdout.splitlines()
+    assert first == str(AutoTokenizer.from_pretrained(composed)(text)["input_ids"])
+    assert done.stdout.count("[y/N]") == 1
+    assert last.endswith("left")
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -138,7 +138,7 @@ def test_output_leaves_the_model_alone(model: Path, pool: Path, tmp_path: Path) 
     assert contents(model) == before
     add(model, [pool / "one/c.d"])
     assert_same(model, tmp_path / "new")
-    with pytest.raises(SwitchError, match="exists already"):
+    with pytest.raises(SwitchError, match="already exists"):
         remove(model, ["a"], output=tmp_path / "new")
     remove(model, ["a"], output=tmp_path / "new", force=True)
     assert "a" not in verify(tmp_path / "new").names
@@ -195,7 +195,7 @@ def test_io_yaml_on_demand(recipe: Recipe, model: Path, pool: Path, base: Path) 
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda m, p: add(m, [p / "two"]), ["has a, b already", "update"]),
+    (lambda m, p: add(m, [p / "two"]), ["already has a, b", "update"]),
     (lambda m, p: update(m, [p / "two"]), ["has no adapter c.d", "--include"]),
     (lambda m, p: remove(m, ["a", "x", "y"]), ["no adapter x, y", "adapters: a, b"]),
     (lambda m, p: rename(m, "a", "b"), ["b is the name of an adapter"]),
@@ -203,8 +203,8 @@ def test_io_yaml_on_demand(recipe: Recipe, model: Path, pool: Path, base: Path) 
     (lambda m, p: rename(m, "x", "y"), ["no adapter x"]),
     (lambda m, p: extract(m, "x", p / "never"), ["no adapter 'x'"]),
     (lambda m, p: add(p / "one", [p / "two"]), ["config.json"]),
-    (lambda m, p: add(p / "nowhere", [p / "two"]), ["is no folder here", "--output"]),
-    (lambda m, p: add("some/model", [p / "two"]), ["is no folder here", "--output"]),
+    (lambda m, p: add(p / "nowhere", [p / "two"]), ["is not a local folder", "--output"]),
+    (lambda m, p: add("some/model", [p / "two"]), ["is not a local folder", "--output"]),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused_and_changes_nothing(change, words: list[str], model: Path, pool: Path) -> None:  # type: ignore[no-untyped-def]
     before = contents(model.parent)

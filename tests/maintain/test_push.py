@@ -90,6 +90,6 @@ def test_a_private_push_to_a_public_repository_is_refused(server: Hub, composed:
     server.repos["me/open"], server.private["me/open"] = {"README.md": b"old"}, False
     done = command(server, "push", composed, "me/open", "--private")
     assert done.returncode == 1
-    assert "me/open: is public already" in done.stderr
+    assert "me/open: is already public" in done.stderr
     assert server.repos["me/open"] == {"README.md": b"old"}
     assert command(server, "push", composed, "me/open").returncode == 0

@@ -47,7 +47,7 @@ def test_an_empty_slot_is_the_base(model: Path, base: Path) -> None:
     plan = add_empty(model, "fresh", rank=4)
     spec = plan.spec.adapter("fresh")
     assert (spec.rank, spec.alpha, spec.modules) == (4, 8, ("k_proj", "o_proj", "q_proj", "v_proj"))
-    assert plan.warnings == ("fresh: every B (or A) is zero: it changes nothing until it is trained",)
+    assert plan.warnings == ("fresh: every B (or A) is zero: the adapter has no effect until it is trained",)
     verify(model, deep=True)
     switched = AutoModelForCausalLM.from_pretrained(model)
     ours = logits(switched, [spec.token_id, 20, 31, 42])
@@ -89,7 +89,7 @@ def test_a_is_as_peft_initialises_it(model: Path, base: Path) -> None:
         ({"targets": ["q_prj"]}, "q_prj"),
         ({"rank": 0}, "rank 0"),
         ({"alpha": -1.0}, "alpha -1"),
-        ({"name": "known"}, "known already"),
+        ({"name": "known"}, "already has known"),
         ({"name": "a b"}, "spaces"),
     ],
 )

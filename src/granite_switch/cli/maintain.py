@@ -309,7 +309,7 @@ def _matched(
     spec: "SwitchSpec", sources: list[str], base_name: str, technology: str, revision: str | None
 ) -> tuple[Path | None, dict[str, Path]]:
     """The base among the sources, and the folder of each adapter: by name, or where it was renamed by its hash."""
-    from granite_switch.compose.sources import Selection, find
+    from granite_switch.compose.sources import Selection, discover
     from granite_switch.core.checkpoint import sha256
 
     bases = [Path(source) for source in sources if (Path(source) / "config.json").is_file()]
@@ -317,7 +317,7 @@ def _matched(
     if not rest:
         raise AdapterError("--against: names no adapters", hint="give the sources that the model was composed from")
     name = base_name or spec.base_model.rstrip("/").split("/")[-1]
-    found = {one.name: one.folder for one in find(rest, Selection(name, technology=technology), revision)}
+    found = {one.name: one.folder for one in discover(rest, Selection(name, technology=technology), revision).found}
     hashes = {sha256(folder / "adapter_model.safetensors"): folder for folder in found.values()}
     matched = {a.name: found.get(a.name) or hashes.get(a.sha256) for a in spec.active}
     if missing := [name for name, folder in matched.items() if folder is None]:

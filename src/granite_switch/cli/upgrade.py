@@ -23,7 +23,8 @@ def upgrade(
 ) -> None:
     """Rewrite a checkpoint in a legacy format as format 1."""
     from granite_switch.compose.sources import model_folder
-    from granite_switch.compose.upgrade import carry_out, prepare
+    from granite_switch.compose.upgrade import prepare
+    from granite_switch.compose.write import write_model
     from granite_switch.core.staging import check_target, staged
 
     if not dry_run:
@@ -32,7 +33,7 @@ def upgrade(
     total = plan.checkpoint.nbytes + plan.adapter_bytes
     if not dry_run:
         with staged(new, force=force) as folder, progress("upgrading", total) as advance:
-            carry_out(plan, folder, advance)
+            write_model(plan, folder, advance)
     if as_json:
         say_json(as_dict(plan))
         return

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from granite_switch.compose.base import read_base
 from granite_switch.compose.hub import snapshot_of
-from granite_switch.compose.plan import Plan, plan
+from granite_switch.compose.plan import Plan, assemble, read_slots
 from granite_switch.compose.sources import Selection, base_folder, discover, own_name, placed
 from granite_switch.compose.write import write_model
 from granite_switch.core.staging import check_target, staged
@@ -31,18 +32,18 @@ def compose(
     """Compose a base model and adapters into a checkpoint at `output`.
 
     Args:
-        base: local folder or hub id of a Granite model.
+        base: local folder or hub id of a model.
         adapters: PEFT adapter folders, library folders, YAML manifests or hub ids.
-        output: the folder to make. It appears only when it is complete.
+        output: the folder to create; it appears only when it is complete.
         force: replace an existing folder.
-        on_bytes: called with the number of bytes after each piece that is copied.
+        on_bytes: called with the number of bytes of each piece copied.
         options: as for `prepare`.
 
     Returns:
-        What was composed.
+        The plan that was carried out.
 
     Raises:
-        SwitchError: with all that is wrong and what to do; nothing is left over.
+        SwitchError: lists everything that is wrong and how to fix it; no partial output is left.
     """
     check_target(Path(output), force=force)
     planned = prepare(base, adapters, **options)
@@ -65,40 +66,41 @@ def prepare(
     create_io_yaml: bool = False,
     place: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Read and check everything, and write nothing.
+    """Read and check everything without writing; return the plan.
 
     Args:
-        base: local folder or hub id of a Granite model.
+        base: local folder or hub id of a model.
         adapters: PEFT adapter folders, library folders, YAML manifests or hub ids.
-        revision: of every hub repository that is given without one (`owner/repo@revision`).
-        adapter_revision: of those of adapters.
-        base_name: the base's folder in adapter libraries; the base's own name by default.
+        revision: revision of hub repositories that are given without one (`owner/repo@revision`).
+        adapter_revision: the same, for repositories of adapters only.
+        base_name: the base's folder name in adapter libraries; defaults to the base's own name.
         include: globs of adapter names to take; all by default.
         exclude: globs of adapter names to leave out.
-        technology: "alora" or "lora", where only one is wanted. Of both, aLoRA is preferred.
+        technology: "alora" or "lora", to take only one. By default aLoRA is preferred if an adapter comes as both.
         generatable: let the model generate control tokens.
         create_io_yaml: write a minimal io.yaml for adapters without one.
-        place: adapter's name -> "prefix" or "suffix": where the chat template writes a missing invocation text.
+        place: adapter name -> "prefix" or "suffix": where the chat template writes a missing invocation text.
     """
     folder = base_folder(str(base), revision)
     name = base_name or own_name(str(base), folder)
     selection = Selection(name, tuple(include), tuple(exclude), technology)
     there = discover([str(source) for source in adapters], selection, adapter_revision or revision)
+    found = placed(there.found, place or {})
     snapshot = snapshot_of(folder)
-    planned = plan(
-        folder,
-        placed(there.found, place or {}),
-        base_name=name,
-        base_source=str(replace(snapshot, revision=None)) if snapshot else name,
-        base_commit=(snapshot.revision or "") if snapshot else "",
-        generatable=generatable,
+    read = read_base(folder)
+    planned = assemble(
+        read,
+        read_slots(found, read),
+        str(replace(snapshot, revision=None)) if snapshot else name,
+        generatable,
         create_io_yaml=create_io_yaml,
+        base_commit=(snapshot.revision or "") if snapshot else "",
     )
     return replace(planned, notes=(*planned.notes, *map(str, there.left)))
 
 
 class _Callable(ModuleType):
-    """Importing this package binds it to the name `granite_switch.compose`, which is to be the function too."""
+    """Importing this package binds it to the name `granite_switch.compose`, which must also be the function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Plan:
         return compose(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Read one PEFT adapter and say all that keeps it from being composed.
+"""Read one PEFT adapter, and list everything that prevents composing it.
 
-PEFT itself is not imported: its files are two, and their meaning is a few rules, each named after the PEFT function it
-follows. The tests hold the composed model against PEFT. What is not PEFT's is named by `recognise.py`, tensors' names
-are `names.py` and `weights.py`.
+PEFT itself is not imported: an adapter is two files and a few rules, each named after the PEFT function that it
+follows. The tests compare composed models with PEFT. `recognise.py` identifies other libraries' files; `names.py` and
+`weights.py` read the tensors.
 """
 
 import os
@@ -34,7 +34,7 @@ _PACKAGED = re.compile(r"@.*$|\.git$")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter that fits the base, with its patterns resolved for each linear."""
+    """A PEFT adapter that fits the base, with its patterns resolved to linears."""
 
     name: str
     technology: str
@@ -51,10 +51,10 @@ class Adapter:
     digest: str
     io_yaml: Path | None
     invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text is written
-    file: Path | None = None  # of a composed model, where it holds these tensors under this adapter's name
+    file: Path | None = None  # of a composed model, if it contains these tensors under this adapter's name
     made_for: str = ""  # its `base_model_name_or_path`
-    notes: tuple[str, ...] = ()  # what was read differently from what the files say
-    warnings: tuple[str, ...] = ()  # what composes and may yet be wrong
+    notes: tuple[str, ...] = ()  # where it was read differently from what its files say
+    warnings: tuple[str, ...] = ()  # possible mistakes that do not prevent composing
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +63,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Retired:
-    """What a removed adapter leaves: its slot and its token stay taken."""
+    """A removed adapter, whose slot and token stay reserved."""
 
     name: str
     substitute_token_id: int | None  # None: the base's own
@@ -77,7 +77,7 @@ def read_adapter(found: Found, base: Base) -> Adapter:
         base: the base model.
 
     Raises:
-        AdapterError: with everything that is wrong, and what to do.
+        AdapterError: lists everything that is wrong and how to fix it.
     """
     check_name(found.name)
     refuse_foreign(found.folder)
@@ -96,12 +96,12 @@ def read_adapter(found: Found, base: Base) -> Adapter:
     scales = {linear: scaling(alphas[linear], r, config.use_rslora) for linear, r in ranks.items()}
     invocation, notes = _invocation(found.folder, config, base)
     if found.invocation_placement and not invocation:
-        raise AdapterError(f"{found.name}: has no invocation text to place; it is a LoRA and acts from the first token")
+        raise AdapterError(f"{found.name}: has no invocation text to place; a LoRA acts from the first token")
     io_yaml = found.folder / "io.yaml"
     if io_yaml.is_file() and (missing := io_missing(io_yaml)):
-        notes = [*notes, f"io.yaml lacks {', '.join(missing)}, which clients want; null is written"]
+        notes = [*notes, f"io.yaml lacks {', '.join(missing)}, which clients require; written as null"]
     elif io_yaml.is_file() and (problem := io_problem(io_yaml)):
-        raise AdapterError(problem, hint="clients could not load it; add the keys (null will do), or remove the file")
+        raise AdapterError(problem, hint="clients cannot load it; add the keys (as null if unused) or remove the file")
     contents = digest(tensors)
     source, file_hash = _provenance(found, contents) or (found.source, sha256(path))
     return Adapter(
@@ -141,7 +141,7 @@ def read_retired(found: Found, base: Base) -> Retired:
 
 
 def io_problem(path: Path) -> str:
-    """What keeps clients such as Mellea from loading an io.yaml; "" if nothing does."""
+    """Return the reason that clients such as Mellea cannot load an io.yaml; "" if they can."""
     try:
         checked(IoConfig, read_yaml(inside(path.parent, path.name)), path)
     except SwitchError as error:
@@ -150,7 +150,7 @@ def io_problem(path: Path) -> str:
 
 
 def io_missing(path: Path) -> list[str]:
-    """The keys that an io.yaml lacks and that can be added at its end as null; none if it needs another hand."""
+    """Return the missing keys of an io.yaml, if appending them as null makes it valid; otherwise an empty list."""
     try:
         data = read_yaml(inside(path.parent, path.name))
         missing = [key for key in IoConfig.model_fields if key not in data] if isinstance(data, dict) else []
@@ -161,7 +161,7 @@ def io_missing(path: Path) -> list[str]:
 
 
 def io_text(path: Path) -> bytes:
-    """An io.yaml with the keys that it lacks."""
+    """Return the contents of an io.yaml, with missing keys appended."""
     return _extended(path, missing) if (missing := io_missing(path)) else path.read_bytes()
 
 
@@ -171,9 +171,9 @@ def _extended(path: Path, missing: Sequence[str]) -> bytes:
 
 
 def other_base(made_for: str, base_model: str) -> str:
-    """The warning for an adapter that was trained on another model; "" if it was not, or if nothing can be told.
+    """Return the warning for an adapter that was trained on another model; "" if it was not, or if that is unknown.
 
-    Owners do not count (`unsloth/X` is `ibm-granite/X`), nor does quantisation; a local path says nothing.
+    Owners are ignored (`unsloth/X` is `ibm-granite/X`), and so is quantisation. Local paths are not compared.
     """
     local = made_for.startswith(("/", ".", "~", "\\")) or made_for.count("/") > 1 or ":" in made_for
     if not made_for or local or os.path.exists(made_for) or _model(made_for) == _model(base_model):
@@ -186,7 +186,7 @@ def _model(name: str) -> str:
 
 
 def _provenance(found: Found, contents: str) -> tuple[str, str] | None:
-    """Source and sha256 of an adapter that came out of a composed model, if its weights are still the same."""
+    """Return the original source and sha256 of an extracted adapter, if its weights have not changed."""
     path = found.folder / PROVENANCE
     if not path.is_file():
         return None
@@ -195,7 +195,7 @@ def _provenance(found: Found, contents: str) -> tuple[str, str] | None:
 
 
 def _ranks(weights: Weights, config: AdapterConfig) -> tuple[dict[str, int], list[str]]:
-    """Rank of each linear, in natural order, and where pairs or ranks do not agree."""
+    """Return the rank of each linear, in natural order, and a list of mismatches."""
     ranks: dict[str, int] = {}
     problems = []
     for linear in sorted({key.linear for key in weights.tensors}, key=natural):
@@ -216,10 +216,10 @@ def _compact(ranks: Mapping[str, int], default: int) -> tuple[int, dict[str, int
 
 
 def _invocation(folder: Path, config: AdapterConfig, base: Base) -> tuple[tuple[int, ...], list[str]]:
-    """The tokens from the first of which the adapter acts, and what was converted.
+    """Return the invocation tokens, and notes on what was converted.
 
-    Older aLoRA trainers wrote `invocation_string` alone, and their adapters act after its first token. That is PEFT's
-    aLoRA with the tokens from the second on: the same tokens are the adapter's, the others the base's.
+    Older aLoRA trainers wrote only `invocation_string`, and their adapters act after its first token. That equals
+    PEFT's aLoRA with the tokens from the second one on, since the adapter then acts on the same tokens.
     """
     if tokens := config.alora_invocation_tokens:
         if bad := [token for token in tokens if token >= base.vocab_size]:
@@ -231,22 +231,22 @@ def _invocation(folder: Path, config: AdapterConfig, base: Base) -> tuple[tuple[
     library = base.tokenizer.library
     ids = library.encode(text, add_special_tokens=False).ids
     if library.decode(ids, skip_special_tokens=False) != text:
-        raise AdapterError(f"{folder}: invocation_string {shown(text)} cannot be spelled with the base's tokenizer")
+        raise AdapterError(f"{folder}: the base's tokenizer cannot represent invocation_string {shown(text)}")
     if len(ids) < 2:
         raise AdapterError(
             f"{folder}: invocation_string {shown(text)} is one token, and an older aLoRA acts after its first token",
-            hint="no control token can replace the token that follows; train it again with PEFT's "
+            hint="a control token cannot replace the token that follows; train it again with PEFT's "
             "alora_invocation_tokens, or set that key if it was trained to act from this token on",
         )
     rest = tuple(ids[1:])
     acts_from = library.decode(list(rest), skip_special_tokens=False)
     return rest, [
-        f"invocation_string {shown(text)} is an older aLoRA's: it acts after its first token, from {shown(acts_from)}"
+        f"invocation_string {shown(text)} is an older aLoRA's, which acts after its first token: {shown(acts_from)}"
     ]
 
 
 def _config_warnings(config: AdapterConfig, weights: Weights) -> list[str]:
-    """Keys of adapter_config.json that mean nothing for the weights, or other weights."""
+    """Return warnings for keys of adapter_config.json that do not match the weights."""
     modules = {*weights.paths, *weights.paths.values()}
     result = []
     for key in ("rank_pattern", "alpha_pattern"):
@@ -260,7 +260,7 @@ def _config_warnings(config: AdapterConfig, weights: Weights) -> list[str]:
     if isinstance(targets, list):
         absent = [t for t in targets if not any(_is_target(module, [t]) for module in modules)]
         if absent:
-            result.append(f"target_modules has {', '.join(absent[:8])}, of which the weights hold nothing")
+            result.append(f"target_modules has {', '.join(absent[:8])}, for which there are no weights")
     more = [
         linear
         for linear, path in weights.paths.items()
@@ -269,7 +269,7 @@ def _config_warnings(config: AdapterConfig, weights: Weights) -> list[str]:
     if targets and more:
         names = dict.fromkeys(linear.rpartition(".")[2] for linear in more)
         result.append(
-            f"the weights hold {', '.join(names)}, which target_modules does not name; PEFT would leave them out"
+            f"the weights include {', '.join(names)}, which target_modules does not name; PEFT would ignore them"
         )
     return result
 
@@ -286,4 +286,4 @@ def _is_target(module: str, targets: str | list[str] | None) -> bool:
 
 def _refuse_nonfinite(path: Path, tensors: Mapping[AdapterTensor, Tensor]) -> None:
     if bad := [problem for tensor in tensors.values() if (problem := nonfinite(tensor))]:
-        raise AdapterError(f"{path}: weights that are not finite", problems=bad, hint="train or save it again")
+        raise AdapterError(f"{path}: has weights that are not finite", problems=bad, hint="train or save it again")

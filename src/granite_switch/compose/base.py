@@ -1,5 +1,6 @@
 """Read a base model and check that it can carry adapters."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,21 +11,21 @@ from granite_switch.compose.reading import read_as_base
 from granite_switch.core.border import shown
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import inside
-from granite_switch.core.layout import Vocabulary, decoder_config, natural, vocabulary
+from granite_switch.core.layout import Vocabulary, at_layer, decoder_config, natural, vocabulary
 from granite_switch.core.linears import linears
-from granite_switch.core.packed import WAY_OUT, Shape, plain_name, refused
+from granite_switch.core.packed import FLOATS, WAY_OUT, Shape, plain_name, refused
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE
 from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import BaseModelError, CheckpointError
 
-_MOST_MISSING_ROWS = 65536  # tokens without a row in the embedding; they get one
+_MAX_MISSING_ROWS = 65536  # tokens without a row in the embedding; composing adds the rows
 _CAUSAL = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that can carry adapters, read and checked."""
+    """A checked base model that can carry adapters."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -33,7 +34,7 @@ class Base:
 
     @cached_property
     def linears(self) -> dict[str, Shape]:
-        """(out, in) of what adapters can target, by path."""
+        """The shape (out, in) of each linear that adapters can target, by path."""
         try:
             return linears(self.checkpoint.tensors, self.config)
         except CheckpointError as error:
@@ -41,10 +42,10 @@ class Base:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The names of the tensors with a row for each token."""
+        """The names of the tensors with one row for each token."""
         found = vocabulary(self.checkpoint.tensors, self.vocab_size)
         if not found:
-            raise BaseModelError(f"{self.folder}: no token embedding of {self.vocab_size} rows among its weights")
+            raise BaseModelError(f"{self.folder}: has no token embedding of {self.vocab_size} rows")
         return found
 
     @property
@@ -57,12 +58,12 @@ class Base:
 
     @property
     def architecture(self) -> str:
-        """The class that transformers and vLLM run it with."""
+        """The model class in transformers and vLLM."""
         return str(self.config["architectures"][0])
 
     @property
     def size(self) -> int:
-        """The first token id that nothing of the base can mean: padding rows count as taken."""
+        """The first token id that the base does not use; padding rows count as used."""
         rows = self.checkpoint[self.vocabulary.embedding].shape[0]
         return max(self.tokenizer.size, rows, self.vocab_size)
 
@@ -71,7 +72,7 @@ def read_base(folder: Path) -> Base:
     """Read a base model and check that it can carry adapters.
 
     Raises:
-        BaseModelError: with all that it lacks.
+        BaseModelError: lists everything that is missing.
     """
     config = read_base_config(folder)
     try:
@@ -84,31 +85,31 @@ def read_base(folder: Path) -> Base:
 
 
 def read_base_config(folder: Path) -> dict[str, Any]:
-    """The base's config.json, if it is a decoder that can carry adapters."""
+    """Read the base's config.json and check that it is of a decoder that can carry adapters."""
     where = inside(folder, "config.json")
-    config = read_config(where, BaseModelError, "a base is a model that transformers loads, with its config.json")
+    config = read_config(where, BaseModelError, "a base is a model that transformers can load, with a config.json")
     if config["model_type"] == MODEL_TYPE:
         raise BaseModelError(
             f"{where}: model_type {MODEL_TYPE!r} cannot carry adapters",
-            hint="it is composed already; `granite-switch add` takes more adapters",
+            hint="it is already composed; `granite-switch add` adds more adapters",
         )
     if config.get("is_encoder_decoder"):
-        raise BaseModelError(f"{where}: is_encoder_decoder: an encoder-decoder cannot carry a switch; decoders can")
+        raise BaseModelError(f"{where}: is_encoder_decoder: only decoders can carry adapters")
     names = config.get("architectures")
     if not names or not names[0].endswith(_CAUSAL):
         raise BaseModelError(
-            f"{where}: architectures {shown(names)} name no language model",
+            f"{where}: architectures {shown(names)} does not name a language model",
             hint=f"the class must end in {', '.join(_CAUSAL)}; save the model with its language-model head",
         )
     if quantisation := refused(config):
-        raise BaseModelError(f"{where}: {quantisation}: adapters were not tried on it", hint=WAY_OUT)
+        raise BaseModelError(f"{where}: {quantisation}: adapters are not supported on it", hint=WAY_OUT)
     return config
 
 
 def check_base(base: Base) -> None:
-    """The layers must be whole, and the embedding must have rows to extend."""
+    """Check that the layers are complete and that rows can be added to the embedding."""
     tensors, config = base.checkpoint.tensors, decoder_config(base.config)
-    quantised = base.config.get("quantization_config")  # then some linears may be left as they were
+    quantised = base.config.get("quantization_config")  # some linears may still be unquantised
     names_there = dict.fromkeys(map(plain_name, tensors) if quantised else tensors)
     if missing := [*_missing_layers(names_there, config), *_missing_norms(names_there, config)]:
         raise BaseModelError(f"{base.folder}: its weights lack tensors that its config implies", problems=missing[:20])
@@ -116,7 +117,7 @@ def check_base(base: Base) -> None:
     tied = config.get("tie_word_embeddings", base.config.get("tie_word_embeddings"))
     if tied is False and not names.head:
         raise BaseModelError(
-            f"{base.folder}: config.json says tie_word_embeddings false, and there is no lm_head.weight",
+            f"{base.folder}: config.json says tie_word_embeddings false, but there is no lm_head.weight",
             hint="save the model with its head, or set tie_word_embeddings to true if the embedding is the head",
         )
     for name in names.names:
@@ -125,36 +126,29 @@ def check_base(base: Base) -> None:
             raise BaseModelError(
                 f"{base.folder}: {name} has {tensor.shape[0]} rows; config.json says vocab_size {base.vocab_size}"
             )
-        if tensor.dtype not in ("F32", "F16", "BF16", "F64"):
+        if tensor.dtype not in FLOATS:
             raise BaseModelError(
                 f"{base.folder}: {name} is {tensor.dtype} {list(tensor.shape)}; control tokens need rows of floats",
                 hint="quantise the base without its embedding and lm_head",
             )
-    if base.tokenizer.size > base.vocab_size + _MOST_MISSING_ROWS:
+    if base.tokenizer.size > base.vocab_size + _MAX_MISSING_ROWS:
         raise BaseModelError(
             f"{base.folder}: tokenizer.json has ids up to {base.tokenizer.size - 1}, the model {base.vocab_size} rows"
         )
     if not base.linears:
-        raise BaseModelError(f"{base.folder}: holds no linear (a 2-D weight in a numbered layer) for adapters")
+        raise BaseModelError(f"{base.folder}: has no linear (a 2-D weight in a numbered layer) for adapters to target")
 
 
 def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list[str]:
-    """Layers that are not there, and tensors that a layer lacks and all others of its type have."""
-    layers: dict[int, set[str]] = {}
-    heads: dict[str, int] = {}
-    for name in tensors:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if at is not None:
-            heads[".".join(parts[:at])] = heads.get(".".join(parts[:at]), 0) + 1
-    if not heads:
+    """Return missing layers, and tensors that a layer lacks but the others of its type have."""
+    numbered = [parts for parts in map(at_layer, tensors) if parts[1]]
+    if not numbered:
         return ["every layer"]
-    stem = max(heads, key=lambda head: heads[head])
-    for name in tensors:
-        if name.startswith(stem + "."):
-            number, _, rest = name[len(stem) + 1 :].partition(".")
-            if number.isdecimal():
-                layers.setdefault(int(number), set()).add(rest)
+    [(stem, _)] = Counter(head for head, _, _ in numbered).most_common(1)
+    layers: dict[int, set[str]] = {}
+    for head, number, rest in numbered:
+        if head == stem:
+            layers.setdefault(int(number), set()).add(rest)
     count = config["num_hidden_layers"]
     absent = [f"{stem}.{i}" for i in range(count) if i not in layers]
     kinds = config.get("layer_types")
@@ -164,16 +158,15 @@ def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list
         alike = [i for i in range(count) if kinds[i] == kind and i in layers]
         whole = max((layers[i] for i in alike), key=len, default=set())
         short = [i for i in alike if layers[i] < whole]
-        if len(short) <= max(1, len(alike) // 4):  # more of them: a second sort of layer
+        if len(short) <= max(1, len(alike) // 4):  # if more lack tensors, they are another type of layer
             absent += [f"{stem}.{i}.{rest}" for i in short for rest in sorted(whole - layers[i], key=natural)]
     return absent
 
 
 def _missing_norms(tensors: Collection[str], config: Mapping[str, Any]) -> list[str]:
-    """A decoder whose config has an epsilon for norms has norms, in its layers and at its end."""
+    """Return missing norms: an epsilon in the config implies norms in the layers and after the last one."""
     if not any(config.get(key) is not None for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")):
         return []
-    norms = [name for name in tensors if "norm" in name.lower() or ".ln_" in name]
-    inside = any(any(part.isdecimal() for part in name.split(".")) for name in norms)
-    outside = any(not any(part.isdecimal() for part in name.split(".")) for name in norms)
-    return [*([] if inside else ["the norms of its layers"]), *([] if outside else ["the norm after the last layer"])]
+    found = {bool(at_layer(name)[1]) for name in tensors if "norm" in name.lower() or ".ln_" in name}
+    names = {True: "the norms of its layers", False: "the norm after the last layer"}
+    return [name for in_layer, name in names.items() if in_layer not in found]

@@ -1,4 +1,4 @@
-"""The model card: what was composed from what, and the two ways to call it."""
+"""The model card: the base, the adapters, and how to call them."""
 
 from collections.abc import Mapping
 
@@ -36,7 +36,7 @@ Served by vLLM with `pip install granite-switch[vllm]`, the same name goes into
 
 
 def model_card(model: SwitchSpec, adapters: Mapping[str, Adapter]) -> str:
-    """README.md of the composed model. Says nothing that changes from run to run."""
+    """Return README.md of the composed model. It contains nothing that changes from run to run."""
     rows = []
     for slot, spec in enumerate(model.adapters, 1):
         if spec.retired:
@@ -56,5 +56,5 @@ def model_card(model: SwitchSpec, adapters: Mapping[str, Adapter]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text of unknown origin in one line of a table."""
+    """Fit untrusted text into a table cell."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -1,6 +1,6 @@
-"""Read a composed model back into what it was composed from: the base, and each slot's adapter.
+"""Split a composed model back into its base and the adapter of each slot.
 
-So changing a model is composing it anew from these parts, and the bytes are the same by construction.
+To change a model is to compose it again from these parts, so unchanged parts have the same bytes by construction.
 """
 
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ VERIFY = "granite-switch verify"
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed model, taken apart."""
+    """A composed model, split into base and adapters."""
 
     folder: Path
     config: Mapping[str, Any]  # config.json
-    base: Base  # without the control tokens' rows and tokens, its templates unwrapped
+    base: Base  # without control tokens and their rows; templates are unwrapped
     slots: tuple[Adapter | Retired, ...]
     spec: SwitchSpec
 
@@ -41,10 +41,10 @@ class Composed:
 
 
 def read_composed(folder: Path) -> Composed:
-    """Take a composed model apart. Only headers and small files are read.
+    """Split a composed model. Only headers and small files are read.
 
     Raises:
-        CheckpointError: it is not of format 1, or its files contradict each other.
+        CheckpointError: it is not in format 1, or its files contradict each other.
     """
     config, spec = read_config(folder)
     if spec.hiding or spec.base_token_id < 0:
@@ -70,7 +70,7 @@ def read_composed(folder: Path) -> Composed:
 
 
 def _base_config(config: Mapping[str, Any], spec: SwitchSpec) -> dict[str, Any]:
-    """config.json as the base had it, with the rows before the first control token's as its vocabulary."""
+    """Return the base's config.json, with a vocabulary that ends before the first control token."""
     base = {key: value for key, value in config.items() if key != "switch"}
     base |= {"model_type": spec.base_model_type, "architectures": [spec.base_architecture]}
     size = {"vocab_size": min(spec.control_slots)}
@@ -79,19 +79,19 @@ def _base_config(config: Mapping[str, Any], spec: SwitchSpec) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], SwitchSpec]:
-    """A composed model's config.json, and its adapters."""
+    """Read a composed model's config.json and its `switch` object."""
     config = records.read_config(inside(folder, "config.json"))
     kind = config["model_type"]
     if kind == MODEL_TYPE and config.get("switch"):
         return config, SwitchSpec.from_dict(config["switch"])
-    hint = "granite-switch compose makes one of a base model and adapters"
+    hint = "`granite-switch compose` makes one from a base model and adapters"
     if kind == MODEL_TYPE and legacy.legacy_format(config):
         hint = legacy.UPGRADE
     raise CheckpointError(f"{folder}: is not a composed model of format 1 (model_type {kind!r})", hint=hint)
 
 
 def tensor_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
-    """Where the tensors are not those that config.json says there are."""
+    """Return the differences between the tensors and those that config.json implies."""
     expected: dict[str, tuple[str, tuple[int, int]]] = {}
     shapes = linears(checkpoint.tensors, config)
     problems = []
@@ -109,9 +109,9 @@ def tensor_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[st
                 if tensor.shape != shape:
                     problems.append(f"{file}: {name} is {list(tensor.shape)}; config.json says {list(shape)}")
             elif parse_key(name):
-                problems.append(f"{file}: {name} is of no adapter in config.json")
+                problems.append(f"{file}: {name} belongs to no adapter in config.json")
             elif file in {adapter_file(adapter.name) for adapter in spec.active}:
-                problems.append(f"{file}: {name} is not an adapter's")
+                problems.append(f"{file}: {name} does not belong to an adapter")
     problems += [f"{file}: {name} is missing" for name, (file, _) in expected.items()]
     return problems + _row_problems(checkpoint, spec, config)
 
@@ -126,12 +126,12 @@ def _row_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str,
     if size < rows:
         return [
             *problems,
-            f"config.json: vocab_size {size} where the last control token is {controls[-1]} and "
-            f"{spec.reserved} rows are in reserve",
+            f"config.json: vocab_size {size} is too small for the last control token, {controls[-1]}, and "
+            f"{spec.reserved} reserved rows",
         ]
     names = vocabulary(checkpoint.tensors, size)
     if not names:
-        return [*problems, f"there is no token embedding of {size} rows"]
+        return [*problems, f"no tensor is a token embedding of {size} rows"]
     return problems + [
         f"{name} has {checkpoint[name].shape[0]} rows, not {size}"
         for name in names.names
@@ -140,26 +140,25 @@ def _row_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str,
 
 
 def unwrapped(folder: Path, tokenizer: BaseTokenizer) -> dict[str, str]:
-    """The base's templates inside a composed model's."""
+    """Return the base's templates from a composed model's."""
     templates = {name: unwrap(text) for name, text in tokenizer.templates.items()}
     if foreign := [name for name, text in templates.items() if text is None]:
         raise CheckpointError(
-            f"{folder}: chat template {', '.join(foreign)} is not one that compose wrote",
-            hint="put chat_template.jinja back as it was, or compose the model anew",
+            f"{folder}: chat template {', '.join(foreign)} was not written by compose",
+            hint="restore chat_template.jinja, or compose the model again",
         )
     return {name: text for name, text in templates.items() if text is not None}
 
 
 def _base_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any], first: int) -> Checkpoint:
-    """The base's tensors alone, without the rows from `first` on."""
+    """Return the base's tensors, without the rows from `first` on."""
     files: dict[str, dict[str, Tensor]] = {}
     names = vocabulary(checkpoint.tensors, decoder_config(config)["vocab_size"])
     for name, tensors in checkpoint.files.items():
         kept = {key: tensor for key, tensor in tensors.items() if not parse_key(key)}
         for key in names.names if names else ():
-            if tensor := kept.get(key):
-                width = tensor.nbytes // tensor.shape[0]
-                kept[key] = replace(tensor, shape=(first, *tensor.shape[1:]), nbytes=first * width)
+            if key in kept:
+                kept[key] = kept[key][(slice(first),)]
         if kept:
             files[name] = kept
     return checkpoint.of(files)

@@ -1,7 +1,7 @@
 """Change a composed model: add, remove, update and rename adapters.
 
-The model is taken apart and composed anew from its parts, in a folder beside it in which everything that stays is
-linked; the two folders then change places in one step.
+The model is split and composed again from its parts in a folder beside it, where unchanged files are linked; the two
+folders are then swapped in one step.
 """
 
 import os
@@ -27,7 +27,7 @@ from granite_switch.errors import AdapterError, CheckpointError, OutputError
 Source = str | PathLike[str]
 Slots = list[Adapter | Retired]
 
-_SMALL = 1 << 20  # files up to here are copied rather than linked, so that editing one leaves the other alone
+_SMALL = 1 << 20  # bytes; smaller files are copied, not linked, so that editing one leaves the other unchanged
 
 
 def add(
@@ -39,21 +39,21 @@ def add(
     create_io_yaml: bool = False,
     **selection: Any,
 ) -> Plan:
-    """Add adapters to a composed model. The adapters that it has keep their slots and token ids.
+    """Add adapters to a composed model. Existing adapters keep their slots and token ids.
 
     Args:
         model: a composed model; a hub id needs an `output`.
         sources: PEFT adapter folders, library folders, YAML manifests or hub ids.
-        output: a folder to make; by default the model is changed in place.
+        output: a folder to create; by default the model is changed in place.
         force: replace an existing output.
         create_io_yaml: write a minimal io.yaml for adapters without one.
         selection: `revision`, `base_name`, `include`, `exclude`, `technology`, as for `compose`.
 
     Returns:
-        The changed model.
+        The plan of the changed model.
 
     Raises:
-        SwitchError: with all that is wrong; the model is then as it was.
+        SwitchError: lists everything that is wrong; the model is then unchanged.
     """
     folder = folder_of(model, output)
     sources_hold = _discover(folder, sources, **selection)
@@ -63,7 +63,7 @@ def add(
         there = [one.name for one in found if one.name in old.adapters and not one.retired]
         if there:
             raise AdapterError(
-                f"{folder}: has {', '.join(there)} already",
+                f"{folder}: already has {', '.join(there)}",
                 hint="`granite-switch update` replaces an adapter; a YAML manifest gives it another name",
             )
         return [*old.slots, *read_slots(found, old.base)]
@@ -75,7 +75,7 @@ def add(
 def update(
     model: Source, sources: Sequence[Source], *, output: Source | None = None, force: bool = False, **selection: Any
 ) -> Plan:
-    """Replace adapters of a composed model by others of the same name. Slots and token ids stay.
+    """Replace adapters of a composed model by others of the same name. Slots and token ids do not change.
 
     Args, returns, raises: as for `add`.
     """
@@ -83,7 +83,7 @@ def update(
     found = _discover(folder, sources, **selection).found
 
     def change(old: Composed) -> Slots:
-        _must_have(old, [one.name for one in found], "`granite-switch add` takes new ones, --include selects some")
+        _must_have(old, [one.name for one in found], "`granite-switch add` adds new ones, --include selects some")
         new = {slot.name: slot for slot in read_slots(found, old.base)}
         return [new.get(slot.name, slot) if isinstance(slot, Adapter) else slot for slot in old.slots]
 
@@ -91,12 +91,12 @@ def update(
 
 
 def remove(model: Source, names: Sequence[str], *, output: Source | None = None, force: bool = False) -> Plan:
-    """Remove adapters. Their slots and tokens are retired: the tokens return to the base and are not used again.
+    """Remove adapters. Their slots and tokens are retired: the tokens return to the base and are not reused.
 
     Args:
         model: a composed model; a hub id needs an `output`.
-        names: of the adapters.
-        output: a folder to make; by default the model is changed in place.
+        names: the adapters' names.
+        output: a folder to create; by default the model is changed in place.
         force: replace an existing output.
     """
     folder = folder_of(model, output)
@@ -112,13 +112,13 @@ def remove(model: Source, names: Sequence[str], *, output: Source | None = None,
 
 
 def rename(model: Source, old: str, new: str, *, output: Source | None = None, force: bool = False) -> Plan:
-    """Give an adapter another name, and its control token the text to go with it. Its slot and token id stay.
+    """Rename an adapter and its control token. Slot and token id do not change.
 
     Args:
         model: a composed model; a hub id needs an `output`.
         old: the adapter's name.
         new: its new name.
-        output: a folder to make; by default the model is changed in place.
+        output: a folder to create; by default the model is changed in place.
         force: replace an existing output.
     """
     folder = folder_of(model, output)
@@ -138,15 +138,14 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
 
 
 def folder_of(model: Source, output: Source | None) -> Path:
-    """The model's folder. What comes from the hub is in its cache, which every later load reads: it is not changed."""
-    restore(Path(model))
+    """Return the model's folder. The hub's cache is never changed in place, because every later load reads it."""
     path = Path(model)
-    where = path if path.exists() else None
-    if output is None and (where is None or in_hub_cache(where)):
-        kind = "is in the hub's cache" if where else "is no folder here"
+    restore(path)
+    if output is None and (not path.exists() or in_hub_cache(path)):
+        kind = "is in the hub's cache" if path.exists() else "is not a local folder"
         raise OutputError(
-            f"{model}: {kind}; only a folder of your own is changed in place",
-            hint="say with --output where the changed model is to be written",
+            f"{model}: {kind}; only your own folders can be changed in place",
+            hint="choose where to write the changed model with --output",
         )
     return model_folder(model)
 
@@ -179,7 +178,7 @@ def _edit(
     change: Callable[[Composed], Slots],
     create_io_yaml: bool = False,
 ) -> Plan:
-    """Write the changed model at `output`, or in place."""
+    """Write the changed model to `output`, or in place."""
     folder = folder.resolve()
     target = Path(output).absolute() if output is not None else folder
     if target.resolve() != folder:
@@ -187,7 +186,7 @@ def _edit(
         with held(folder), staged(target, force=force) as partial:
             return _write(folder, partial, change, create_io_yaml)
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder}: is read-only", hint="choose another place with --output")
+        raise OutputError(f"{folder}: is read-only", hint="choose another folder with --output")
     with staged(folder, force=True) as partial:
         return _write(folder, partial, change, create_io_yaml)
 
@@ -204,7 +203,7 @@ def _write(folder: Path, partial: Path, change: Callable[[Composed], Slots], cre
 
 
 def _check_kept(old: Composed, plan: Plan) -> None:
-    """What is not changed must come out as it was; config.json can have been edited."""
+    """Check that unchanged adapters keep their records; config.json may have been edited."""
     changed = [
         before.name
         for before, after, old_slot, new_slot in zip(
@@ -215,12 +214,12 @@ def _check_kept(old: Composed, plan: Plan) -> None:
     if changed:
         raise CheckpointError(
             f"{old.folder / 'config.json'}: the records of {', '.join(changed)} are not as compose writes them",
-            hint=f"put the file back as it was; {VERIFY} {old.folder}",
+            hint=f"restore the file; {VERIFY} {old.folder}",
         )
 
 
 def _carry_over(old: Composed, plan: Plan, partial: Path) -> list[str]:
-    """Copy everything else from the folder, and say what was kept against expectation."""
+    """Copy the folder's other files, and return a warning if README.md was edited and is kept."""
     gone = {adapter_file(name) for name in old.adapters}
     same = {slot.name for slot in plan.slots if isinstance(slot, Adapter) and slot in old.slots}
     for parent, _, names in os.walk(old.folder):
@@ -240,5 +239,5 @@ def _carry_over(old: Composed, plan: Plan, partial: Path) -> list[str]:
     card = old.folder / "README.md"
     if card.is_file() and card.read_bytes() != model_card(old.spec, old.adapters).encode():
         shutil.copy(card, partial / "README.md")
-        return [f"{card}: was written by hand and is left as it is"]
+        return [f"{card}: was edited by hand and is kept"]
     return []

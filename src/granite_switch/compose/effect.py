@@ -1,7 +1,7 @@
-"""How strongly an adapter changes its base, from norms alone: no model is loaded and no weight is read whole.
+"""Estimate how strongly an adapter changes its base from norms, without loading the model.
 
-The norm of s B A comes from two r x r matrices. The norm of W is estimated from a few of its rows, so that composing
-still links shards instead of reading them; an estimate tells 0.01 from 10, which is all that is asked.
+The norm of s B A follows from two r x r matrices. The norm of W is estimated from a few of its rows, so that composing
+links shards without reading them; an estimate is enough to tell a ratio of 0.01 from 10.
 """
 
 import math
@@ -12,22 +12,22 @@ import numpy as np
 
 from granite_switch.core.checkpoint import Checkpoint, Tensor, to_float32
 from granite_switch.core.layout import AdapterTensor, fold
+from granite_switch.core.packed import FLOATS
 
-_FLOATS = ("F32", "F16", "BF16", "F64")
-_ROWS = 8  # of a weight that are read
-SANE = 10.0  # trained adapters have 0.001 to 0.5; an update of ten times the weight is a wrong scale or a random matrix
+_ROWS = 8  # rows of a weight that are read
+SANE = 10.0  # trained adapters have 0.001 to 0.5; a larger ratio means a wrong scale or a random matrix
 
 
 def product_norm(a: Tensor, b: Tensor) -> float:
-    """The Frobenius norm of B A: |B A|^2 = trace((B^T B) (A A^T))."""
+    """Return the Frobenius norm of B A: |B A|^2 = trace((B^T B) (A A^T))."""
     left, right = b.float32().astype(np.float64), a.float32().astype(np.float64)
     return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T)))))
 
 
 @lru_cache(maxsize=8192)
 def weight_norm(weight: Tensor) -> float:
-    """An estimate of the Frobenius norm of a matrix in a file; NaN where its numbers are packed."""
-    if weight.dtype not in _FLOATS:
+    """Estimate the Frobenius norm of a matrix in a file; NaN if its values are packed."""
+    if weight.dtype not in FLOATS:
         return math.nan
     rows = range(0, weight.shape[0], max(1, weight.shape[0] // _ROWS))
     squares = [float(np.square(to_float32(weight.row(i), weight.dtype)).sum(dtype=np.float64)) for i in rows]
@@ -37,23 +37,23 @@ def weight_norm(weight: Tensor) -> float:
 def effect_warnings(
     tensors: Mapping[AdapterTensor, Tensor], scales: Mapping[str, float], base: Checkpoint
 ) -> list[str]:
-    """What is wrong with an adapter's strength, in words.
+    """Return warnings about updates that are zero or far too large.
 
     Args:
-        tensors: its matrices.
-        scales: the factor on B A of each linear.
+        tensors: the adapter's matrices.
+        scales: the factor on B A for each linear.
         base: the base's weights.
     """
     pairs = {linear: [tensors[AdapterTensor("", linear, matrix)] for matrix in "AB"] for linear in scales}
     norms = {linear: abs(scales[linear]) * product_norm(a, b) for linear, (a, b) in pairs.items()}
     zero = [linear for linear, norm in norms.items() if norm == 0]
     if len(zero) == len(norms):
-        return ["every B (or A) is zero: it changes nothing until it is trained"]
+        return ["every B (or A) is zero: the adapter has no effect until it is trained"]
     result = []
     if zero:
         kinds = list(fold(dict.fromkeys(zero)))
         more = f" and {len(kinds) - 4} more" if len(kinds) > 4 else ""
-        result.append(f"B (or A) is zero in {', '.join(kinds[:4])}{more}: they change nothing")
+        result.append(f"B (or A) is zero in {', '.join(kinds[:4])}{more}: no effect there")
     ratios = {
         linear: norm / of_base
         for linear, norm in norms.items()

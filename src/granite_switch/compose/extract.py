@@ -1,4 +1,4 @@
-"""Take an adapter out of a composed model, as PEFT has it."""
+"""Extract an adapter from a composed model as a PEFT adapter folder."""
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -7,9 +7,10 @@ from typing import Any
 
 from granite_switch.compose.adapters import Adapter
 from granite_switch.compose.composed import VERIFY, Composed, read_composed
+from granite_switch.compose.names import PEFT
 from granite_switch.compose.sources import PROVENANCE, model_folder
 from granite_switch.core.checkpoint import copy_of, write, write_json
-from granite_switch.core.layout import AdapterTensor, digest
+from granite_switch.core.layout import digest
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, held, staged
 from granite_switch.errors import CheckpointError
@@ -18,22 +19,19 @@ Source = str | PathLike[str]
 
 
 def extract(model: Source, name: str, output: Source, *, force: bool = False) -> Path:
-    """Write one adapter of a composed model as a PEFT adapter folder.
+    """Write one adapter of a composed model as a PEFT adapter folder, and return the folder.
 
-    Composing from that folder gives the same bytes again: beside PEFT's two files and io.yaml it holds
-    `granite_switch.json`, with the adapter's first source.
+    Composing from that folder gives the same bytes again: besides PEFT's two files and io.yaml it contains
+    `granite_switch.json` with the adapter's original source.
 
     Args:
         model: a composed model, local folder or hub id.
-        name: the adapter's.
-        output: the folder to make.
+        name: the adapter's name.
+        output: the folder to create.
         force: replace an existing folder.
 
-    Returns:
-        The folder.
-
     Raises:
-        SwitchError: there is no such adapter, or its weights are not those that were composed.
+        SwitchError: there is no such adapter, or its weights differ from those that were composed.
     """
     folder, target = model_folder(model), Path(output)
     check_target(target, force=force)
@@ -44,7 +42,7 @@ def extract(model: Source, name: str, output: Source, *, force: bool = False) ->
         contents = digest(adapter.tensors)
         if spec.digest and contents != spec.digest:
             raise CheckpointError(
-                f"{adapter.file}: its weights are not those that were composed", hint=f"{VERIFY} --deep {folder}"
+                f"{adapter.file}: its weights differ from those that were composed", hint=f"{VERIFY} --deep {folder}"
             )
         with staged(target, force=force) as partial:
             _write(adapter, spec, composed, partial)
@@ -54,7 +52,7 @@ def extract(model: Source, name: str, output: Source, *, force: bool = False) ->
 
 
 def _write(adapter: Adapter, spec: AdapterSpec, composed: Composed, folder: Path) -> None:
-    tensors = {_peft_name(key): tensor for key, tensor in adapter.tensors.items()}
+    tensors = {f"{PEFT}{key.linear}.lora_{key.matrix}.weight": tensor for key, tensor in adapter.tensors.items()}
     entries = [copy_of(tensors[name], name) for name in sorted(tensors)]
     write(folder / "adapter_model.safetensors", entries, aligned=8)  # byte for byte what PEFT writes
     write_json(folder / "adapter_config.json", _peft_config(spec, composed.spec.base_model, composed.base.linears))
@@ -62,12 +60,8 @@ def _write(adapter: Adapter, spec: AdapterSpec, composed: Composed, folder: Path
         (folder / "io.yaml").write_bytes(adapter.io_yaml.read_bytes())
 
 
-def _peft_name(key: AdapterTensor) -> str:
-    return f"base_model.model.{key.linear}.lora_{key.matrix}.weight"
-
-
 def _peft_config(spec: AdapterSpec, base_model: str, linears: Iterable[str]) -> dict[str, Any]:
-    """adapter_config.json (PEFT `LoraConfig`): names of modules where they mean the linears, else paths."""
+    """Return adapter_config.json (PEFT `LoraConfig`); targets are module names if these suffice, otherwise paths."""
     names = set(spec.modules)
     short = {linear for linear in linears if linear.rpartition(".")[2] in names} == set(spec.targets)
     return {
@@ -88,7 +82,7 @@ def _peft_config(spec: AdapterSpec, base_model: str, linears: Iterable[str]) -> 
 
 
 def _pattern(values: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
-    """Values as PEFT's patterns have them: by a module's name where all of that name agree, else by path."""
+    """Return values as a PEFT pattern: by module name if all modules of that name agree, otherwise by path."""
     result: dict[str, Any] = {}
     for linear, value in values.items():
         name = linear.rpartition(".")[2]

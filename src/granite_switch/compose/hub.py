@@ -1,7 +1,7 @@
-"""The hub and its cache: ids with paths and revisions, lists of files, fetching, and what a snapshot's folder is.
+"""Access the hub and its cache: parse ids, list a repository's files, fetch some of them.
 
-A repository is listed before anything is fetched, so that only the adapters that are wanted are. Where the hub cannot
-be reached, what its cache holds is used, and the log says so.
+A repository is listed before anything is fetched, so that only wanted adapters are fetched. If the hub cannot be
+reached, its cache is used, with a warning in the log.
 """
 
 import logging
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from granite_switch.errors import SwitchError
+from granite_switch.errors import SwitchError, first_line
 
 _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([^/]+)(?:/(.+))?$")
 
@@ -36,21 +36,21 @@ class HubRef:
 
 
 def parse_ref(source: str, revision: str | None = None) -> HubRef:
-    """A hub id as users write it. What follows `@` is the revision; else `revision` is.
+    """Parse a hub id.
 
     Args:
-        source: `owner/repo`, `owner/repo/path/in/repo`, each also with `@revision`.
-        revision: of ids that have none.
+        source: `owner/repo` or `owner/repo/path/in/repo`, optionally with `@revision`.
+        revision: used if `source` has none.
     """
     if source.startswith(("/", ".", "~")):
-        return HubRef(source)  # a path that is not there, and no hub id either
+        return HubRef(source)  # a missing path, not a hub id
     place, _, own = source.partition("@")
     parts = place.strip("/").split("/")
     return HubRef("/".join(parts[:2]), "/".join(parts[2:]), own or revision)
 
 
 def snapshot_of(path: Path) -> HubRef | None:
-    """What a folder in the hub's cache is a copy of, with its commit; None for any other folder."""
+    """Return the repository, path and commit of a folder in the hub's cache; None for any other folder."""
     for spelling in (os.path.abspath(path), str(path.resolve())):
         if found := _SNAPSHOT.search(Path(spelling).as_posix()):
             return HubRef(found[1].replace("--", "/"), found[3] or "", found[2])
@@ -63,23 +63,23 @@ class Repository:
 
     ref: HubRef
     files: tuple[str, ...]  # paths in it
-    cached: Path | None = None  # the snapshot's folder, where only the hub's cache can be read
+    cached: Path | None = None  # the snapshot's folder, if only the hub's cache can be read
 
     def fetch(self, patterns: Sequence[str], error: type[SwitchError]) -> Path:
-        """The snapshot's folder, with the files that match in it."""
+        """Fetch the files that match, and return the snapshot's folder."""
         if self.cached:
             return self.cached
         try:
             return _download(self.ref, patterns)
         except Exception as problem:
-            raise error(f"{self.ref}: the hub says: {_line(problem)}") from None
+            raise error(f"{self.ref}: the hub says: {first_line(problem)}") from None
 
 
 def open_repository(ref: HubRef, error: type[SwitchError]) -> Repository:
-    """List a repository's files: on the hub, or where that cannot be reached in its cache, which the log then says.
+    """List a repository's files on the hub, or in its cache if the hub cannot be reached (logged as a warning).
 
     Raises:
-        SwitchError: of the given class; neither the hub nor its cache has it.
+        SwitchError: of class `error`; neither the hub nor its cache has the repository.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
@@ -88,22 +88,22 @@ def open_repository(ref: HubRef, error: type[SwitchError]) -> Repository:
         info = HfApi().model_info(ref.repo, revision=ref.revision)
         return Repository(ref, tuple(one.rfilename for one in info.siblings or ()))
     except HFValidationError:
-        raise error(f"{ref}: is neither a folder here nor a hub id") from None
+        raise error(f"{ref}: is neither a local folder nor a hub id") from None
     except OfflineModeIsEnabled:
         reason, asked_for = "the hub cannot be reached (HF_HUB_OFFLINE is set)", True
-    except Exception as problem:  # a broken connection is of another class in each release of the hub's client
-        reason, asked_for = f"the hub says: {_line(problem)}", False
+    except Exception as problem:  # the class depends on the hub library's HTTP client
+        reason, asked_for = f"the hub says: {first_line(problem)}", False
     try:
         folder = _download(ref, (), here_only=True)
     except Exception:
-        raise error(f"{ref}: is not a folder here, and {reason}") from None
+        raise error(f"{ref}: is not a local folder, and {reason}") from None
     if not asked_for:
         logger.warning("%s: %s; using the copy in the hub's cache, commit %s", ref, reason, folder.name)
     return Repository(ref, tuple(files_below(folder)), folder)
 
 
 def files_below(folder: Path, depth: int = 8) -> Iterator[str]:
-    """The paths of a folder's files, relative to it, in order. Links to folders are followed, `depth` folders deep."""
+    """Yield the relative paths of a folder's files in order, down to `depth` levels. Links to folders are followed."""
     if depth < 0:
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -122,8 +122,3 @@ def _download(ref: HubRef, patterns: Sequence[str], *, here_only: bool = False) 
             ref.repo, revision=ref.revision, allow_patterns=list(patterns) or None, local_files_only=here_only
         )
     )
-
-
-def _line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    return lines[0]

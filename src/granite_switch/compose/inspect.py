@@ -1,4 +1,4 @@
-"""Say what is in a composed model, and how strongly each adapter changes each projection."""
+"""Describe a composed model, and measure how strongly each adapter changes each linear."""
 
 import math
 from collections.abc import Mapping
@@ -13,13 +13,12 @@ import numpy.typing as npt
 from granite_switch.compose.composed import Composed, read_composed
 from granite_switch.compose.effect import product_norm
 from granite_switch.compose.sources import model_folder
-from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import steady
-from granite_switch.core.layout import AdapterTensor, decoder_config
+from granite_switch.core.layout import AdapterTensor, at_layer, decoder_config
+from granite_switch.core.packed import FLOATS
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.errors import SwitchError
-
-_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class AdapterReport:
     token_id: int
     substitute: str
     substitute_token_id: int
-    invocation_text: str  # aLoRA: the text from which it acts; "": from the first token
+    invocation_text: str  # the text from which an aLoRA acts; "" for a LoRA
     source: str
     sha256: str
     io_config: bool
@@ -65,10 +64,10 @@ class Report:
     return_to_base_id: int
     generatable: bool
     adapters: tuple[AdapterReport, ...]
-    retired: tuple[str, ...]  # names of removed adapters, whose slots stay taken
+    retired: tuple[str, ...]  # names of removed adapters, whose slots stay reserved
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the report as a JSON object."""
         return asdict(self)
 
 
@@ -79,7 +78,7 @@ def inspect(model: str | PathLike[str]) -> Report:
         model: local folder or hub id.
 
     Raises:
-        CheckpointError: it is not of format 1, or its files contradict each other.
+        CheckpointError: it is not in format 1, or its files contradict each other.
     """
     folder = model_folder(model)
     composed = steady(folder, lambda: read_composed(folder))
@@ -134,14 +133,14 @@ def _adapter(slot: int, spec: AdapterSpec, composed: Composed, total: int) -> Ad
 
 @dataclass(frozen=True)
 class Strengths:
-    """The norm of s B A over the norm of W (Frobenius), for each adapter, module and layer."""
+    """The Frobenius norm of s B A divided by that of W, for each adapter, module and layer."""
 
-    modules: tuple[str, ...]  # paths below a layer: `self_attn.q_proj`
+    modules: tuple[str, ...]  # paths relative to a layer: `self_attn.q_proj`
     values: Mapping[str, npt.NDArray[np.float64]]  # adapter -> [modules, layers]; 0: no update, NaN: W is quantised
 
 
 def strengths(model: str | PathLike[str]) -> Strengths:
-    """How strongly each adapter changes each linear.
+    """Measure how strongly each adapter changes each linear.
 
     Args:
         model: local folder or hub id.
@@ -151,47 +150,36 @@ def strengths(model: str | PathLike[str]) -> Strengths:
 
 
 def _strengths(composed: Composed) -> Strengths:
-    places = {linear: _place(linear) for spec in composed.spec.active for linear in spec.targets}
-    modules = tuple(dict.fromkeys(place[0] for place in places.values()))
-    layers = 1 + max((place[1] for place in places.values()), default=0)
+    places = {linear: at_layer(linear) for spec in composed.spec.active for linear in spec.targets}
+    modules = tuple(dict.fromkeys(module for _, _, module in places.values()))
+    layers = 1 + max((int(layer) for _, layer, _ in places.values()), default=0)
     values = {name: np.zeros((len(modules), layers)) for name in composed.adapters}
-    for linear, (module, layer) in places.items():
+    for linear, (_, layer, module) in places.items():
         of_base = None
         for name, adapter in composed.adapters.items():
             a, b = (adapter.tensors.get(AdapterTensor("", linear, matrix)) for matrix in "AB")
             if a and b:
                 of_base = _base_norm(composed.base.checkpoint, linear) if of_base is None else of_base
                 scale = composed.spec.adapter(name).scale_of(linear)
-                values[name][modules.index(module), layer] = scale * product_norm(a, b) / of_base
+                values[name][modules.index(module), int(layer)] = scale * product_norm(a, b) / of_base
     return Strengths(modules, values)
 
 
-def _place(linear: str) -> tuple[str, int]:
-    """A linear's path below its layer, and the layer's number."""
-    parts = linear.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
-    return ".".join(parts[at + 1 :]), int(parts[at]) if at >= 0 else 0
-
-
 def _base_norm(checkpoint: Checkpoint, linear: str) -> float:
-    name = f"{linear}.weight"
-    return _norm(checkpoint[name]) if name in checkpoint else math.nan
-
-
-def _norm(weight: Tensor) -> float:
-    return float(np.linalg.norm(weight.float32())) if weight.dtype in _FLOATS else math.nan
+    weight = checkpoint.tensors.get(f"{linear}.weight")
+    return float(np.linalg.norm(weight.float32())) if weight and weight.dtype in FLOATS else math.nan
 
 
 def plot(strengths: Strengths, path: Path) -> None:
-    """Draw `strengths` as a picture: an adapter a panel, layers from left to right, one scale of colours for all.
+    """Plot `strengths` as heat maps: one panel for each adapter, layers along x, one colour scale for all.
 
     Raises:
-        SwitchError: matplotlib is not there, or the file's type is none that it writes.
+        SwitchError: matplotlib is not installed, or cannot write this type of file.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SwitchError("a picture needs matplotlib", hint="pip install granite-switch[plot]") from None
+        raise SwitchError("a plot needs matplotlib", hint="pip install granite-switch[plot]") from None
     values, modules = strengths.values, strengths.modules
     columns = min(3, len(values)) or 1
     rows = math.ceil(len(values) / columns) or 1

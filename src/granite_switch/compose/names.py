@@ -1,8 +1,8 @@
-"""Which linear of the base a tensor of an adapter belongs to.
+"""Find the base's linear for the name of an adapter's tensor.
 
-Trainers wrap models, and each wrapper leaves its prefix on the names: PEFT, torch.compile, DDP, FSDP, checkpointing.
-The rest is the path of a module in the model that was trained, whose outer parts differ between classes of one decoder
-(`model.layers`, `model.language_model.layers`, `layers`). A name is taken where it can mean one linear only.
+Trainers wrap models, and each wrapper adds its prefix to the names: PEFT, torch.compile, DDP, FSDP, checkpointing. The
+rest is the path of a module in the trained model, whose outer parts differ between classes of the same decoder
+(`model.layers`, `model.language_model.layers`, `layers`). A name is accepted if it matches exactly one linear.
 """
 
 import re
@@ -10,27 +10,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from granite_switch.core.layout import at_layer
+
 _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.(?!weight$)([^.]+))?(?:\.weight)?")
 _OUTSIDE = re.compile(r"(?:(?:base_model\.model|_orig_mod|module|_fsdp_wrapped_module)\.)+")
 _INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PEFT = "base_model.model."
 
-# outer parts of a decoder's path that say nothing; other towers (`vision_tower`, `audio_encoder`) are none of them
+# outer parts of a text decoder's path; those of other towers (`vision_tower`, `audio_encoder`) are not among them
 _NEUTRAL = {"model", "base_model", "language_model", "transformer", "decoder", "text_model", "backbone"}
 
 
 @dataclass(frozen=True)
 class Name:
-    """A tensor's name, taken apart."""
+    """A parsed tensor name."""
 
     path: str  # of the module, without wrappers
     matrix: str  # "A" or "B"
-    adapter: str  # as PEFT's state has it: `lora_A.<adapter>.weight`
-    prefix: str  # what wrappers put in front
+    adapter: str  # as in the names of PEFT's `state_dict`: `lora_A.<adapter>.weight`
+    prefix: str  # added by wrappers
 
 
 def parse(name: str) -> Name | None:
-    """A tensor's name as a matrix of a low-rank update; None if it is not one."""
+    """Parse the name of a matrix of a low-rank update; None for any other tensor."""
     found = _KEY.fullmatch(name)
     if not found or found[3] == "bias":
         return None
@@ -39,17 +41,17 @@ def parse(name: str) -> Name | None:
 
 
 def unwrap(name: str) -> tuple[str, str]:
-    """A path without the prefixes of wrappers, and these."""
+    """Return a path without the prefixes that wrappers added, and those prefixes."""
     prefix = found[0] if (found := _OUTSIDE.match(name)) else ""
     rest = name.removeprefix(prefix)
     return _INSIDE.sub("", rest), prefix + "".join(dict.fromkeys(_INSIDE.findall(rest)))
 
 
 class Linears:
-    """Finds a base's linear by the path that an adapter has for it.
+    """Finds the base's linear for a path in an adapter.
 
     Args:
-        linears: of the base, by path.
+        linears: paths of the base's linears.
     """
 
     def __init__(self, linears: Iterable[str]) -> None:
@@ -65,7 +67,7 @@ class Linears:
                 self._kinds.add(_without_numbers(".".join(inner)))
 
     def find(self, path: str) -> str | None:
-        """The linear of this path, or the only one that it can mean; None if there is none."""
+        """Return the linear with this path, or the only one that it can refer to; otherwise None."""
         if path in self.paths:
             return path
         inner = _inner(path)
@@ -77,28 +79,26 @@ class Linears:
         return found[0] if len(found) == 1 else None
 
     def in_another_layer(self, path: str) -> bool:
-        """Whether a layer of another number has this linear."""
+        """Whether a layer with another number has this linear."""
         return _without_numbers(path) in self._kinds or _without_numbers(".".join(_inner(path))) in self._kinds
 
     @property
     def stem(self) -> str:
-        """What most paths begin with, up to the layer's number."""
+        """The most common beginning of paths, up to the layer's number."""
         stems = [stem_of(path) for path in sorted(self.paths)]
         return max(dict.fromkeys(stems), key=stems.count, default="")
 
 
 def stem_of(path: str) -> str:
-    """A path up to its first number, `model.layers.`; all of it where it has none."""
-    parts = path.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[:at]) + "."
+    """Return a path up to its first number, `model.layers.`; the whole path if it has none."""
+    return at_layer(path)[0] + "."
 
 
 def _inner(path: str) -> list[str]:
-    """A path's parts from the name of the list of layers on, if nothing outside tells it from another tower's."""
-    parts = path.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    return parts[at - 1 :] if at and set(parts[: at - 1]) <= _NEUTRAL else []
+    """Return a path's parts from the list of layers on; empty if the outer parts may be another tower's."""
+    head, number, tail = at_layer(path)
+    *outer, layers = head.split(".")
+    return [layers, number, *tail.split(".")] if head and number and set(outer) <= _NEUTRAL else []
 
 
 def _without_numbers(path: str) -> str:
@@ -106,7 +106,7 @@ def _without_numbers(path: str) -> str:
 
 
 def explain(paths: Mapping[str, Any], linears: Linears) -> str:
-    """One line for an adapter of which no tensor fits: the prefix that the base does not have."""
+    """Explain why no tensor of an adapter fits: how its paths begin, and how the base's do."""
     stems = list(dict.fromkeys(stem_of(path) for path in paths))
     shown = ", ".join(repr(stem) for stem in stems[:3])
     return f"its modules begin with {shown}; this base's linears begin with {linears.stem!r}"

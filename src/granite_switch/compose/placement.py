@@ -1,7 +1,7 @@
-"""Work out how the chat template places each adapter's control token, and prove it on sample chats.
+"""Determine where the chat template places each adapter's control token, and prove it on sample chats.
 
-Proof: rendered, tokenised and substituted, the ids hold the adapter's invocation sequence intact at the control token
-(aLoRA), or are the base's own ids (LoRA). The templates are somebody else's, so they are rendered within limits.
+Each sample chat is rendered, tokenised and substituted. For an aLoRA, the ids must then contain the invocation sequence
+at the control token; for a LoRA, they must equal the base's. Templates are third-party code, rendered within limits.
 """
 
 import json
@@ -34,19 +34,19 @@ _CHATS: Sequence[Mapping[str, Any]] = (
 
 @dataclass(frozen=True)
 class Chat:
-    """A sample conversation that the base's template renders."""
+    """A sample conversation."""
 
     variables: Mapping[str, Any]
-    text: str  # as the base's template renders it
+    text: str  # rendered by the base's template
 
     def with_text(self, text: str) -> dict[str, Any]:
-        """The same with some text at the end of the last message."""
+        """Return the variables with `text` appended to the last message."""
         *before, last = self.variables["messages"]
         return {**self.variables, "messages": [*before, {**last, "content": last["content"] + text}]}
 
 
 def chats(template: str, special_tokens: Mapping[str, str]) -> list[Chat]:
-    """Sample chats that this template accepts (some refuse a system prompt, say).
+    """Return the sample chats that a template accepts (some refuse a system prompt, for example).
 
     Raises:
         BaseModelError: it accepts none.
@@ -65,14 +65,14 @@ def chats(template: str, special_tokens: Mapping[str, str]) -> list[Chat]:
 
 @dataclass(frozen=True)
 class Token:
-    """A token, as text that can be replaced in a prompt."""
+    """A token and its text in a prompt."""
 
     text: str
     id: int
 
 
 def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
-    """The token with which every prompt begins.
+    """Return the token that begins every prompt.
 
     Raises:
         BaseModelError: prompts begin with different tokens, so a LoRA's control token has no fixed substitute.
@@ -86,15 +86,15 @@ def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
     if len(starts) > 1:
         raise BaseModelError(
             "the base's chat template begins prompts with different tokens: " + ", ".join(repr(s.text) for s in starts),
-            hint="a LoRA adapter's control token replaces the first one, which must always be the same",
+            hint="a LoRA's control token replaces the first token, which must always be the same",
         )
     return starts.pop()
 
 
 def turn(template: str, samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
-    """The token that opens a turn, which return-to-base replaces.
+    """Return the token that opens a turn, which return-to-base replaces.
 
-    It is the prompt's first token or, where that is a beginning-of-sequence token that no later turn holds, the second.
+    It is the prompt's first token, or the second if the first is a beginning-of-sequence token that later turns lack.
     """
     sample = samples[0]
     encoding = tokenizer.encode(sample.text, add_special_tokens=False)
@@ -103,21 +103,21 @@ def turn(template: str, samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
     answered = [*sample.variables["messages"], {"role": "assistant", "content": _ANSWER}, _USER]
     try:
         later = render(template, **{**sample.variables, "messages": answered}).rpartition(_ANSWER)[2]
-    except TemplateError:  # of one turn only
+    except TemplateError:  # the template allows one turn only
         return first
     return next((token for token in (first, *more) if token.text and token.text in later), first)
 
 
 def placement(adapter: AdapterSpec, opening_text: str, tokenizer: Tokenizer) -> Placement:
-    """Which text the control token of an adapter replaces."""
+    """Determine which text an adapter's control token replaces."""
     if adapter.technology == "lora":
         return Placement(adapter.name, adapter.token, opening=opening_text)
     text = adapter.invocation_text
     head = tokenizer.decode(list(adapter.invocation_tokens[:1]), skip_special_tokens=False)
     if not head or not text.startswith(head) or "\ufffd" in text:
         raise AdapterError(
-            f"{adapter.name}: its invocation sequence {list(adapter.invocation_tokens)} reads {text!r}, in which the "
-            f"first token ({head!r}) cannot be replaced as text",
+            f"{adapter.name}: its invocation sequence {list(adapter.invocation_tokens)} decodes to {text!r}, in which "
+            f"the first token ({head!r}) cannot be replaced as text",
             hint="train with an invocation sequence that is the tokenisation of a text",
         )
     return Placement(adapter.name, adapter.token, text, text[len(head) :], place=adapter.invocation_placement)
@@ -135,14 +135,14 @@ def prove(
 
     Args:
         spec: the adapters.
-        placements: of each adapter.
+        placements: one for each active adapter.
         template: the composed chat template.
         base: the base's chat template.
-        samples: chats that it renders.
-        tokenizer: with the control tokens in it.
+        samples: chats that the base's template renders.
+        tokenizer: a tokenizer with the control tokens.
 
     Raises:
-        AdapterError: with everything that came out otherwise.
+        AdapterError: lists every deviation from what is expected.
     """
     problems: list[str] = []
     for adapter, place in zip(spec.active, placements, strict=True):
@@ -154,24 +154,24 @@ def prove(
         raise AdapterError(
             "an invocation sequence does not survive tokenisation after its control token",
             problems=problems,
-            hint="train with an invocation text that begins with a special token or ends where words end",
+            hint="train with an invocation text that begins with a special token or ends at the end of a word",
         )
 
 
 def templates(
     bases: Mapping[str, str], spec: SwitchSpec, placements: Sequence[Placement], tokenizer: Tokenizer
 ) -> dict[str, str]:
-    """The composed chat templates by name.
+    """Return the composed chat templates by name.
 
     Args:
         bases: the base's chat templates by name.
         spec: the adapters.
-        placements: of each adapter.
-        tokenizer: with the control tokens in it.
+        placements: one for each active adapter.
+        tokenizer: a tokenizer with the control tokens.
     """
     added = tokenizer.get_added_tokens_decoder().values()
     spaced = sorted(repr(token.content) for token in added if " " in token.content.strip())
-    if spaced:  # users' text could be made to hold them, where a control token becomes a space
+    if spaced:  # users' text could form them when a control token in it becomes a space
         raise BaseModelError("the base's tokenizer has special tokens with a space in them", problems=spaced)
     opening = tokenizer.decode([spec.base_substitute_token_id], skip_special_tokens=False)
     back, texts = Return(spec.base_token, opening), added_texts(spec, tokenizer)
@@ -193,12 +193,9 @@ def _prove_one(
     at = ids.index(adapter.token_id)
     substituted = [adapter.substitute_token_id if i == adapter.token_id else i for i in ids]
     if adapter.technology == "lora":
-        expected = tokenizer.encode(render(base, **variables), add_special_tokens=False).ids
-        return (
-            ""
-            if substituted == expected
-            else f"{adapter.name}: {substituted[:8]}... where the base has {expected[:8]}..."
-        )
+        wanted = tokenizer.encode(render(base, **variables), add_special_tokens=False).ids
+        problem = f"{adapter.name}: the prompt gives {substituted[:8]}..., the base's is {wanted[:8]}..."
+        return "" if substituted == wanted else problem
     got = substituted[at : at + len(adapter.invocation_tokens)]
     wanted = list(adapter.invocation_tokens)
     return "" if got == wanted else f"{adapter.name}: trained with {wanted}, the prompt gives {got}"

@@ -1,20 +1,18 @@
-"""Decide everything about a composed model before a byte is written.
+"""Decide everything about a composed model before anything is written.
 
-Everything that can be refused is refused here: the plan of a composition that can succeed is what `write.py` carries
-out and what `--dry-run` prints.
+Everything that can be refused is refused here. `write.py` carries the plan out, `--dry-run` prints it.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import Adapter, Retired, other_base, read_adapter, read_retired
-from granite_switch.compose.base import Base, read_base
+from granite_switch.compose.base import Base
 from granite_switch.compose.reading import UNREGISTERED
 from granite_switch.compose.sources import Found
 from granite_switch.compose.tokenizer import extended
@@ -25,12 +23,12 @@ from granite_switch.core.spec import BASE_TOKEN, MODEL_TYPE, AdapterSpec, Switch
 from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import AdapterError, SwitchError
 
-_ROWS = 64  # the vocabulary is a multiple of this, as tensor cores and tensor parallelism like it; the rest is reserve
+_ROWS = 64  # the vocabulary size is a multiple of this, for tensor cores and tensor parallelism; the rest is reserved
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A composition that can be written."""
+    """A composed model that can be written."""
 
     base: Base
     slots: tuple[Adapter | Retired, ...]
@@ -39,7 +37,7 @@ class Plan:
     templates: Mapping[str, str]  # composed chat templates by name; empty if the base has none
     create_io_yaml: bool
     warnings: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # what was read differently from what the sources say, or left out
+    notes: tuple[str, ...] = ()  # where sources were read differently from what they say, or left out
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -66,43 +64,12 @@ class Plan:
 
     @property
     def grown(self) -> dict[str, Tensor]:
-        """The tensors that gain a row for each new token."""
+        """The tensors that get a row for each new token."""
         return {name: self.checkpoint[name] for name in self.base.vocabulary.names}
 
     @property
     def adapter_bytes(self) -> int:
         return sum(adapter.nbytes for adapter in self.adapters.values())
-
-
-def plan(
-    base: Path,
-    found: Sequence[Found],
-    *,
-    base_name: str,
-    base_source: str = "",
-    base_commit: str = "",
-    generatable: bool = False,
-    create_io_yaml: bool = False,
-) -> Plan:
-    """Read the base and every adapter and work out the composed model.
-
-    Args:
-        base: the base model's folder.
-        found: the adapters, in the order of their slots.
-        base_name: how the base is called in the records.
-        base_source: hub id or name under which it is recorded; `base_name` by default.
-        base_commit: the commit of that repository.
-        generatable: let the model generate control tokens.
-        create_io_yaml: write a minimal io.yaml for adapters without one.
-
-    Raises:
-        BaseModelError, AdapterError: all that is wrong, at once for all adapters.
-    """
-    read = read_base(base)
-    slots = read_slots(found, read)
-    return assemble(
-        read, slots, base_source or base_name, generatable, create_io_yaml=create_io_yaml, base_commit=base_commit
-    )
 
 
 def assemble(
@@ -115,18 +82,18 @@ def assemble(
     kept: SwitchSpec | None = None,
     base_commit: str = "",
 ) -> Plan:
-    """Work out the composed model from what has been read.
+    """Plan the composed model from a base and adapters that have been read.
 
     Args:
         base: the base model.
         slots: the adapters, in the order of their slots.
-        base_model: the base as the records name it.
+        base_model: the base's hub id or name in the records.
         generatable: let the model generate control tokens.
         create_io_yaml: write a minimal io.yaml for adapters without one.
-        kept: the adapters of the model that is being changed; their token ids stay.
-        base_commit: the base's commit, where it came from the hub.
+        kept: the `switch` object of the model that is being changed, whose token ids are kept.
+        base_commit: the base's commit, if it came from the hub.
     """
-    slots = [_judged(slot, base_model) for slot in slots]
+    slots = [_with_base_warning(slot, base_model) for slot in slots]
     fresh = [slot for slot in slots if isinstance(slot, Adapter) and not slot.file]
     library = base.tokenizer.library
     template = base.tokenizer.templates.get("default")
@@ -135,8 +102,8 @@ def assemble(
         samples: list[place.Chat] = []
         first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))
         warnings.append(
-            f"{base.folder}: there is no chat template; `adapter_name` needs one. Place control tokens by hand: "
-            "a LoRA's first, an aLoRA's in the place of its invocation sequence's first token"
+            f"{base.folder}: has no chat template, which `adapter_name` needs. Place control tokens by hand: a "
+            "LoRA's at the beginning, an aLoRA's instead of the first token of its invocation sequence"
         )
     else:
         samples = place.chats(template, base.tokenizer.special_tokens)
@@ -167,15 +134,19 @@ def assemble(
     return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings), notes)
 
 
-def _judged(slot: Adapter | Retired, base_model: str) -> Adapter | Retired:
-    """An adapter that is new, with a warning where it was trained on another base."""
+def _with_base_warning(slot: Adapter | Retired, base_model: str) -> Adapter | Retired:
+    """Add a warning to a new adapter that was trained on another base."""
     if not isinstance(slot, Adapter) or slot.file or not (warning := other_base(slot.made_for, base_model)):
         return slot
     return replace(slot, warnings=(warning, *slot.warnings), made_for="")
 
 
 def read_slots(found: Sequence[Found], base: Base) -> list[Adapter | Retired]:
-    """Read every adapter; what is wrong with them is said of all at once."""
+    """Read every adapter.
+
+    Raises:
+        AdapterError: lists the problems of all adapters.
+    """
     slots: list[Adapter | Retired] = []
     errors = []
     for one in found:
@@ -193,7 +164,7 @@ def read_slots(found: Sequence[Found], base: Base) -> list[Adapter | Retired]:
 
 
 def _first_token(config: Mapping[str, Any], tokenizer: BaseTokenizer) -> int:
-    """Without a template, the token that opens a prompt is the beginning-of-sequence token, or the end's."""
+    """Return the token that opens a prompt without a template: beginning-of-sequence, else end-of-sequence."""
     for key in ("bos_token", "eos_token"):
         if (text := tokenizer.special_tokens.get(key)) in tokenizer.tokens:
             return tokenizer.tokens[text]
@@ -207,7 +178,7 @@ def _first_token(config: Mapping[str, Any], tokenizer: BaseTokenizer) -> int:
 def _records(
     slots: Sequence[Adapter | Retired], first: int, opening_id: int, tokenizer: Tokenizer, kept: SwitchSpec | None
 ) -> tuple[AdapterSpec, ...]:
-    """The slots' records. Slots that are kept have their token; new ones the next id, and a text not yet taken."""
+    """Return the slots' records. Existing slots keep their tokens; new ones get the next id and an unused text."""
     known = kept.adapters if kept else ()
     fresh = max(kept.control_slots) + 1 if kept else first + 1
     taken = {BASE_TOKEN, *(old.token for old in known)}
@@ -222,7 +193,7 @@ def _records(
 
 
 def _free_text(name: str, taken: set[str]) -> str:
-    """The text of an adapter's control token; numbered where a removed adapter of that name has it."""
+    """Return an unused text for an adapter's control token, with a number if a removed adapter has the plain one."""
     token, number = control_token(name), 2
     while token in taken:
         token, number = control_token(f"{name}:{number}"), number + 1

@@ -1,6 +1,6 @@
-"""Have transformers prove, where it is installed, that a composed folder's tokenizer is read as it should be.
+"""Prove with transformers, if it is installed, that a composed folder's tokenizer is read like the base's.
 
-`granite_switch.autotokenizer` does the work, in a process of its own unless transformers is loaded in this one.
+`granite_switch.autotokenizer` does the work, in a separate process unless this one has already imported transformers.
 """
 
 import json
@@ -21,19 +21,19 @@ _PROGRAM = "granite_switch.autotokenizer"
 
 @dataclass(frozen=True)
 class Proof:
-    """A proof under way."""
+    """A proof in progress."""
 
     folder: Path
     base: Path | None
-    process: subprocess.Popen[str] | None  # None: to be done in this process
+    process: subprocess.Popen[str] | None  # None: to be run in this process
 
 
 def start_proof(folder: Path, base: Path | None = None) -> Proof | None:
-    """Begin to prove the tokenizer of a composed folder; None without transformers, or if nothing is left to prove.
+    """Start proving the tokenizer of a composed folder; None without transformers, or if there is nothing to prove.
 
     Args:
-        folder: the composed folder; the tokenizer's files and config.json must be there.
-        base: the base's folder. Of one that is a composed model itself the reading was proved when it was composed.
+        folder: the composed folder, with the tokenizer's files and config.json.
+        base: the base's folder. A base that is itself a composed model was proved when it was composed.
     """
     try:
         if int(version("transformers").split(".")[0]) < 5:
@@ -51,7 +51,7 @@ def start_proof(folder: Path, base: Path | None = None) -> Proof | None:
 
 
 def differences(proof: Proof | None) -> list[str]:
-    """Wait for a proof and return what differs, a line each."""
+    """Wait for a proof and return the differences, one per line."""
     if proof is None:
         return []
     if proof.process is None:
@@ -69,11 +69,11 @@ def finish_proof(proof: Proof | None) -> None:
     """Wait for a proof.
 
     Raises:
-        BaseModelError: the composed tokenizer is not read as the base's, with the differences.
+        BaseModelError: the composed tokenizer is not read like the base's; lists the differences.
     """
     if problems := differences(proof):
         raise BaseModelError(
-            f"transformers {version('transformers')} reads the composed tokenizer otherwise than the base's",
+            f"transformers {version('transformers')} reads the composed tokenizer differently from the base's",
             problems=problems[:8],
             hint="save the base's tokenizer as transformers reads it: AutoTokenizer.from_pretrained(BASE)"
             ".backend_tokenizer.save('BASE/tokenizer.json'), and set tokenizer_class to TokenizersBackend",

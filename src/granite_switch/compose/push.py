@@ -1,4 +1,4 @@
-"""Put a composed model on the hub."""
+"""Upload a composed model to the hub."""
 
 import glob
 from os import PathLike
@@ -11,10 +11,10 @@ from granite_switch.core.files import inside
 from granite_switch.core.remote import MODULE
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.staging import held
-from granite_switch.errors import OutputError
+from granite_switch.errors import OutputError, first_line
 
-_OURS = ["*.safetensors", "io_configs/*", "additional_chat_templates/*"]  # what an earlier version can have left there
-# of a base's own small files, those that transformers and vLLM read
+_OURS = ["*.safetensors", "io_configs/*", "additional_chat_templates/*"]  # files that an earlier upload may have left
+# small files that transformers and vLLM read
 _SMALL = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "README.md"),
@@ -25,19 +25,16 @@ _SMALL = (
 def push(
     model: str | PathLike[str], repo: str, *, private: bool = False, revision: str | None = None, message: str = ""
 ) -> str:
-    """Verify a composed model and upload it with its model card. What the repository held of an earlier one goes.
+    """Verify a composed model, upload it with its model card, and return the repository's URL.
 
-    What else is in the folder stays there.
+    Only files that belong to the format are uploaded. The repository's files of an earlier model are deleted.
 
     Args:
         model: the composed model's folder.
-        repo: the hub repository, `owner/name`; made if it is not there.
-        private: make it private, if it is made; it must not be public.
-        revision: the branch; made if it is not there.
-        message: of the commit.
-
-    Returns:
-        Where it is.
+        repo: the hub repository, `owner/name`; created if it does not exist.
+        private: create it as private; an existing repository must not be public.
+        revision: the branch; created if it does not exist.
+        message: the commit message.
 
     Raises:
         CheckpointError: the model does not verify; nothing is uploaded.
@@ -53,7 +50,7 @@ def push(
             api = HfApi()
             api.create_repo(repo, private=private, exist_ok=True)
             if private and not api.repo_info(repo).private:
-                raise OutputError(f"{repo}: is public already", hint="make it private on the hub first")
+                raise OutputError(f"{repo}: is already public", hint="make it private on the hub first")
             if revision:
                 api.create_branch(repo, branch=revision, exist_ok=True)
             api.upload_folder(
@@ -67,13 +64,13 @@ def push(
             return f"{api.endpoint}/{repo}"
         except OutputError:
             raise
-        except Exception as error:  # which HTTP client's errors these are depends on the hub library's version
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise OutputError(f"{repo}: cannot be pushed ({lines[0]})", hint="hf auth login; hf auth whoami") from None
+        except Exception as error:  # the class depends on the hub library's HTTP client
+            reason = first_line(error)
+            raise OutputError(f"{repo}: cannot be pushed ({reason})", hint="hf auth login; hf auth whoami") from None
 
 
 def format_files(folder: Path, spec: SwitchSpec) -> list[str]:
-    """The files of a model's folder that docs/format.md names, by their paths in it."""
+    """Return the relative paths of the files in a model's folder that docs/format.md names."""
     names = [*_SMALL, INDEX, *Checkpoint(folder).files, *(io_config(adapter.name) for adapter in spec.active)]
     names += [path.name for pattern in ("LICENSE*", "NOTICE*") for path in folder.glob(pattern)]
     names += [f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*.jinja")]

@@ -1,10 +1,10 @@
-"""Work out how transformers reads a base's tokenizer, and put that into its files.
+"""Determine how transformers reads a base's tokenizer, and write that into the tokenizer's files.
 
-Since release 5, `AutoTokenizer` takes `tokenizer.json` whole for some values of `model_type` and `tokenizer_class`, and
-for others takes only its vocabulary and rebuilds the splitting of the class that is named. A composed folder has a
-`model_type` of its own, so it would be read otherwise than its base. Here the outcome for the base becomes explicit:
-`tokenizer.json` holds the splitting and the tokens that the base is read with, and `tokenizer_class` names the class
-that the base is read as. The rules are those of transformers 5.16 to 5.24; `granite_switch.autotokenizer` proves them.
+Since release 5, `AutoTokenizer` uses all of `tokenizer.json` for some values of `model_type` and `tokenizer_class`; for
+others it uses only the vocabulary and rebuilds normalizer, pre-tokenizer and decoder for the named class. A composed
+folder has its own `model_type`, so it would be read differently from its base. Here the result for the base becomes
+explicit: `tokenizer.json` gets the parts and tokens that the base is read with, and `tokenizer_class` names the class.
+The rules are those of transformers 5.16 to 5.24; `granite_switch.autotokenizer` proves them.
 """
 
 import json
@@ -22,9 +22,9 @@ from granite_switch.core.tokenizer import SPECIALS, BaseTokenizer, read_tokenize
 from granite_switch.core.tokenizer_records import TokenizerConfig
 from granite_switch.errors import BaseModelError
 
-_WHOLE = "TokenizersBackend"  # the class that takes tokenizer.json as it is
+_WHOLE = "TokenizersBackend"  # the class that uses tokenizer.json unchanged
 
-# tokenizer classes by `model_type`, for decoders; a model type that is not here has none
+# registered tokenizer classes by `model_type`, for decoders; other model types have none
 _REGISTERED = {
     **dict.fromkeys(
         [
@@ -84,13 +84,13 @@ _REGISTERED = {
     ),
     **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
 }
-# model types whose registered class wins over the class that tokenizer_config.json names
+# model types whose registered class overrides the one that tokenizer_config.json names
 _FORCED = {"qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"}
 _FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 _AS_FILE = {_WHOLE, "PreTrainedTokenizer", "PythonBackend", "BloomTokenizer"}
 
-# of config.json: where `granite_switch` is not registered, transformers looks for an object of no `model_type` in
-# config.json before it warns of an unknown one
+# for config.json: if `granite_switch` is not registered, transformers looks there for an object with an empty
+# `model_type` before it warns about an unknown one
 UNREGISTERED = {"unregistered": {"model_type": ""}}
 
 Settings = Mapping[str, Any]
@@ -98,30 +98,30 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _Rebuilt:
-    """What a class puts in the place of tokenizer.json's own: its `__init__` in transformers, as data."""
+    """The parts of tokenizer.json that a tokenizer class replaces: its `__init__` in transformers, as data."""
 
-    defaults: Settings  # special tokens where tokenizer_config.json has no such key
+    defaults: Settings  # special tokens for keys that tokenizer_config.json lacks
     model: Callable[[Settings], Settings]  # settings of the BPE model
     splitting: Callable[[Settings], Settings]  # normalizer, pre_tokenizer, decoder
-    plain_specials: bool = False  # special tokens are added again without their flags
+    plain_specials: bool = False  # whether special tokens are added again without their flags
     post_processor: bool = True  # whether tokenizer.json's is kept
 
 
 def read_as_base(folder: Path, config: Settings) -> BaseTokenizer:
-    """A base's tokenizer as transformers reads it.
+    """Read a base's tokenizer as transformers does.
 
     Args:
-        folder: the base's.
-        config: its config.json.
+        folder: the base's folder.
+        config: the base's config.json.
 
     Raises:
-        BaseModelError: the tokenizer cannot be read without the code or the library that the base needs.
+        BaseModelError: reading the tokenizer needs the base's own code, or transformers, which is not installed.
     """
     return as_read(joined(read_tokenizer(folder), folder), config, folder)
 
 
 def joined(tokenizer: BaseTokenizer, folder: Path) -> BaseTokenizer:
-    """A tokenizer with special_tokens_map.json in its config, where transformers looks at that file."""
+    """Merge special_tokens_map.json into a tokenizer's config if transformers reads that file."""
     settings = dict(tokenizer.config)
     extra = settings.pop("additional_special_tokens", None)
     if extra and not settings.get("extra_special_tokens"):
@@ -139,7 +139,7 @@ def joined(tokenizer: BaseTokenizer, folder: Path) -> BaseTokenizer:
 
 
 def as_read(tokenizer: BaseTokenizer, config: Settings, folder: Path) -> BaseTokenizer:
-    """A tokenizer whose files say themselves how transformers reads them beside this config.json."""
+    """Return a tokenizer whose files state how transformers reads them together with this config.json."""
     effective, written = _classes(tokenizer, config, folder)
     rebuilt = _REBUILT.get(effective)
     settings = _settings(tokenizer, rebuilt)
@@ -153,38 +153,38 @@ def as_read(tokenizer: BaseTokenizer, config: Settings, folder: Path) -> BaseTok
 
 
 def _classes(tokenizer: BaseTokenizer, config: Settings, folder: Path) -> tuple[str, str]:
-    """The class that transformers reads the base's tokenizer as, and the one to name beside `granite_switch`."""
+    """Return the class that transformers reads the base's tokenizer as, and the class to write for the composed one."""
     kind = config.get("model_type")
     declared = tokenizer.config.get("tokenizer_class") or config.get("tokenizer_class")
     registered = _REGISTERED.get(str(kind))
     plain = declared.removesuffix("Fast") if declared else registered or _WHOLE
     if tokenizer.config.get("auto_map") and registered != _WHOLE:
         raise BaseModelError(
-            f"{folder / 'tokenizer_config.json'}: auto_map: the base's tokenizer is code of its own",
-            hint="save it as a plain one: load it with transformers and trust_remote_code=True, then save_pretrained",
+            f"{folder / 'tokenizer_config.json'}: auto_map: the base's tokenizer needs its own code",
+            hint="load it with transformers and trust_remote_code=True, and save a plain one with save_pretrained",
         )
     if tokenizer.config.get("fix_mistral_regex"):
         raise BaseModelError(
-            f"{folder / 'tokenizer_config.json'}: fix_mistral_regex is not taken over",
-            hint="load the tokenizer with transformers, save_pretrained it into the base and remove the key",
+            f"{folder / 'tokenizer_config.json'}: fix_mistral_regex is not supported",
+            hint="load the tokenizer with transformers, save it into the base with save_pretrained and remove the key",
         )
     if registered == _WHOLE or (kind in _FORCED and registered):
         return registered, registered
     if plain == "LlamaTokenizer" and '"ByteLevel"' in json.dumps(tokenizer.data):
-        # releases before this rule rebuild it, base and composed model alike, so the name stays
+        # releases without this rule rebuild it for both base and composed model, so the name is kept
         return _WHOLE, declared or _WHOLE
     if plain in _AS_FILE:
         return _WHOLE, _WHOLE
     if plain not in _REBUILT and not find_spec("transformers"):
         raise BaseModelError(
-            f"{folder / 'tokenizer_config.json'}: tokenizer_class {declared}: how transformers reads it is not known",
-            hint="install transformers, so that composing can prove it: pip install granite-switch[hf]",
+            f"{folder / 'tokenizer_config.json'}: it is not known how transformers reads tokenizer_class {declared}",
+            hint="install transformers, so that composing can check it: pip install granite-switch[hf]",
         )
     return plain, plain
 
 
 def _settings(tokenizer: BaseTokenizer, rebuilt: _Rebuilt | None) -> dict[str, Any]:
-    """tokenizer_config.json with what transformers adds from other places."""
+    """Return tokenizer_config.json plus the settings that transformers reads from tokenizer.json."""
     settings = dict(tokenizer.config)
     if rebuilt:
         settings = {**rebuilt.defaults, **settings}
@@ -203,12 +203,12 @@ def _merged(known: Any, more: Any) -> Any:
 
 
 def _pipeline(rebuilt: _Rebuilt, data: Settings, settings: Settings, name: str, folder: Path) -> dict[str, Any]:
-    """The parts of tokenizer.json that the class does not take from it."""
+    """Return the parts of tokenizer.json that the class replaces."""
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
         raise BaseModelError(
             f"{folder / 'tokenizer.json'}: a {model.get('type')} model cannot be read as {name}",
-            hint="set tokenizer_class to the class that it was saved by, or to TokenizersBackend",
+            hint="set tokenizer_class to the class that saved it, or to TokenizersBackend",
         )
     flags: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     flags |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
@@ -218,12 +218,12 @@ def _pipeline(rebuilt: _Rebuilt, data: Settings, settings: Settings, name: str, 
 
 
 def _json(part: Any) -> Any:
-    """A part of a tokenizer as tokenizer.json holds it."""
+    """Return a part of a tokenizer in the form of tokenizer.json."""
     return json.loads(part.__getstate__()) if part is not None else None
 
 
 def _added_tokens(data: Settings, settings: Settings, rebuilt: _Rebuilt | None) -> list[Any]:
-    """`added_tokens` of tokenizer.json once transformers has added the tokens that the settings name."""
+    """Return `added_tokens` of tokenizer.json after transformers has added the tokens named in the settings."""
     saved = [*data.get("added_tokens", ())]
     library = Tokenizer.from_str(json.dumps({**data, "added_tokens": [] if rebuilt else saved}))
     listed = _listed(settings, saved)
@@ -241,13 +241,13 @@ def _added_tokens(data: Settings, settings: Settings, rebuilt: _Rebuilt | None) 
     if rebuilt and rebuilt.plain_specials:
         again = [*texts, *(_added(value).content for value in _extra(settings))]
         library.add_tokens([AddedToken(text, special=True) for text in dict.fromkeys(again)])
-    once = {token["content"] for token in saved if token.get("special") and not rebuilt}  # and for ever, in decoding
+    once = {token["content"] for token in saved if token.get("special") and not rebuilt}  # decoding still skips them
     added: list[Any] = json.loads(library.to_str())["added_tokens"]
     return [{**token, "special": token["special"] or token["content"] in once} for token in added]
 
 
 def _listed(settings: Settings, saved: Iterable[Settings]) -> list[AddedToken]:
-    """Added tokens in the order of their ids, from the place where transformers looks for them."""
+    """Return the added tokens by id: those of tokenizer_config.json, or of tokenizer.json if it lists none."""
     listed = {int(index): token for index, token in (settings.get("added_tokens_decoder") or {}).items()}
     if settings.get("added_tokens_decoder") is None:
         listed = {token["id"]: {key: flag for key, flag in token.items() if key != "id"} for token in saved}
@@ -255,7 +255,7 @@ def _listed(settings: Settings, saved: Iterable[Settings]) -> list[AddedToken]:
 
 
 def _named(settings: Settings) -> Iterator[Any]:
-    """Special tokens that have a name, in the order in which transformers adds them."""
+    """Yield the named special tokens in the order in which transformers adds them."""
     extra = settings.get("extra_special_tokens")
     yield from (settings[key] for key in SPECIALS if settings.get(key))
     own = [key for key in settings if key.endswith("_token") and key not in SPECIALS]

@@ -1,11 +1,11 @@
-"""Say what a folder or file is that holds no PEFT adapter, and how to get one from it.
+"""Identify folders and files that are not PEFT adapters, and say how to get an adapter from them.
 
-Trainers and hubs leave much that looks like an adapter: other libraries' formats, whole models, states of optimizers.
-Each is a row of `_KINDS`: how it is told, what it is, the way out. Nothing is converted here.
+Trainers and hubs leave many things that look like adapters: other libraries' formats, whole models, optimizer states.
+Each is a row of `_KINDS`: a test, a description and a hint. Nothing is converted here.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ _CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Folder:
-    """What is looked at: the files' names, the small JSON files, the tensors' names."""
+    """A folder to identify: file names, small JSON files and tensor names."""
 
     path: Path
 
@@ -32,7 +32,7 @@ class Folder:
         return any(name.endswith(endings) for name in self.names)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON object in the folder; empty if there is none that can be read."""
+        """Read a JSON object in the folder; empty if it is missing or invalid."""
         try:
             data = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -41,13 +41,13 @@ class Folder:
 
     @cached_property
     def tensors(self) -> frozenset[str]:
-        """The names of the tensors in its safetensors files."""
+        """The names of the tensors in the folder's safetensors files."""
         return frozenset(n for name in self.names if name.endswith(".safetensors") for n in keys(self.path / name))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Something that is no PEFT adapter."""
+    """Something that is not a PEFT adapter."""
 
     is_one: Callable[[Folder], bool]
     what: str
@@ -55,7 +55,7 @@ class Kind:
 
 
 def keys(path: Path) -> list[str]:
-    """The names in a safetensors file's header, its metadata's too; none if it cannot be read."""
+    """Return the names in a safetensors file's header and metadata; empty if it cannot be read."""
     try:
         header, about = read_header(path)
     except (OSError, ValueError, SwitchError):
@@ -64,7 +64,7 @@ def keys(path: Path) -> list[str]:
 
 
 def is_kohya(names: Iterable[str]) -> bool:
-    """Whether names of tensors or metadata are of kohya's or LyCORIS' files."""
+    """Whether names of tensors or metadata come from kohya or LyCORIS."""
     marks = (".lora_down.", ".lora_up.", ".hada_w", ".lokr_w", "ss_network_module", "lora_unet_", "lora_te")
     return any(mark in name for name in names for mark in marks)
 
@@ -76,8 +76,8 @@ def _whole_model(folder: Folder) -> bool:
     return bool(folder.json("config.json").get("model_type")) and weights
 
 
-_MLX_WAY = "docs/train.md shows how to write it as PEFT has it: A and B transposed, lora_alpha = scale * rank"
-KOHYA_WAY = "these are for image models; a LyCORIS adapter of a language model has to be trained again with PEFT's LoRA"
+_MLX_WAY = "docs/train.md shows how to convert it to PEFT's form: A and B transposed, lora_alpha = scale * rank"
+KOHYA_WAY = "these are for image models; a LyCORIS adapter of a language model must be trained again with PEFT's LoRA"
 _KINDS = (
     Kind(
         lambda f: "fine_tune_type" in f.json(_CONFIG) or "lora_parameters" in f.json(_CONFIG),
@@ -92,7 +92,7 @@ _KINDS = (
     Kind(
         lambda f: f.json("config.json").get("model_type") == "granite_switch",
         "a composed model",
-        "`granite-switch extract MODEL NAME --output FOLDER` takes an adapter out of it",
+        "`granite-switch extract MODEL NAME --output FOLDER` extracts an adapter from it",
     ),
     Kind(
         lambda f: _WEIGHTS not in f.names and is_kohya(f.tensors),
@@ -102,7 +102,7 @@ _KINDS = (
     Kind(
         lambda f: "pytorch_lora_weights.safetensors" in f.names,
         "a LoRA of the diffusers library, for image models",
-        "adapters of language models compose",
+        "only adapters of language models can be composed",
     ),
     Kind(
         lambda f: f.ends(".gguf"),
@@ -134,13 +134,13 @@ _KINDS = (
     ),
     Kind(
         lambda f: bool({"optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin"} & f.names),
-        "a Trainer folder with the states of a training and no adapter",
-        "give the checkpoint that holds adapter_model.safetensors, or call model.save_pretrained in the trainer",
+        "a Trainer folder with training state and no adapter",
+        "give the checkpoint that contains adapter_model.safetensors, or call model.save_pretrained in the trainer",
     ),
     Kind(
         lambda f: _WEIGHTS in f.names,
         "adapter_model.safetensors without its adapter_config.json",
-        "copy the adapter_config.json beside it; rank, alpha and targets are in it alone",
+        "copy adapter_config.json into the folder; only it has rank, alpha and targets",
     ),
     Kind(
         lambda f: f.ends(".pth", ".ckpt", ".nemo", ".pt", ".bin"),
@@ -150,34 +150,33 @@ _KINDS = (
 )
 
 
-def refuse(path: Path, source: str) -> None:
-    """Raise an error that says what a folder is, if it is known to be something else than a PEFT adapter.
+def refuse(path: Path, source: str, kinds: Sequence[Kind] = _KINDS) -> None:
+    """Raise an error that says what a folder is, if it is known not to be a PEFT adapter.
 
     Args:
         path: the folder.
-        source: as the user named it.
+        source: the user's name for it.
+        kinds: the kinds to look for.
     """
     folder = Folder(path)
-    for kind in _KINDS:
+    for kind in kinds:
         if kind.is_one(folder):
             raise AdapterError(f"{source}: is {kind.what}", hint=kind.way)
 
 
 def refuse_foreign(path: Path) -> None:
-    """The same of a folder that has an adapter_config.json: it may be another library's."""
-    for kind in _KINDS[:1]:
-        if kind.is_one(Folder(path)):
-            raise AdapterError(f"{path}: is {kind.what}", hint=kind.way)
+    """Refuse a folder whose adapter_config.json is another library's."""
+    refuse(path, str(path), _KINDS[:1])
 
 
 def without_weights(path: Path) -> AdapterError:
-    """The error for an adapter_config.json that has no weights beside it."""
+    """Return the error for an adapter_config.json without weights beside it."""
     names = sorted(entry.name for entry in path.iterdir())
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and "arg" not in name]
     if "adapter_model.bin" in pickled or (pickled and not any(n.startswith("optimizer") for n in pickled)):
         return AdapterError(
             f"{path}: its weights are pickled ({', '.join(pickled)})",
-            hint="pickles can run code; load it with PEFT and save_pretrained it again to get safetensors",
+            hint="pickles can run code; load it with PEFT and call save_pretrained to get safetensors",
         )
     try:
         refuse(path, str(path))
@@ -188,7 +187,7 @@ def without_weights(path: Path) -> AdapterError:
 
 
 def what_file_is(path: Path) -> str:
-    """What a single file is that was given as a source, in words."""
+    """Describe a single file that was given as a source."""
     if path.suffix == ".gguf":
         return "is llama.cpp's GGUF; compose from the PEFT adapter that it was converted from"
     if path.suffix == ".safetensors":

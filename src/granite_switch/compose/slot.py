@@ -1,6 +1,6 @@
-"""An empty slot to train in: a PEFT adapter of a base whose B is zero, so that it changes nothing until it is trained.
+"""Add an empty slot for training: a PEFT adapter whose B is zero, so that it has no effect until it is trained.
 
-It is written as the two files that PEFT would write before the first step of a training, and composed like any other.
+It is written as the two files that PEFT would write before the first training step, and composed like any other.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from granite_switch.core.checkpoint import Entry, write, write_json
 from granite_switch.errors import AdapterError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MOST_RANK = 4096
+_MAX_RANK = 4096
 
 
 def add_empty(
@@ -36,23 +36,23 @@ def add_empty(
     output: str | PathLike[str] | None = None,
     force: bool = False,
 ) -> Plan:
-    """Add an adapter to a composed model that changes nothing until it is trained.
+    """Add an adapter to a composed model that has no effect until it is trained.
 
     Args:
         model: a composed model; a hub id needs an `output`.
-        name: the adapter's.
-        rank: of A and B.
+        name: the adapter's name.
+        rank: the rank of A and B.
         alpha: the scale is alpha / rank; twice the rank by default.
-        targets: last parts of paths of linears, or paths; the attention's projections by default.
-        invocation: the text from which it is to act (aLoRA); from the first token by default (LoRA).
-        output: a folder to make; by default the model is changed in place.
+        targets: paths of linears, or their last parts; the attention projections by default.
+        invocation: the text from which an aLoRA acts; by default the adapter is a LoRA and acts from the first token.
+        output: a folder to create; by default the model is changed in place.
         force: replace an existing output.
 
     Returns:
-        The changed model.
+        The plan of the changed model.
 
     Raises:
-        SwitchError: with all that is wrong; the model is then as it was.
+        SwitchError: lists everything that is wrong; the model is then unchanged.
     """
     check_name(name)
     base = read_composed(edit.folder_of(model, output)).base
@@ -66,12 +66,12 @@ def add_empty(
 def write_empty(
     base: Base, folder: Path, *, rank: int, alpha: float | None, targets: Sequence[str], invocation: str = ""
 ) -> Path:
-    """Write the adapter's folder. Its A is as PEFT initialises it, drawn from the name: the same name, the same bytes.
+    """Write the adapter's folder and return it. A is initialised as in PEFT, with the name as seed.
 
     Args, raises: as for `add_empty`.
     """
-    if not 0 < rank <= _MOST_RANK or (alpha is not None and not 0 < alpha < 2**31):
-        raise AdapterError(f"rank {rank} and alpha {alpha} must be positive, rank at most {_MOST_RANK}")
+    if not 0 < rank <= _MAX_RANK or (alpha is not None and not 0 < alpha < 2**31):
+        raise AdapterError(f"rank {rank} and alpha {alpha} must be positive, rank at most {_MAX_RANK}")
     linears = _linears(base, targets or ATTENTION, bool(targets))
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -84,7 +84,7 @@ def write_empty(
         library = base.tokenizer.library
         ids = library.encode(invocation, add_special_tokens=False).ids
         if library.decode(ids, skip_special_tokens=False) != invocation:
-            raise AdapterError(f"invocation {invocation!r} cannot be spelled with the base's tokenizer")
+            raise AdapterError(f"the base's tokenizer cannot represent the invocation {invocation!r}")
         config["alora_invocation_tokens"] = ids
     random = np.random.default_rng(int.from_bytes(hashlib.sha256(folder.name.encode()).digest()[:8], "little"))
     entries = []
@@ -106,13 +106,13 @@ def write_empty(
 
 
 def _linears(base: Base, targets: Sequence[str], asked_for: bool) -> list[str]:
-    """The base's linears that the targets name; each must name one, where they were asked for."""
+    """Return the base's linears that the targets name; if the user asked for them, each must name at least one."""
     found = {target: [p for p in base.linears if p == target or p.endswith(f".{target}")] for target in targets}
     absent = [target for target, paths in found.items() if not paths]
     if (absent and asked_for) or not any(found.values()):
         there = ", ".join(sorted({path.rpartition(".")[2] for path in base.linears}))
         raise AdapterError(
-            f"targets: the base has no linear {', '.join(absent)}", hint=f"choose with --targets among {there}"
+            f"targets: the base has no linear {', '.join(absent)}", hint=f"choose with --targets from {there}"
         )
     chosen = {path for paths in found.values() for path in paths}
     return [path for path in base.linears if path in chosen]

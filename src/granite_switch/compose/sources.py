@@ -1,8 +1,8 @@
-"""Where adapters come from: local folders, hub repositories, library folders, YAML manifests.
+"""Find adapters in local folders, hub repositories, library folders and YAML manifests.
 
-A source is a list of files, local or on the hub. Which of its folders are adapters, and what they are called, is read
-from their paths (`_place`); which of them are wanted is decided next; only those are fetched. What is there and was
-left out is kept with its reason. Reading and checking an adapter is `adapters.py`.
+A source is a list of files, local or on the hub. Paths determine which of its folders are adapters and what they are
+called (`_place`); then the wanted ones are chosen, and only those are fetched. Adapters that are left out are reported
+with the reason. `adapters.py` reads and checks an adapter.
 """
 
 import os
@@ -22,34 +22,34 @@ from granite_switch.core.remote import MODULE
 from granite_switch.errors import AdapterError, BaseModelError, CheckpointError, SwitchError
 
 TECHNOLOGIES = ("alora", "lora")  # in order of preference
-PROVENANCE = "granite_switch.json"  # beside an adapter that `extract` took out of a composed model
+PROVENANCE = "granite_switch.json"  # in a folder that `extract` wrote
 CONFIG = "adapter_config.json"
 ADAPTER_FILES = (CONFIG, "adapter_model.safetensors", "io.yaml", PROVENANCE)
 _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*"]
 _CHECKPOINT = re.compile(r"(?:checkpoint|epoch|step|iter)[-_]?\d+")
-_DEPTH = 4  # folders below a source in which adapters are looked for
+_DEPTH = 4  # levels of folders in a source that are searched for adapters
 
 
 @dataclass(frozen=True)
 class Found:
-    """One PEFT adapter folder, and under which name it is to be composed."""
+    """A PEFT adapter folder, and the name under which it is composed."""
 
     name: str
     folder: Path
-    source: str  # for the record: a hub id with its path and commit, or the folder's own name
-    technology: str = ""  # as the library's folder has it; "" where the adapter's config decides
-    base_name: str = ""  # as the library's folder has it; "" for a plain adapter folder
-    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text goes
-    retired: bool = False  # a removed adapter, whose slot is to stay taken
-    substitute_token_id: int | None = None  # of a removed adapter; None for the base's
-    aside: str = ""  # why it is taken only where --include names it: it lies beneath another adapter
-    checkpoint: bool = False  # one of several states of one training
-    note: str = ""  # for the plan
+    source: str  # for the record: a hub id with path and commit, or the folder's own name
+    technology: str = ""  # from a library's folder name; "" if the adapter's config decides
+    base_name: str = ""  # from a library's folder name; "" for a plain adapter folder
+    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text is written
+    retired: bool = False  # a removed adapter, whose slot stays reserved
+    substitute_token_id: int | None = None  # of a removed adapter; None: the base's
+    aside: str = ""  # why it is left out unless --include names it
+    checkpoint: bool = False  # one of several states of one training run
+    note: str = ""  # a warning for the plan
 
 
 @dataclass(frozen=True)
 class Left:
-    """An adapter that a source holds and that was left out."""
+    """An adapter in a source that was left out."""
 
     source: str
     reason: str
@@ -60,7 +60,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What the sources hold."""
+    """The adapters in the sources: those that were chosen and those that were left out."""
 
     found: list[Found] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
@@ -79,17 +79,17 @@ class Selection:
         return (not self.include or self.names(name)) and not any(fnmatchcase(name, glob) for glob in self.exclude)
 
     def names(self, name: str) -> bool:
-        """Whether --include asks for it."""
+        """Whether --include names it."""
         return any(fnmatchcase(name, glob) for glob in self.include)
 
 
 def base_folder(base: str, revision: str | None = None) -> Path:
-    """The base model's folder; a hub repository is fetched first."""
+    """Return the base model's folder; a hub repository is fetched first."""
     return _whole(base, revision, _BASE_FILES, BaseModelError)
 
 
 def model_folder(model: str | PathLike[str], revision: str | None = None) -> Path:
-    """A composed model's folder; a hub repository is fetched first."""
+    """Return a composed model's folder; a hub repository is fetched first."""
     return _whole(str(model), revision, [*_BASE_FILES, MODULE, "README.md", "io_configs/*"], CheckpointError)
 
 
@@ -103,29 +103,21 @@ def _whole(model: str, revision: str | None, files: list[str], error: type[Switc
     prefix = f"{ref.path}/" if ref.path else ""
     folder = open_repository(ref, error).fetch([prefix + name for name in files], error) / ref.path
     if not folder.is_dir():
-        raise error(f"{ref}: there is no such folder in the repository")
+        raise error(f"{ref}: no such folder in the repository")
     return folder
 
 
 def own_name(base: str, folder: Path) -> str:
-    """The base's own name: the last part of its hub id or folder."""
-    if not os.path.exists(base):
-        ref = parse_ref(base)
-        return (ref.path or ref.repo).split("/")[-1]
-    ref_of = snapshot_of(folder)
-    return (ref_of.path or ref_of.repo).split("/")[-1] if ref_of else folder.resolve().name
-
-
-def find(sources: Sequence[str], selection: Selection, revision: str | None = None) -> list[Found]:
-    """`discover`, without what was left out."""
-    return discover(sources, selection, revision).found
+    """Return the base's own name: the last part of its hub id or folder."""
+    ref = snapshot_of(folder) if os.path.exists(base) else parse_ref(base)
+    return (ref.path or ref.repo).split("/")[-1] if ref else folder.resolve().name
 
 
 def discover(sources: Sequence[str], selection: Selection, revision: str | None = None) -> Discovery:
-    """All wanted adapters of all sources, in order; of both technologies of one adapter the preferred one.
+    """Find all wanted adapters in all sources, in order. If one comes as LoRA and aLoRA, the preferred one is taken.
 
     Raises:
-        AdapterError: a source is not there or holds no adapter; nothing is left after the selection; two of one name.
+        AdapterError: a source is missing or has no adapter, none is left after the selection, or two have one name.
     """
     result = Discovery()
     for source in sources:
@@ -146,28 +138,30 @@ def discover(sources: Sequence[str], selection: Selection, revision: str | None 
     ]
     if problems:
         raise AdapterError(
-            "two adapters of one name",
+            "two adapters have the same name",
             problems=problems,
             hint="exclude one with --exclude, or give them other names in a YAML manifest",
         )
     return result
 
 
-def placed(found: Sequence[Found], places: Mapping[str, str]) -> list[Found]:
-    """The same adapters, some with a place for their invocation text.
+def placed(found: Sequence[Found], places: Mapping[str, Any]) -> list[Found]:
+    """Set where the template writes missing invocation texts.
 
     Raises:
-        AdapterError: a place that is neither "prefix" nor "suffix", or of an adapter that is not there.
+        AdapterError: a place is neither "prefix" nor "suffix", or there is no such adapter.
     """
     names = [one.name for one in found]
     if missing := [name for name in places if name not in names]:
         raise AdapterError(f"there is no adapter {', '.join(missing)} to place", hint=f"adapters: {', '.join(names)}")
-    where = {name: check_placement(name, value) for name, value in places.items()}
-    return [replace(one, invocation_placement=where.get(one.name, one.invocation_placement)) for one in found]
+    for name, where in places.items():
+        if where not in ("", "prefix", "suffix"):
+            raise AdapterError(f"{name}: an invocation text is placed as `prefix` or `suffix`, not {where!r}")
+    return [replace(one, invocation_placement=places.get(one.name, one.invocation_placement)) for one in found]
 
 
 def scan(sources: Sequence[str], revision: str | None = None, selection: Selection | None = None) -> list[Found]:
-    """Everything that the sources hold (`--list`); `aside` says why one is left out. Nothing is fetched."""
+    """List all adapters in the sources (`--list`), without fetching; `aside` says why one is left out."""
     result: list[Found] = []
     for source in sources:
         path = Path(source)
@@ -196,9 +190,10 @@ def _discover(source: str, selection: Selection, revision: str | None) -> Discov
         return chosen
     here, repository = _scan(source, selection, revision)
     if not here:
-        refuse(path, source) if path.is_dir() else None
+        if path.is_dir():
+            refuse(path, source)
         raise AdapterError(
-            f"{source}: no adapter in it",
+            f"{source}: contains no adapter",
             hint="give a PEFT adapter folder (adapter_config.json), a library folder or a YAML manifest",
         )
     chosen = _choose(source, here, selection)
@@ -208,7 +203,7 @@ def _discover(source: str, selection: Selection, revision: str | None) -> Discov
 
 
 def _choose(source: str, here: Sequence[Found], selection: Selection) -> Discovery:
-    """Of what a source holds, what is asked for: by name, by base, and of two technologies one."""
+    """Choose from a source's adapters by name, base and technology."""
     result = Discovery()
 
     def keep(candidates: Sequence[Found], reason: Callable[[Found], str]) -> list[Found]:
@@ -226,7 +221,7 @@ def _choose(source: str, here: Sequence[Found], selection: Selection) -> Discove
     if bases and not any(map(fits, kept)):
         raise AdapterError(
             f"{source}: nothing for base model {selection.base_name!r}",
-            problems=[f"there is {name!r}" for name in bases],
+            problems=[f"it has {name!r}" for name in bases],
             hint="choose one with --base-name",
         )
     kept = keep(kept, lambda f: "" if fits(f) else f"it is for base {f.base_name!r}")
@@ -235,7 +230,7 @@ def _choose(source: str, here: Sequence[Found], selection: Selection) -> Discove
         kept = keep(kept, lambda f: "" if f.technology in ("", selection.technology) else other)
     else:
         both = {f.name for f in kept if f.technology == TECHNOLOGIES[0]}
-        kept = keep(kept, lambda f: "aLoRA is preferred to it" if f.technology == "lora" and f.name in both else "")
+        kept = keep(kept, lambda f: "aLoRA is preferred to LoRA" if f.technology == "lora" and f.name in both else "")
     result.found.extend(kept)
     return result
 
@@ -243,7 +238,7 @@ def _choose(source: str, here: Sequence[Found], selection: Selection) -> Discove
 def _one_checkpoint(
     source: str, kept: list[Found], selection: Selection, keep: Callable[..., list[Found]]
 ) -> list[Found]:
-    """Of several states of one training, the finished one, or those that --include names; else the user is asked."""
+    """Of several states of one training run, keep the final one or those that --include names; otherwise ask."""
     finished = [f.folder for f in kept if not f.checkpoint]
     states = [f for f in kept if f.checkpoint and not selection.names(f.name)]
     earlier = [f for f in states if f.folder.parent in finished]
@@ -254,9 +249,9 @@ def _one_checkpoint(
     if not states:
         return kept
     raise AdapterError(
-        f"{source}: holds {len(states)} checkpoints of a training; which one?",
+        f"{source}: contains {len(states)} checkpoints of one training run; which one?",
         problems=[f.name for f in states],
-        hint=f"--include {states[-1].name} takes that one",
+        hint=f"--include {states[-1].name} takes the last one",
     )
 
 
@@ -276,7 +271,7 @@ def _technology(found: Found) -> str:
 
 
 def _scan(source: str, selection: Selection, revision: str | None) -> tuple[list[Found], Repository | None]:
-    """Every adapter of a source. On the hub its folder is a path in the repository, until it is fetched."""
+    """Find every adapter in a source. On the hub, its folder is a path in the repository until it is fetched."""
     path = Path(source)
     if os.path.isfile(path):
         raise AdapterError(f"{source}: {what_file_is(path)}", hint="give the adapter's folder, or a YAML manifest")
@@ -300,7 +295,7 @@ def _scan(source: str, selection: Selection, revision: str | None) -> tuple[list
 def _places(
     root: Path, folders: Sequence[Path], name: str, label: HubRef | str, selection: Selection
 ) -> Iterator[Found]:
-    """Every adapter folder of a source with what its path says about it."""
+    """Yield every adapter folder of a source, with the name, base and technology that its path implies."""
     above = tuple(Path(name).parts)
     for folder in sorted(folders, key=lambda f: f.parts):
         if isinstance(label, HubRef):
@@ -311,16 +306,16 @@ def _places(
         parent = next((p for p in folder.parents if p in folders), None) if folder.parts else None
         if parent is not None and not found.checkpoint:
             beneath = parent.as_posix() if parent.parts else "the source"
-            found = replace(found, aside=f"it lies beneath the adapter of {beneath} (--include, or give its own path)")
+            found = replace(found, aside=f"it is inside the adapter of {beneath} (--include, or give its own path)")
         yield replace(found, folder=root / folder, source=source)
 
 
 def _place(above: tuple[str, ...], parts: tuple[str, ...], selection: Selection) -> Found:
-    """What an adapter folder's path says: a plain folder, or a library's <name>/<base>/<technology>.
+    """Read an adapter folder's path: a plain folder, or a library's <name>/<base>/<technology>.
 
     Args:
         above: the parts of the source's own path.
-        parts: those of the folder in the source.
+        parts: the parts of the folder's path in the source.
     """
     whole = (*above, *parts)
     *_, name, base, technology = ("", "", *whole)
@@ -331,12 +326,12 @@ def _place(above: tuple[str, ...], parts: tuple[str, ...], selection: Selection)
         return Found(name, Path(), "", base, technology if parts else "")
     found = Found(whole[-1], Path(), "", checkpoint=bool(parts and _CHECKPOINT.fullmatch(parts[-1])))
     if len(parts) > 1 and not found.checkpoint:
-        return replace(found, aside="it lies deeper than a library has adapters (--include, or give its own path)")
+        return replace(found, aside="it is nested deeper than a library's adapters (--include, or give its own path)")
     return found
 
 
 def _fetched(repository: Repository, chosen: Sequence[Found]) -> list[Found]:
-    """The chosen adapters of a repository, here, with the commit in their records."""
+    """Fetch the chosen adapters of a repository, and add the commit to their records."""
     if not chosen:
         return []
     prefixes = [f"{found.folder.as_posix()}/" if found.folder.parts else "" for found in chosen]
@@ -349,17 +344,17 @@ def _fetched(repository: Repository, chosen: Sequence[Found]) -> list[Found]:
 
 
 def _manifest(path: Path, selection: Selection) -> Iterator[Found]:
-    """A YAML list of adapters, also under the key `adapters`, or a mapping of them by name (`ManifestEntry`).
+    """Read a manifest: a YAML list of adapters, or under the key `adapters`, or a mapping by name (`ManifestEntry`).
 
-    Paths are relative to the file. An entry {name, retired: true, substitute_token_id} keeps a removed adapter's slot
-    and token taken.
+    Paths are relative to the file. An entry {name, retired: true, substitute_token_id} reserves a removed adapter's
+    slot and token.
     """
     data = read_yaml(path)
     records = data["adapters"] if isinstance(data, dict) and isinstance(data.get("adapters"), list) else data
     if isinstance(records, dict) and records and all(isinstance(value, dict) for value in records.values()):
         records = [{"name": name, **value} for name, value in records.items()]
     if not isinstance(records, list) or not records:
-        raise AdapterError(f"{path}: holds no list of adapters", hint="each entry has `name`, `path`, `revision`")
+        raise AdapterError(f"{path}: contains no list of adapters", hint="each entry has `name`, `path`, `revision`")
     for number, record in enumerate(records, 1):
         yield _manifest_entry(path, number, record, selection)
 
@@ -379,20 +374,11 @@ def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) 
     here = _discover(source, Selection(selection.base_name, technology=selection.technology), entry.revision).found
     if len(here) != 1:
         raise AdapterError(
-            f"{where}: {entry.path} holds {len(here)} adapters, not one",
+            f"{where}: {entry.path} contains {len(here)} adapters, not one",
             hint="give the path of one adapter's folder",
         )
     note = ""
     if entry.type and (is_one := _technology(here[0])) != entry.type:
         note = f"{path.name} calls it {entry.type}; its adapter_config.json makes it {is_one}"
-    where_to = check_placement(where, entry.invocation_placement)
     name = entry.name or here[0].name
-    return replace(here[0], name=name, base_name="", note=note, invocation_placement=where_to)
-
-
-def check_placement(who: str, where: Any) -> Literal["", "prefix", "suffix"]:
-    """Where a missing invocation text is written: "prefix", "suffix" or nowhere."""
-    if where not in ("", "prefix", "suffix"):
-        raise AdapterError(f"{who}: an invocation text is placed as `prefix` or `suffix`, not {where!r}")
-    result: Literal["", "prefix", "suffix"] = where
-    return result
+    return replace(here[0], name=name, base_name="", note=note, invocation_placement=entry.invocation_placement)

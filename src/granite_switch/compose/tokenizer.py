@@ -1,7 +1,7 @@
-"""Add control tokens to a tokenizer by editing its files, and take them out again.
+"""Add control tokens to a tokenizer by editing its files, and remove them again.
 
-Editing JSON keeps everything else as the base has it; a tokenizer library that loads and saves would rewrite it in its
-own version's way.
+Editing the JSON leaves everything else as in the base; a tokenizer library would rewrite the files in its own version's
+form.
 """
 
 import json
@@ -16,19 +16,19 @@ from granite_switch.errors import BaseModelError
 
 
 def extended(base: BaseTokenizer, tokens: Mapping[str, int], size: int) -> dict[str, Any]:
-    """tokenizer.json with these special tokens added.
+    """Return tokenizer.json with these special tokens added.
 
-    Token ids follow from order in the library, so ids between the tokenizer's end and the first new token (rows that
-    pad the base's embedding) are filled with placeholders; so are those after the last, which are in reserve, since
-    some clients (Mellea's) want as many tokens as the model has rows.
+    The library numbers tokens by order, so ids between the tokenizer's end and the first new token (padding rows of the
+    base's embedding) are filled with placeholders. So are the reserved ids after the last one, because some clients
+    (Mellea's) expect as many tokens as the model has rows.
 
     Args:
         base: the base's tokenizer.
-        tokens: text -> id, ids ascending and without a gap.
-        size: of the vocabulary.
+        tokens: text -> id, with ids ascending and without gaps.
+        size: the vocabulary size.
 
     Raises:
-        BaseModelError: the library gives a token another id.
+        BaseModelError: the library assigns a token another id.
     """
     before, after = range(base.size, min(tokens.values())), range(max(tokens.values()) + 1, size)
     new = {**_placeholders(before), **tokens, **_placeholders(after)}
@@ -42,7 +42,7 @@ def extended(base: BaseTokenizer, tokens: Mapping[str, int], size: int) -> dict[
         f"{text}: {tokenizer.token_to_id(text)}, not {i}" for text, i in new.items() if tokenizer.token_to_id(text) != i
     ]
     if wrong:
-        raise BaseModelError("the tokenizer has gaps in its ids, so control tokens get others", problems=wrong)
+        raise BaseModelError("the tokenizer has gaps in its ids, so control tokens get other ids", problems=wrong)
     return data
 
 
@@ -51,9 +51,9 @@ def _placeholders(ids: range) -> dict[str, int]:
 
 
 def extended_config(base: BaseTokenizer, data: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json to go with an extended tokenizer.json; chat templates go into files of their own."""
+    """Return tokenizer_config.json for an extended tokenizer.json; chat templates are separate files."""
     config = {key: value for key, value in base.config.items() if key != "chat_template"}
-    if "added_tokens_decoder" in config:  # as transformers 4 wrote it: lists every added token again
+    if "added_tokens_decoder" in config:  # written by transformers 4; repeats every added token
         config["added_tokens_decoder"] = {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
             for token in data["added_tokens"]
@@ -62,6 +62,6 @@ def extended_config(base: BaseTokenizer, data: Mapping[str, Any]) -> dict[str, A
 
 
 def without(tokenizer: BaseTokenizer, first: int) -> BaseTokenizer:
-    """A composed model's tokenizer without the tokens from id `first` on: the inverse of `extended`."""
+    """Return a composed model's tokenizer without the tokens from id `first` on. Inverts `extended`."""
     added = [token for token in tokenizer.data.get("added_tokens", ()) if token["id"] < first]
     return replace(tokenizer, data={**tokenizer.data, "added_tokens": added})

@@ -1,7 +1,7 @@
-"""Rewrite a checkpoint in a legacy format as format 1, without the adapters it was composed from.
+"""Rewrite a checkpoint in a legacy format as format 1, without the adapters that it was composed from.
 
-It is taken apart into a base and adapters, lazily, and these are composed; what a composed model is, `compose` alone
-decides. The old chat template, rendered without an adapter, is the base's.
+The checkpoint is split lazily into a base and adapters, which are composed as usual. The old chat template, rendered
+without an adapter, becomes the base's.
 """
 
 import ast
@@ -26,11 +26,11 @@ from granite_switch.core.layout import AdapterTensor, Vocabulary, digest, parse_
 from granite_switch.core.records import AdapterIndex, read_adapter_index
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, staged
-from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
+from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer, token_text
 from granite_switch.errors import CheckpointError
 
 _ADAPTER_MAP = re.compile(r"set adapter_map = (\{.*?\n\}) %\}", re.DOTALL)
-# The old templates place control tokens by `adapter_name`: unset inside, the base's prompt is left.
+# old templates place control tokens if `adapter_name` is set; without it they render the base's prompt
 _WITHOUT_ADAPTER = "{% set adapter_name = '' +%}"
 _TOKEN_LISTS = ("extra_special_tokens", "additional_special_tokens")
 
@@ -46,25 +46,25 @@ def upgrade(
 
     Args:
         old: folder or hub id.
-        new: the folder to make. It appears only when it is complete.
+        new: the folder to create; it appears only when it is complete.
         force: replace an existing folder.
-        on_bytes: called with the number of bytes after each piece that is written.
+        on_bytes: called with the number of bytes of each piece written.
 
     Returns:
-        What was written.
+        The plan that was carried out.
 
     Raises:
-        SwitchError: with all that is wrong; nothing is left over.
+        SwitchError: lists everything that is wrong; no partial output is left.
     """
     check_target(Path(new), force=force)
     planned = prepare(model_folder(old))
     with staged(Path(new), force=force) as folder:
-        carry_out(planned, folder, on_bytes)
+        write_model(planned, folder, on_bytes)
     return planned
 
 
 def prepare(folder: Path) -> Plan:
-    """Take an older checkpoint apart and plan it anew. B is read once, to find the projections that it leaves alone."""
+    """Split a legacy checkpoint and plan it as format 1. B is read once, to find linears without an update."""
     old = legacy.read(folder)
     tokenizer = read_tokenizer(folder)
     first = _first_control(old, tokenizer)
@@ -84,13 +84,8 @@ def prepare(folder: Path) -> Plan:
     return planned
 
 
-def carry_out(planned: Plan, folder: Path, on_bytes: Callable[[int], Any] | None = None) -> None:
-    """Write the planned model into an empty folder."""
-    write_model(planned, folder, on_bytes)
-
-
 def _base(old: legacy.Old, tokenizer: BaseTokenizer, first: int) -> Base:
-    """The base: its config, tensors without the control tokens' rows, its tokenizer and templates."""
+    """Return the base: config, tensors without the control tokens' rows, tokenizer and templates."""
     files: dict[str, dict[str, Tensor]] = {name: {} for name in old.checkpoint.files}
     homes = {tensor.path: name for name, tensors in old.checkpoint.files.items() for tensor in tensors.values()}
     names = _vocabulary(old).names
@@ -115,9 +110,9 @@ def _adapter(
     invocation: tuple[int, ...],
     io_yaml: Path | None,
 ) -> Adapter:
-    """An adapter without the pairs that change nothing, which stacking it with others gave it."""
+    """Return an adapter without the zero pairs that stacking it with others added."""
     used = {key.linear for key, tensor in tensors.items() if key.matrix == "B" and not _zero(tensor)}
-    used = used or {key.linear for key in tensors}  # an adapter that changes nothing stays one
+    used = used or {key.linear for key in tensors}  # an adapter that is all zero keeps its pairs
     kept = {key: tensor for key, tensor in tensors.items() if key.linear in used}
     contents = digest(kept)
     return Adapter(
@@ -152,27 +147,27 @@ def _io_yaml(folder: Path, name: str, index: AdapterIndex) -> Path | None:
 def _vocabulary(old: legacy.Old) -> Vocabulary:
     names = vocabulary(old.tensors, old.config["vocab_size"])
     if names is None:
-        raise CheckpointError(f"{old.checkpoint.folder}: there is no token embedding")
+        raise CheckpointError(f"{old.checkpoint.folder}: has no token embedding")
     return names
 
 
 def _first_control(old: legacy.Old, tokenizer: BaseTokenizer) -> int:
-    """The first control token's id. From it on, the embedding and the tokenizer must hold control tokens alone."""
+    """Return the first control token's id. From it on, embedding and tokenizer must contain only control tokens."""
     controls = set(old.spec.control_slots)
     rows = old.tensors[_vocabulary(old).embedding].shape[0]
     first = min(controls, default=rows)
     others = {i: text for text, i in tokenizer.tokens.items() if i >= first and i not in controls}
     problems = [f"token {i} is {text!r}" for i, text in sorted(others.items())]
-    problems += [f"row {i} of the embedding is no control token's" for i in range(first, rows) if i not in controls][:9]
+    problems += [f"embedding row {i} belongs to no control token" for i in range(first, rows) if i not in controls][:9]
     if problems:
         raise CheckpointError(
-            f"{old.checkpoint.folder}: its control tokens are not the last of its vocabulary", problems=problems[:20]
+            f"{old.checkpoint.folder}: its control tokens are not the last in the vocabulary", problems=problems[:20]
         )
     return first
 
 
 def _invocations(old: legacy.Old, tokenizer: BaseTokenizer) -> Mapping[str, str]:
-    """The invocation text of every adapter, "" for a LoRA, from the table with which old templates begin."""
+    """Return every adapter's invocation text, "" for a LoRA, from the table at the beginning of old templates."""
     found = _ADAPTER_MAP.search(tokenizer.templates.get("default", ""))
     try:
         table = ast.literal_eval(found[1]) if found else {}
@@ -182,13 +177,13 @@ def _invocations(old: legacy.Old, tokenizer: BaseTokenizer) -> Mapping[str, str]
     if missing := [name for name in old.spec.names if not isinstance(triggers.get(name), str)]:
         raise CheckpointError(
             f"{old.checkpoint.folder}: its chat template does not say what turns on {', '.join(missing)}",
-            hint="the old composer's template begins with a table of adapters; put it back as it was published",
+            hint="the old composer's template begins with a table of adapters; restore it as it was published",
         )
     return triggers
 
 
 def _check_substitutes(old: legacy.Old, new: Plan) -> None:
-    """Each control token's substitute must stay the same."""
+    """Check that no control token's substitute changes."""
     problems = [
         f"{a.name}: token {before.substitute_token_id} in the old checkpoint, {a.substitute_token_id} by its template"
         for before, a in zip(old.spec.adapters, new.spec.adapters, strict=True)
@@ -202,9 +197,9 @@ def _check_substitutes(old: legacy.Old, new: Plan) -> None:
 
 
 def _without_tokens(config: Mapping[str, Any], kept: Mapping[str, int]) -> dict[str, Any]:
-    """A tokenizer's config without special tokens that are not its own."""
+    """Return a tokenizer's config without the special tokens that are not in `kept`."""
     result = dict(config)
     for key in _TOKEN_LISTS:
         if isinstance(tokens := result.get(key), list):
-            result[key] = [t for t in tokens if (t["content"] if isinstance(t, dict) else t) in kept]
+            result[key] = [token for token in tokens if token_text(token) in kept]
     return result

@@ -1,6 +1,6 @@
-"""Check a composed model: everything that is wrong with it, at once.
+"""Check a composed model and list everything that is wrong with it.
 
-The comparison with PEFT needs torch and is `granite_switch.hf.verify`.
+The comparison with PEFT needs torch; it is in `granite_switch.hf.verify`.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,14 +33,15 @@ def verify(model: str | PathLike[str], *, deep: bool = False, prove: bool = True
 
     Args:
         model: local folder or hub id.
-        deep: read every weight: the adapters' against their digests, all for NaN and inf, the control tokens' rows.
-        prove: have transformers read the tokenizer, where it is installed; it takes seconds to load.
+        deep: read every weight; check adapters against their digests, all tensors for NaN and inf, and the control
+            tokens' rows.
+        prove: have transformers read the tokenizer, if it is installed; importing it takes seconds.
 
     Returns:
-        Its adapters.
+        The `switch` object of its config.json.
 
     Raises:
-        CheckpointError: with everything that is wrong.
+        CheckpointError: lists everything that is wrong.
     """
     folder = model_folder(model)
     problems, spec = steady(
@@ -50,13 +51,13 @@ def verify(model: str | PathLike[str], *, deep: bool = False, prove: bool = True
         raise CheckpointError(
             f"{folder}: {len(problems)} thing{'s are' if len(problems) > 1 else ' is'} wrong",
             problems=problems,
-            hint="put the files back as they were, or compose the model anew",
+            hint="restore the files, or compose the model again",
         )
     return spec[1]
 
 
 def find_problems(folder: Path, *, deep: bool = False, prove: bool = True) -> list[str]:
-    """Everything that is wrong with a composed model, a line each."""
+    """Return everything that is wrong with a composed model, one problem per line."""
     problems: list[str] = []
     read = _attempt(problems, read_config, folder)
     checkpoint = _attempt(problems, Checkpoint, folder)
@@ -95,14 +96,14 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
         if path.name not in checkpoint.files
     ]
     if SINGLE in checkpoint.files:
-        return [*problems, f"{SINGLE} is there; loaders take it and do not look at {INDEX}"]
+        return [*problems, f"{SINGLE} exists; loaders take it and ignore {INDEX}"]
     index = read(folder / INDEX, ShardIndex)
     listed = index.weight_map
     for file, tensors in checkpoint.files.items():
-        problems += [f"{file} holds {name}, which {INDEX} does not list" for name in tensors if name not in listed]
+        problems += [f"{file} contains {name}, which {INDEX} does not list" for name in tensors if name not in listed]
     total = (index.metadata or {}).get("total_size")
     if total is not None and total != checkpoint.nbytes:
-        problems.append(f"{INDEX}: total_size {total} where the tensors have {checkpoint.nbytes} bytes")
+        problems.append(f"{INDEX}: total_size is {total}, but the tensors have {checkpoint.nbytes} bytes")
     return problems
 
 
@@ -114,13 +115,13 @@ def _deep_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str
             if (key := parse_key(name)) and key.adapter == adapter.name:
                 tensors[key] = tensor
         if adapter.digest and digest(tensors) != adapter.digest:
-            problems.append(f"{adapter.name}: its weights are not those that were composed (their digest differs)")
+            problems.append(f"{adapter.name}: its weights differ from those that were composed (by their digest)")
     names = vocabulary(checkpoint.tensors, decoder_config(config)["vocab_size"])
     for name in names.names if names else ():
         matrix = checkpoint[name]
         for row, source in enumerate(spec.copied_rows, min(spec.control_slots)):
             if max(row, source) < matrix.shape[0] and matrix.row(row) != matrix.row(source):
-                problems.append(f"{name}: row {row} is not a copy of row {source}, its substitute's")
+                problems.append(f"{name}: row {row} is not a copy of its substitute's row {source}")
     return problems
 
 
@@ -151,11 +152,12 @@ def _template_problems(folder: Path, tokenizer: BaseTokenizer, spec: SwitchSpec)
 def _prove(
     folder: Path, tokenizer: BaseTokenizer, spec: SwitchSpec, bases: Mapping[str, str], problems: list[str]
 ) -> None:
-    """Every adapter's placement on sample chats, with the template as it is."""
+    """Prove every adapter's placement on sample chats, with the folder's own template."""
     samples = place.chats(bases["default"], tokenizer.special_tokens)
     first, turn = place.opening(samples, tokenizer.library), place.turn(bases["default"], samples, tokenizer.library)
     if turn.id != spec.base_substitute_token_id:
-        problems.append(f"the template opens turns with token {turn.id}; config.json: {spec.base_substitute_token_id}")
+        wanted = spec.base_substitute_token_id
+        problems.append(f"the template opens turns with token {turn.id}; config.json says {wanted}")
     placements = [place.placement(adapter, first.text, tokenizer.library) for adapter in spec.active]
     for name, wrapped in place.templates(bases, spec, placements, tokenizer.library).items():
         if wrapped != tokenizer.templates[name]:
@@ -167,7 +169,7 @@ def _client_problems(folder: Path, config: Mapping[str, Any], spec: SwitchSpec) 
     problems: list[str] = []
     index = _attempt(problems, lambda: read_json(inside(folder, "adapter_index.json")))
     if index is not None and index != adapter_index(spec, folder):
-        problems.append("adapter_index.json: does not list the adapters of config.json and their io.yaml")
+        problems.append("adapter_index.json: does not match config.json's adapters and their io.yaml files")
     if config.get("auto_map") == AUTO_MAP["auto_map"] and not inside(folder, MODULE).is_file():
         problems.append(f"{MODULE} is missing, which config.json's auto_map names")
     paths = [folder / io_config(adapter.name) for adapter in spec.active]

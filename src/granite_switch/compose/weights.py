@@ -1,7 +1,7 @@
-"""Read adapter_model.safetensors: each matrix with the base's linear that it belongs to.
+"""Read adapter_model.safetensors, and find the base's linear of each matrix.
 
-What trainers leave beside the matrices is dropped where the base has the same (its own layers, an embedding that was
-not trained), and refused by name where it would change what the model computes.
+Other tensors that trainers leave in the file are dropped if the base has the same (its own layers, an untrained
+embedding), and refused by name if they would change what the model computes.
 """
 
 import re
@@ -24,13 +24,13 @@ BITS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F
 _NO_VOCABULARY = (
     "leave embed_tokens and lm_head out of target_modules and modules_to_save (`all-linear` does), train again"
 )
-# parts of tensors' names that no composed model can hold: what they are, and how to train or convert
+# patterns of tensor names that cannot be composed: what the tensors are, and how to avoid or convert them
 _FOREIGN: Sequence[tuple[str, str]] = (
     (r"lora_magnitude_vector", "DoRA; docs/train.md shows how to take a LoRA from the merged model"),
     (r"lora_embedding_[AB]|(?:lm_head|embed_out|output)\.lora_[AB]", f"LoRA on the vocabulary; {_NO_VOCABULARY}"),
     (r"(?:embed_tokens|wte)\.lora_[AB]", f"LoRA on the vocabulary; {_NO_VOCABULARY}"),
     (r"trainable_tokens|token_adapter", f"retrained embeddings; {_NO_VOCABULARY}"),
-    (r"modules_to_save", "a whole module; train with LoRA on linears alone"),
+    (r"modules_to_save", "a whole module; train LoRA on linears only"),
     (r"experts.*\.lora_[AB]", "LoRA on stacked experts; leave out target_parameters and target attention, train again"),
     (r"conv.*\.lora_[AB]", "LoRA on a convolution; leave it out of target_modules and train again"),
     (r"bias$", "a bias; train with bias='none' and lora_bias=False"),
@@ -43,7 +43,7 @@ _FOREIGN: Sequence[tuple[str, str]] = (
 
 @dataclass
 class Weights:
-    """An adapter's matrices, and what was done to get them."""
+    """An adapter's matrices, with notes and warnings about reading them."""
 
     tensors: dict[AdapterTensor, Tensor] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)  # linear -> the path that the adapter has for it
@@ -52,14 +52,14 @@ class Weights:
 
 
 def read_weights(path: Path, base: Base) -> Weights:
-    """The adapter's matrices by linear, all checked against the base's shapes.
+    """Return the adapter's matrices by linear, checked against the base's shapes.
 
     Args:
         path: adapter_model.safetensors.
         base: the base model.
 
     Raises:
-        AdapterError: with every tensor that does not fit.
+        AdapterError: lists every tensor that does not fit.
     """
     try:
         header, about = read_header(path)
@@ -79,7 +79,7 @@ def read_weights(path: Path, base: Base) -> Weights:
 
 
 def _take(path: Path, header: Mapping[str, Tensor], base: Base, result: Weights) -> None:
-    """Every matrix by the linear that it belongs to."""
+    """Assign every matrix to its linear."""
     linears = Linears(base.linears)
     unknown: dict[str, str] = {}
     wrong, twice, paths, prefixes, adapters = [], [], [], set(), set()
@@ -108,15 +108,15 @@ def _take(path: Path, header: Mapping[str, Tensor], base: Base, result: Weights)
     if len(adapters) > 1:
         names = ", ".join(sorted(adapter or "(none)" for adapter in adapters))
         raise AdapterError(
-            f"{path}: holds several adapters: {names}",
-            hint="save each in a folder of its own with PEFT's save_pretrained",
+            f"{path}: contains several adapters: {names}",
+            hint="save each in its own folder with PEFT's save_pretrained",
         )
     if wrong:
-        raise AdapterError(f"{path}: made for another base model", problems=wrong)
+        raise AdapterError(f"{path}: was made for another base model", problems=wrong)
     if twice:
-        raise AdapterError(f"{path}: two tensors for one matrix", problems=twice)
+        raise AdapterError(f"{path}: has two tensors for one matrix", problems=twice)
     if not result.tensors:
-        raise AdapterError(f"{path}: holds no tensor")
+        raise AdapterError(f"{path}: contains no tensors")
     result.notes += _name_notes(prefixes, adapters, paths)
 
 
@@ -124,21 +124,21 @@ def _shape_problem(name: str, tensor: Tensor, matrix: str, shape: tuple[int, int
     out, width = shape
     if len(tensor.shape) != 2 or tensor.shape[matrix == "A"] != (width if matrix == "A" else out):
         expected = f"[r, {width}]" if matrix == "A" else f"[{out}, r]"
-        return f"{name}: {list(tensor.shape)} where the base needs {expected}"
+        return f"{name}: {list(tensor.shape)}, but the base needs {expected}"
     return "" if tensor.dtype in BITS else f"{name}: dtype {tensor.dtype}; F32, F16 and BF16 can be composed"
 
 
 def _name_notes(prefixes: set[str], adapters: set[str], paths: Sequence[tuple[str, str]]) -> list[str]:
-    """How names differ from PEFT's, and what they were taken for."""
+    """Return notes on names that differ from PEFT's, and how they were read."""
     notes = []
     if other := sorted(prefixes - {PEFT}):
         notes.append(f"names begin with {', '.join(repr(p) if p else 'no prefix' for p in other)}, not with {PEFT!r}")
     if other := sorted(adapters - {"", "default"}):
-        notes.append(f"names hold the adapter's name, {', '.join(other)}")
+        notes.append(f"names contain the adapter's name, {', '.join(other)}")
     moved = dict.fromkeys(pair for pair in paths if pair[0] != pair[1])
     if moved:
         first, linear = next(iter(moved))
-        notes.append(f"{len(moved)} modules have other paths than the base's: {first} is taken for {linear}")
+        notes.append(f"{len(moved)} modules have other paths than the base's: {first} is read as {linear}")
     return notes
 
 
@@ -156,7 +156,7 @@ def _unknown(path: Path, unknown: Mapping[str, str], header: Mapping[str, Tensor
         )
     problems = [f"{name} {list(header[name].shape)}{why and ': '}{why}" for name, why in reasons.items()]
     return AdapterError(
-        f"{path}: tensors that no linear of this base takes",
+        f"{path}: contains tensors that match no linear of this base",
         problems=problems,
         hint=f"adapters can target {_targets(linears)}",
     )
@@ -167,7 +167,7 @@ def _targets(linears: Linears) -> str:
 
 
 def _without_copies(path: Path, header: Mapping[str, Tensor], base: Base, result: Weights) -> dict[str, Tensor]:
-    """The tensors without those that repeat the base's own: its layers, its embedding, its head."""
+    """Return the tensors without copies of the base's own: its layers, embedding and head."""
     rest, dropped, problems, unlike = {}, [], [], []
     for name, tensor in header.items():
         original = _copied(name, base)
@@ -181,7 +181,7 @@ def _without_copies(path: Path, header: Mapping[str, Tensor], base: Base, result
             dropped.append(name.rpartition(".")[0])
     if problems:
         raise AdapterError(
-            f"{path}: holds weights of the base model that are not this base's",
+            f"{path}: contains weights of the base model that differ from this base's",
             problems=problems,
             hint="tokens added in training need a base with their rows: save the trained model whole and compose with "
             f"that as the base; or {_NO_VOCABULARY}",
@@ -192,13 +192,13 @@ def _without_copies(path: Path, header: Mapping[str, Tensor], base: Base, result
         )
     if unlike:
         result.warnings.append(
-            f"{len(unlike)} copies of the base's weights are dropped unseen: this base's are quantised"
+            f"{len(unlike)} copies of the base's weights are dropped unchecked: this base's are quantised"
         )
     return rest
 
 
 def _copied(name: str, base: Base) -> str:
-    """The base's tensor that a tensor in an adapter's file is a copy of; "" if it is none."""
+    """Return the base's tensor that a tensor in an adapter's file is a copy of; "" if it is not a copy."""
     bare = unwrap(name)[0]
     if ".modules_to_save" in bare or ".lora_" in bare or "token_adapter" in bare:
         return ""
@@ -214,18 +214,17 @@ def _copied(name: str, base: Base) -> str:
 
 
 def _difference(copy: Tensor, original: Tensor) -> str:
-    """How a tensor differs from the base's; "" if it does not. Their dtypes may: the narrower one is compared."""
-    if copy.shape[1:] != original.shape[1:]:
-        return f"{list(copy.shape)} where the base has {list(original.shape)}"
-    if copy.shape[0] > original.shape[0]:
-        return f"{copy.shape[0]} rows where the base has {original.shape[0]}: tokens were added in training"
-    if copy.shape[0] < original.shape[0] and len(copy.shape) < 2:
-        return f"{list(copy.shape)} where the base has {list(original.shape)}"
-    width = copy.nbytes // copy.shape[0]
-    step, other = max(1, CHUNK // width), original.nbytes // original.shape[0]
+    """Describe how a tensor differs from the base's; "" if it does not. Values are compared in the narrower dtype."""
+    if copy.shape[1:] != original.shape[1:] or (len(copy.shape) < 2 and copy.shape < original.shape):
+        return f"{list(copy.shape)}, but the base has {list(original.shape)}"
+    rows, of_base = copy.shape[0], original.shape[0]
+    if rows > of_base:
+        return f"{rows} rows, but the base has {of_base}: tokens were added in training"
+    width, other = copy.nbytes // rows, original.nbytes // of_base
+    step = max(1, CHUNK // width)
     unlike: list[int] = []
-    for row in range(0, copy.shape[0], step):
-        count = min(step, copy.shape[0] - row)
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
         left, right = copy.read(row * width, count * width), original.read(row * other, count * other)
         if copy.dtype != original.dtype or left != right:
             a, b = (
@@ -237,7 +236,7 @@ def _difference(copy: Tensor, original: Tensor) -> str:
 
 
 def _narrow(data: bytes, dtype: str, *both: Tensor) -> npt.NDArray[np.float32]:
-    """Values in float32, rounded as the narrower of two tensors' dtypes has them."""
+    """Decode values to float32, rounded to the narrower of the two tensors' dtypes."""
     values = to_float32(data, dtype)
     dtypes = {tensor.dtype for tensor in both}
     if "F16" in dtypes:
@@ -250,9 +249,9 @@ def _narrow(data: bytes, dtype: str, *both: Tensor) -> npt.NDArray[np.float32]:
 
 
 def nonfinite(tensor: Tensor) -> str:
-    """How many NaN and inf a tensor holds, in words; "" if none, or if its dtype cannot tell.
+    """Return the number of NaN and inf in a tensor, as text; "" if there are none, or for other dtypes than in `BITS`.
 
-    They have an exponent of all ones: a test of bits, so that no dtype needs converting.
+    Their exponents are all ones, which can be tested on the bits without converting dtypes.
     """
     if tensor.dtype not in BITS:
         return ""

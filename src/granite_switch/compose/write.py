@@ -1,6 +1,6 @@
-"""Carry out a plan: shards linked or streamed, adapters copied, and the small files beside them.
+"""Carry out a plan: link or stream shards, copy adapters, and write the small files.
 
-Memory stays at the size of a chunk: tensors go from file to file as bytes.
+Tensors are copied from file to file as bytes, so memory use is one chunk.
 """
 
 import shutil
@@ -34,16 +34,16 @@ from granite_switch.errors import CheckpointError
 
 Progress = Callable[[int], Any]
 
-# base files that are written anew, or that speak of the base's own packaging
+# base files that are rewritten, or that describe the base's own packaging
 _REPLACED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
 _REPLACED |= {"README.md", INDEX, "added_tokens.json", "special_tokens_map.json", "adapter_index.json"}
 _REPLACED |= {"adapter_config.json"}  # of an adapter merged into the base: with it, transformers loads another model
 _KEPT = {".json", ".txt", ".model"}
 
-# `model.safetensors` would be taken for the whole model; a base's own shard may be called as ours
+# loaders would take `model.safetensors` for the whole model; a base's shard may have the same name as ours
 _RENAMED = {SINGLE: "model-00001-of-00001.safetensors", EMBEDDINGS: f"model-{EMBEDDINGS}"}
 
-# an io.yaml that changes neither request nor answer: clients want these keys
+# an io.yaml that changes neither request nor answer; clients require these keys
 _IO_YAML = b"model: null\nresponse_format: null\ntransformations: null\n"
 
 
@@ -51,13 +51,13 @@ def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, s
     """Write the composed model into an empty folder.
 
     Args:
-        plan: what to write.
-        folder: exists and is empty.
-        on_bytes: called with the number of bytes after each piece that is copied.
-        same_rows: the base's files are of a composed model whose embedding has the rows that this one is to have.
+        plan: the model.
+        folder: an existing, empty folder.
+        on_bytes: called with the number of bytes of each piece copied.
+        same_rows: the base's files are a composed model's, whose embedding already has the rows that this one needs.
     """
     _write_small_files(plan, folder)
-    proof = start_proof(folder, plan.base.folder)  # beside the copying
+    proof = start_proof(folder, plan.base.folder)  # runs while files are copied
     files: dict[str, Mapping[str, Tensor]] = {}
     grown: list[Entry] = []
     metadata: dict[str, str] = {}
@@ -92,7 +92,7 @@ def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, s
 
 
 def _link(source: Path, target: Path, header: Mapping[str, Tensor], on_bytes: Progress | None) -> Mapping[str, Tensor]:
-    """Link a file that stays as it is; its tensors."""
+    """Link or copy an unchanged file, and return its tensors."""
     link_or_copy(source, target)
     if on_bytes:
         on_bytes(source.stat().st_size)
@@ -100,17 +100,17 @@ def _link(source: Path, target: Path, header: Mapping[str, Tensor], on_bytes: Pr
 
 
 def adapter_entries(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor]) -> list[Entry]:
-    """An adapter's tensors under their names in the checkpoint, in the natural order of linears."""
+    """Return an adapter's tensors with their names in the checkpoint, in the natural order of linears."""
     ordered = sorted(tensors, key=AdapterTensor.order)
     return [copy_of(tensors[t], replace(t, adapter=spec.name).key) for t in ordered]
 
 
 def _entry(plan: Plan, tensor: Tensor) -> Entry:
-    """An embedding with rows for the new tokens and in reserve: copies of their substitutes' rows."""
+    """Return an embedding with rows for new and reserved tokens, which copy their substitutes' rows."""
     rows, width = tensor.shape
     copied = plan.spec.copied_rows
     if max(copied) >= rows:
-        raise CheckpointError(f"{tensor.path}: {tensor.name} has {rows} rows, and token {max(copied)} is to be copied")
+        raise CheckpointError(f"{tensor.path}: {tensor.name} has {rows} rows; token {max(copied)} has none to copy")
     filler = bytes((plan.vocab_size - len(copied) - rows) * (tensor.nbytes // rows))
     new = b"".join(tensor.row(i) for i in copied)
     return Entry(tensor.name, tensor.dtype, (plan.vocab_size, width), (tensor, filler + new))
@@ -141,12 +141,12 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
 
 
 def io_config(name: str) -> str:
-    """The path of an adapter's io.yaml in a composed model."""
+    """Return the path of an adapter's io.yaml in a composed model."""
     return f"io_configs/{name}/io.yaml"
 
 
 def adapter_index(spec: SwitchSpec, folder: Path) -> dict[str, Any]:
-    """adapter_index.json: how clients such as Mellea find the adapters."""
+    """Return adapter_index.json, in which clients such as Mellea find the adapters."""
     records = []
     for slot, adapter in enumerate(spec.adapters, 1):
         if adapter.retired:

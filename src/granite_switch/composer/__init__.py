@@ -1,6 +1,7 @@
-"""`python -m granite_switch.composer.compose_granite_switch`, the command of releases up to 0.1.1, run by today's.
+"""`python -m granite_switch.composer.compose_granite_switch`, the command of releases up to 0.1.1.
 
-Their Python interface is gone; asking for one of its names says what to use (docs/migrate.md).
+It runs today's commands. The Python interface of those releases is gone; its names raise an error that says what to
+use instead (docs/migrate.md).
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ _CLASSES = {"GraniteSwitchComposer", "AdapterRemapper", "RemapResult", "ArchDesc
 def __getattr__(name: str) -> Any:
     if name in _CLASSES or name == "resolve_arch" or name.endswith("_arch"):
         raise ImportError(
-            f"{name} was of granite-switch up to 0.1.1, which needed a table for each architecture. "
+            f"{name} was removed after granite-switch 0.1.1, which needed a table for each architecture. "
             "granite_switch.compose(base, adapters, output) composes any decoder (docs/migrate.md)"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""The composer's command of releases up to 0.1.1: their options, run by today's commands, which it names.
+"""The composer command of releases up to 0.1.1: translates its options to today's commands, prints and runs them.
 
-Built-in adapters are empty slots (`compose.slot`). Options that chose how the old switch computes mean nothing.
+Built-in adapters are empty slots (`compose.slot`). Options that configured the old switch are ignored.
 """
 
 import argparse
@@ -23,32 +23,29 @@ _OUTPUT = "./granite-with-all-aloras"
 _LINEARS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LINEARS += ("shared_mlp.input_linear", "shared_mlp.output_linear")
 
-# options without a meaning here, and why
-_WITHOUT_MEANING = {
+# ignored options, and why
+_IGNORED = {
     "technology": "an adapter's adapter_config.json says whether it is LoRA or aLoRA; --technology-filter selects",
-    "switch_head_dim": "the switch has no size to choose",
-    "control_dims": "the switch has no size to choose",
-    "ms_code_m": "the switch has no code to choose",
-    "ms_memory_gain": "the switch has no gain to choose",
+    "switch_head_dim": "the switch has no size to configure",
+    "control_dims": "the switch has no size to configure",
+    "ms_code_m": "the switch has no code to configure",
+    "ms_memory_gain": "the switch has no gain to configure",
     "base_reset_token": "every model has <|return_to_base|>",
     "debug_fields": "config.json names each adapter's source",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the old command.
+    """Run the old command and return the exit code.
 
     Args:
-        arguments: of the command line; those of the process by default.
-
-    Returns:
-        The exit code.
+        arguments: the command line's arguments; those of the process by default.
     """
-    options, audio = _parser().parse_known_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
     try:
-        _refuse_unknown(audio)
-        ignored = [name for name in _WITHOUT_MEANING if getattr(options, name)]
-        notes([f"--{name.replace('_', '-')} means nothing any more: {_WITHOUT_MEANING[name]}" for name in ignored])
+        _refuse_unknown(unknown)
+        ignored = [name for name in _IGNORED if getattr(options, name)]
+        notes([f"--{name.replace('_', '-')} is ignored: {_IGNORED[name]}" for name in ignored])
         command = _command(options)
         added = [_added(options, name) for name in options.built_in_adapters]
         notes([f"this command is now: {shlex.join(line)}" for line in (command, *added)])
@@ -71,19 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapters", nargs="*", default=[], help="hub ids, folders or YAML manifests")
     parser.add_argument("--base-model", default=_BASE, help="folder or hub id")
     parser.add_argument("--target-model", default="", help="the base's folder in adapter libraries")
-    parser.add_argument("--output", default=_OUTPUT, help="folder to make")
+    parser.add_argument("--output", default=_OUTPUT, help="folder to create")
     parser.add_argument("--include-adapters", nargs="*", default=[], help="globs of names to take")
     parser.add_argument("--exclude-adapters", nargs="*", default=[], help="globs of names to leave out")
-    parser.add_argument("--technology-filter", choices=["alora", "lora"], default="", help="take these alone")
-    parser.add_argument("--list-adapters", action="store_true", help="show what the sources hold and stop")
+    parser.add_argument("--technology-filter", choices=["alora", "lora"], default="", help="take only these")
+    parser.add_argument("--list-adapters", action="store_true", help="list the adapters in the sources and stop")
     parser.add_argument("--create-ioyaml", action="store_true", help="write a minimal io.yaml where there is none")
     parser.add_argument("--built-in-adapters", nargs="*", default=[], help="names of empty slots")
-    parser.add_argument("--lora-rank", type=int, default=8, help="of the empty slots")
-    parser.add_argument("--lora-alpha", type=float, default=None, help="of the empty slots; the rank by default")
+    parser.add_argument("--lora-rank", type=int, default=8, help="rank of the empty slots")
+    parser.add_argument("--lora-alpha", type=float, default=None, help="alpha of the empty slots; the rank by default")
     for name in ("technology", "switch-head-dim", "control-dims", "ms-code-m", "ms-memory-gain"):
-        parser.add_argument(f"--{name}", default=None, help="means nothing any more")
+        parser.add_argument(f"--{name}", default=None, help="ignored")
     for name in ("base-reset-token", "debug-fields"):
-        parser.add_argument(f"--{name}", action="store_true", help="means nothing any more")
+        parser.add_argument(f"--{name}", action="store_true", help="ignored")
     return parser
 
 
@@ -92,14 +89,14 @@ def _refuse_unknown(rest: Sequence[str]) -> None:
     if audio:
         raise AdapterError(
             f"{', '.join(audio)}: audio cannot be composed",
-            hint="transcription is a model of its own before the language model; run it beside this one and send text",
+            hint="transcription is a separate model; run it before this one and send its text",
         )
     if rest:
-        raise AdapterError(f"unknown: {' '.join(rest)}", hint="--help lists the options")
+        raise AdapterError(f"unknown arguments: {' '.join(rest)}", hint="--help lists the options")
 
 
 def _command(options: argparse.Namespace) -> list[str]:
-    """Today's command for the old options, without the empty slots."""
+    """Return today's command for the old options, without the empty slots."""
     command = ["granite-switch", "compose", options.base_model]
     for option, values in (
         ("--adapters", options.adapters),
@@ -127,7 +124,7 @@ def _settings(options: argparse.Namespace, base: "Base") -> dict[str, Any]:
 
 
 def _add_empty(options: argparse.Namespace) -> int:
-    """Add the empty slots to the model that was composed."""
+    """Add the empty slots to the composed model."""
     from granite_switch.compose.composed import read_composed
     from granite_switch.compose.slot import add_empty
 
@@ -138,7 +135,7 @@ def _add_empty(options: argparse.Namespace) -> int:
 
 
 def _empty_slots(options: argparse.Namespace, folder: Path) -> list[Path]:
-    """Where there are no other adapters, empty slots are what is composed."""
+    """Write the empty slots as adapter folders, to be composed when there are no other adapters."""
     from granite_switch.compose.base import read_base
     from granite_switch.compose.slot import write_empty
     from granite_switch.compose.sources import base_folder

@@ -1,1 +1,1 @@
-"""The format and its meaning, without any engine: imports neither transformers nor vLLM."""
+"""The checkpoint format and the definition of a switch, without an engine: imports neither transformers nor vLLM."""

@@ -1,8 +1,8 @@
-"""The border: files that others wrote are read here, and come back as checked records.
+"""Read files that others wrote, as checked records.
 
-A reader checks the type and range of every key that is used and raises one error that names the file and all keys that
-are wrong; keys that are not used pass through. After it nothing is checked again. `Record` is the rule, `read` and
-`checked` apply it; `records.py` has the records.
+A reader checks the type and range of every key in use and raises one error that names the file and every wrong key;
+unused keys pass through. Nothing is checked again later. `Record` sets the rules, `read` and `checked` apply them;
+`records.py` has the records.
 """
 
 import json
@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from granite_switch.errors import AdapterError, CheckpointError, SwitchError
 
 LIMIT = 2**31
-_UNALIKE = re.compile(r"\[\[|\{[^\d,]")  # what the `regex` package reads otherwise than `re`
+_UNALIKE = re.compile(r"\[\[|\{[^\d,]")  # syntax that the `regex` package reads differently from `re`
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 240
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -62,7 +62,7 @@ R = TypeVar("R", bound="Record")
 
 
 class Record(BaseModel):
-    """Part of a file. Nothing is converted: "4" is no number, 1 is not true, 4.0 is no count."""
+    """Part of a file. Values are not converted: "4" is not a number, 1 is not true, 4.0 is not an integer."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -71,26 +71,22 @@ def read(path: Path, kind: type[R], error: type[SwitchError] = CheckpointError, 
     """Read a JSON file as a record.
 
     Raises:
-        SwitchError: of the given class; the file is not there, is no JSON, or has keys that are wrong.
+        SwitchError: of class `error`; the file is missing, is not JSON, or has wrong keys.
     """
-    try:
-        data = read_json(path)
-    except CheckpointError as problem:
-        raise error(problem.message, hint=hint) from None
-    return checked(kind, data, path, error, hint)
+    return checked(kind, read_json(path, error, hint), path, error, hint)
 
 
 def checked(
     kind: type[R], data: Any, where: Path | str, error: type[SwitchError] = CheckpointError, hint: str = ""
 ) -> R:
-    """What was parsed, as a record.
+    """Validate parsed data and return it as a record.
 
     Args:
         kind: the record's class.
-        data: what the file holds.
-        where: the file, for the error.
-        error: class of the error.
-        hint: for the error.
+        data: the parsed file.
+        where: the file's name in the error.
+        error: the error's class.
+        hint: the error's hint.
     """
     try:
         return kind.model_validate(data)
@@ -102,7 +98,7 @@ def checked(
 
 
 def _problem(item: Mapping[str, Any]) -> str:
-    """One line: the key, what it must be, what it is."""
+    """Describe one validation error in a line: the key, the rule and the value."""
     if not item["loc"]:
         return "is not an object with keys" if item["type"].endswith("_type") else item["msg"]
     key = _key(item["loc"])
@@ -115,11 +111,12 @@ def _problem(item: Mapping[str, Any]) -> str:
     return f"{key} {item['msg'].replace('Input should', 'must')}; it is {shown(item['input'])}"
 
 
-_MEMBERS = re.compile(r"int|float|str|bool|\[key\]|list\[.*|dict\[.*|constrained-\w+|[A-Z]\w+|function-.*")  # of unions
+# names of a union's members, which pydantic puts into the location of an error
+_MEMBERS = re.compile(r"int|float|str|bool|\[key\]|list\[.*|dict\[.*|constrained-\w+|[A-Z]\w+|function-.*")
 
 
 def _key(location: tuple[str | int, ...]) -> str:
-    """`adapters[0].rank`, `rank_pattern['q.*']`."""
+    """Format an error's location: `adapters[0].rank`, `rank_pattern['q.*']`."""
     result = ""
     for part in location:
         if isinstance(part, str) and _MEMBERS.fullmatch(part):
@@ -130,51 +127,59 @@ def _key(location: tuple[str | int, ...]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of unknown size and kind for an error, as JSON spells it, cut short."""
+    """Return a short representation of any value for an error message; null and booleans as in JSON."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return _SHORT.repr(value).encode("utf-8", "backslashreplace").decode()
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file, or say which file is not one."""
+def read_json(path: Path, error: type[SwitchError] = CheckpointError, hint: str = "") -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        SwitchError: of class `error`; the file is missing or not JSON.
+    """
     try:
         text = _text(path)
         value = json.loads(text)
         _check_depth(value)
-        if _SURROGATE.search(text):  # half a character can be read but not written
+        if _SURROGATE.search(text):  # a lone surrogate can be read but not written
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({shown(str(error))})") from None
+        raise error(f"{path}: no such file", hint=hint) from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: cannot be read as JSON ({shown(str(problem))})", hint=hint) from None
 
 
 def _text(path: Path) -> str:
     if path.exists() and not path.is_file():
-        raise ValueError("it is no plain file")  # to read a pipe would be to wait for ever
+        raise ValueError("it is not a regular file")  # reading a pipe would block
     return path.read_text(encoding="utf-8")
 
 
 def _check_depth(value: Any) -> None:
-    """What is nested more deeply can be read but not written."""
+    """Refuse deep nesting, which can be read but not written."""
     level = [value]
     for _ in range(100):
         containers = [item for item in level if isinstance(item, (dict, list))]
         level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
         if not level:
             return
-    raise ValueError("nested more than 100 deep")
+    raise ValueError("it is nested more than 100 levels deep")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, indented, in UTF-8."""
+    """Write an indented JSON file in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file without running anything in it, or say which file is not one."""
+    """Parse a YAML file without running code in it.
+
+    Raises:
+        AdapterError: the file is missing or not YAML.
+    """
     try:
         return yaml.safe_load(_text(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError, AttributeError, LookupError) as error:
@@ -182,18 +187,18 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_name(name: str) -> None:
-    """Refuse an adapter's name that cannot be part of a file name, a token or a template."""
+    """Refuse an adapter name that cannot be part of a file name, a token or a template."""
     reason = ""
     if not name or name.strip() != name:
         reason = "is empty or has spaces around it"
     elif name == "base":
-        reason = "is what the base model itself is called"
+        reason = "is reserved for the base model"
     elif "/" in name or "\\" in name or ".." in name or name.startswith("."):
-        reason = "must not hold a slash or '..', or begin with a dot"
+        reason = "must not contain a slash or '..', or begin with a dot"
     elif any(unicodedata.category(c).startswith(("C", "Z")) for c in name):
-        reason = "must not hold spaces or control characters"
+        reason = "must not contain spaces or control characters"
     elif any(c in "<>|{}%:*?\"'" for c in name):
-        reason = "must not hold any of < > | { } % : * ? or quotes"
+        reason = "must not contain any of < > | { } % : * ? or quotes"
     elif len(name.encode()) > 100:
         reason = "is longer than 100 bytes"
     if reason:

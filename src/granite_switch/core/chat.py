@@ -1,7 +1,7 @@
-"""The chat template of a composed model: the base's, wrapped.
+"""The chat template of a composed model, which wraps the base's.
 
-The base's template is rendered as it is and the control token is placed in the finished text, so any template works.
-Rendering here follows transformers' environment, to prove placements without importing transformers.
+The base's template is rendered unchanged and control tokens are placed in the rendered text, so any template works.
+`render` uses the same Jinja environment as transformers, to prove placements without importing it.
 """
 
 import json
@@ -24,11 +24,11 @@ from granite_switch.errors import TemplateError
 _TEMPLATE = files("granite_switch.core").joinpath("templates/switch.jinja")
 _BEFORE = "{%- set switch_rendered %}\n"
 _AFTER = "{{ '' }}{% endset -%}\n"
-# transformers notes where `{% generation %}` is in the output, so it may be only where output is written. In the
-# base's template a call of a macro takes its place, which leaves a mark; two tabs tell its end from other calls'.
+# transformers records where the output of `{% generation %}` is, so the tag can only be where output is written. In the
+# base's template a macro call replaces it, which writes marks; two tabs distinguish its end from that of other calls.
 _GENERATION = (re.compile(r"({%[-+]?\s*)generation(\s*[-+]?%})"), r"\1call switch_generation()\2")
 _ENDGENERATION = (re.compile(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})"), "\\1endcall\t\t\\2")
-_HINT = "rename what it calls `switch_...`"
+_HINT = "rename the template's variables and macros called `switch_...`"
 _TEXT = "{{- switch.text -}}"
 _MASKED = """\
 {%- for piece in switch.text.split(switch.cut) -%}
@@ -40,37 +40,37 @@ _MASKED = """\
 
 @dataclass(frozen=True)
 class Placement:
-    """How the template places one adapter's control token."""
+    """The place of one adapter's control token in a rendered prompt."""
 
     name: str
     token: str
     invocation: str = ""  # aLoRA: the text whose last occurrence turns the adapter on
-    rest: str = ""  # aLoRA: that text without its first token's
+    rest: str = ""  # aLoRA: the invocation text after its first token
     opening: str = ""  # LoRA: the text of the prompt's first token
-    place: str = ""  # aLoRA: "prefix" or "suffix", where a message that lacks the text gets it; "": an error
+    place: str = ""  # aLoRA: write a missing invocation text as "prefix" or "suffix" of the message; "": raise an error
 
 
 @dataclass(frozen=True)
 class Return:
-    """How the template places the return-to-base token: in the place of what opens a turn."""
+    """The place of the return-to-base token in a rendered prompt: it replaces the token that opens a turn."""
 
     token: str
     opening: str
 
 
 def wrap(base: str, placements: Sequence[Placement], back: Return, controls: Sequence[str]) -> str:
-    """The composed template.
+    """Return the composed template.
 
     Args:
         base: the base model's template.
-        placements: of the adapters that can be named.
-        back: to the base model.
-        controls: the text of every token that composing added; a space where users write it.
+        placements: one for each active adapter.
+        back: the placement of the return-to-base token.
+        controls: the text of every token that composing added; users' text gets a space instead.
 
     Raises:
         TemplateError: the base's template cannot be wrapped.
     """
-    # jinja drops one newline at a template's end; inside the wrapper it would stay
+    # jinja drops one newline at the end of a template; inside the wrapper it would be kept
     base = base.removesuffix("\n").removesuffix("\r")
     masked = _ENDGENERATION[0].sub(_ENDGENERATION[1], _GENERATION[0].sub(_GENERATION[1], base))
     adapters = {p.name: _record(p, key) for key, p in enumerate(placements, 1)}
@@ -85,12 +85,12 @@ def wrap(base: str, placements: Sequence[Placement], back: Return, controls: Seq
     text = _TEMPLATE.read_text(encoding="utf-8").removesuffix("\n")
     wrapped = re.sub("@@([A-Z]+)@@", lambda found: parts[found[1]], text)
     if unwrap(wrapped) != base + "\n":
-        raise TemplateError("the base's chat template holds what marks its place in a composed one", hint=_HINT)
+        raise TemplateError("the base's chat template contains text that marks its ends in a composed one", hint=_HINT)
     return wrapped
 
 
 def unwrap(template: str) -> str | None:
-    """The base's template inside a composed one, with the newline at its end that jinja drops; None if not composed."""
+    """Return the base's template from a composed one, with the final newline that jinja drops; None if not composed."""
     _, before, rest = template.partition(_BEFORE)
     base, after, _ = rest.rpartition(_AFTER)
     base = base.replace("call switch_generation()", "generation").replace("endcall\t\t", "endgeneration")
@@ -109,10 +109,10 @@ def _json(value: Any) -> str:
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """Render a chat template as `tokenizer.apply_chat_template(..., tokenize=False)` does.
+    """Render a chat template like `tokenizer.apply_chat_template(..., tokenize=False)`.
 
     Args:
-        template: a template in Jinja.
+        template: a Jinja template.
         messages: the conversation.
         variables: `documents`, `tools`, `add_generation_prompt`, `adapter_name`, special tokens and the like.
 
@@ -124,7 +124,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
         return _compile(template).render(messages=messages, **variables)
     except jinja2.TemplateError as error:
         raise TemplateError(f"chat template: {error}") from None
-    except Exception as error:  # a template can divide by zero, recurse without end, fill memory
+    except Exception as error:  # a template can divide by zero, recurse without end, exhaust memory
         raise TemplateError(f"chat template: {type(error).__name__}: {error}") from None
 
 
@@ -148,7 +148,7 @@ def _raise(message: str) -> None:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, transformers' own tag around what the assistant wrote: rendered as if it were not there."""
+    """transformers' tag `{% generation %}` around the assistant's text; ignored here."""
 
     tags = {"generation"}
 

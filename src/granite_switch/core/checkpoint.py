@@ -1,7 +1,7 @@
-"""Safetensors files as streams: read headers, copy tensors by their bytes, never hold a model.
+"""Read and write safetensors files as streams of bytes, without loading a model.
 
-The `safetensors` package loads tensors; composing needs less and more: to copy bytes from file to file, append rows,
-and say of a damaged file what is wrong with it. The format is 8 bytes of header length, a JSON header, the data
+The `safetensors` package loads tensors; composing copies their bytes from file to file, appends rows, and reports what
+is wrong with a damaged file. The format is 8 bytes of header length, a JSON header, and the data
 (https://github.com/huggingface/safetensors).
 """
 
@@ -31,9 +31,9 @@ from granite_switch.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 8 << 20
-PAGE = 4096  # bytes: loaders map weights in place, and rows that lie across two pages are read slower
+PAGE = 4096  # bytes; loaders map weights into memory, and rows that cross a page boundary are slower to read
 
-# bits of one element: some types pack two to a byte
+# bits per element; some types pack two to a byte
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
 _BITS |= {"I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 _BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
@@ -41,36 +41,36 @@ _BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: where its bytes are."""
+    """The location of a tensor's bytes in a file."""
 
     name: str
-    dtype: str  # as safetensors spells it: "BF16"
+    dtype: str  # in safetensors' spelling: "BF16"
     shape: tuple[int, ...]
     path: Path
-    start: int  # from the beginning of the file, in bytes
+    start: int  # offset in the file, in bytes
     nbytes: int
 
     def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
-        """The tensor's bytes, or a part of them."""
+        """Return the tensor's bytes, or a part of them."""
         with self.path.open("rb") as file:
             file.seek(self.start + start)
             return file.read(self.nbytes - start if nbytes is None else nbytes)
 
     def row(self, index: int) -> bytes:
-        """The bytes of one row of a matrix."""
+        """Return the bytes of one row of a matrix."""
         width = self.nbytes // self.shape[0]
         return self.read(index * width, width)
 
     def float32(self) -> npt.NDArray[np.float32]:
-        """The values, for float32, float16 and bfloat16 tensors (float64 is rounded)."""
+        """Return the values of a float32, float16 or bfloat16 tensor; float64 is rounded."""
         return to_float32(self.read(), self.dtype).reshape(self.shape)
 
     def named(self, name: str) -> "Tensor":
-        """The same under another name."""
+        """Return the same tensor under another name."""
         return replace(self, name=name)
 
     def __getitem__(self, index: tuple[int | slice, ...]) -> "Tensor":
-        """A part, without reading it: leading indices, then some rows, or of the last of two axes the first columns."""
+        """Return a view without reading: leading indices, then a range of rows or the first columns of a matrix."""
         if not index or all(part == slice(None) for part in index):
             return self
         first, rest = index[0], index[1:]
@@ -93,7 +93,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Columns(Tensor):
-    """The first columns of a matrix in a file: its bytes are not in one piece."""
+    """The first columns of a matrix in a file; their bytes are not contiguous."""
 
     whole: Tensor
 
@@ -105,7 +105,7 @@ class Columns(Tensor):
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its bytes come from files, from memory, or from both in turn."""
+    """A tensor to write, whose bytes come from files, from memory or from both."""
 
     name: str
     dtype: str
@@ -118,23 +118,23 @@ class Entry:
 
 
 def copy_of(tensor: Tensor, name: str = "") -> Entry:
-    """An entry with the same contents, under the same or another name."""
+    """Return an entry with the same contents, under the same or another name."""
     return Entry(name or tensor.name, tensor.dtype, tensor.shape, (tensor,))
 
 
 def to_float32(data: bytes, dtype: str) -> npt.NDArray[np.float32]:
-    """Decode little-endian floats. numpy has no bfloat16: its bits are the upper half of a float32's."""
+    """Decode little-endian floats. numpy has no bfloat16, whose bits are the upper half of a float32."""
     if dtype == "BF16":
         return (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     return np.frombuffer(data, {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype]).astype(np.float32)
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata.
+    """Return the tensors of a safetensors file, and its metadata.
 
     Raises:
-        CheckpointError: the file is missing, or the safetensors library would not read it either: its tensors overlap
-            or leave gaps, it is shorter or longer than its header says, its header is damaged or larger than 100 MB.
+        CheckpointError: the file is missing, or the safetensors library would refuse it too: tensors overlap or leave
+            gaps, the file is shorter or longer than its header says, the header is damaged or larger than 100 MB.
     """
     try:
         with path.open("rb") as file:
@@ -142,28 +142,28 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             if length < 2 or 8 + length > size:
-                raise CheckpointError(f"{path}: not a safetensors file, or cut off ({size:,} bytes)", hint=_AGAIN)
-            if length > _MOST_HEADER:
-                raise CheckpointError(f"{path}: a header of {length:,} bytes; safetensors has {_MOST_HEADER:,} at most")
+                raise CheckpointError(f"{path}: is not a safetensors file, or cut off ({size:,} bytes)", hint=_AGAIN)
+            if length > _MAX_HEADER:
+                raise CheckpointError(f"{path}: its header has {length:,} bytes; safetensors allows {_MAX_HEADER:,}")
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _tensor(path, 8 + length, name, record) for name, record in header.items()}
         end = max((t.start + t.nbytes for t in tensors.values()), default=8 + length)
         if end != size:
-            raise CheckpointError(f"{path}: {size:,} bytes where its header says {end:,}", hint=_AGAIN)
-        with safe_open(path, framework="numpy"):  # checks what is left: overlaps, gaps, types, spelling
+            raise CheckpointError(f"{path}: has {size:,} bytes, but its header says {end:,}", hint=_AGAIN)
+        with safe_open(path, framework="numpy"):  # checks the rest: overlaps, gaps, dtypes
             pass
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", hint=_AGAIN) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors header ({str(error)[:300]})", hint=_AGAIN) from None
+        raise CheckpointError(f"{path}: has a damaged safetensors header ({str(error)[:300]})", hint=_AGAIN) from None
     return tensors, metadata
 
 
 _AGAIN = "download or copy it again"
-_MOST_HEADER = 100_000_000  # the safetensors library's own limit
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library's limit
 
 
 def _tensor(path: Path, data: int, name: str, record: Mapping[str, Any]) -> Tensor:
@@ -183,14 +183,14 @@ def write(
     *,
     aligned: int = PAGE,
 ) -> None:
-    """Write a safetensors file. The same entries give the same bytes.
+    """Write a safetensors file and flush it to disk. The same entries give the same bytes.
 
     Args:
-        path: the file; its data is on the disk when this returns.
-        entries: what to write, in this order.
-        on_bytes: called with the number of bytes after each piece, for progress.
+        path: the file.
+        entries: the tensors, in the order in which they are written.
+        on_bytes: called with the number of bytes of each piece written, for progress.
         metadata: for the header. Some quantisers cannot read their tensors without theirs.
-        aligned: data begins at a multiple of so many bytes; 8 is what the safetensors library does.
+        aligned: alignment of the data section in bytes; the safetensors library uses 8.
     """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted(metadata.items()))}}
@@ -231,7 +231,7 @@ class Checkpoint:
         folder: holds `model.safetensors.index.json` and its shards, or `model.safetensors`.
 
     Raises:
-        CheckpointError: with all that is wrong with its files at once.
+        CheckpointError: lists everything that is wrong with the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -250,12 +250,12 @@ class Checkpoint:
             self.tensors |= file
         for key, name in listed.items():
             if name in self.files and key not in self.files[name]:
-                problems.append(f"{INDEX} has {key} in {name}, which does not hold it")
+                problems.append(f"{INDEX} maps {key} to {name}, which does not contain it")
         if problems:
             raise CheckpointError(f"{folder}: its weights are incomplete", problems=problems, hint=_AGAIN)
 
     def of(self, files: dict[str, dict[str, Tensor]]) -> "Checkpoint":
-        """The same folder with only these tensors."""
+        """Return the same checkpoint with only these tensors."""
         result = copy.copy(self)
         result.files = files
         result.tensors = {key: tensor for file in files.values() for key, tensor in file.items()}
@@ -265,7 +265,7 @@ class Checkpoint:
         try:
             return self.tensors[name]
         except KeyError:
-            raise CheckpointError(f"{self.folder}: there is no tensor {name}") from None
+            raise CheckpointError(f"{self.folder}: has no tensor {name}") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -276,16 +276,16 @@ class Checkpoint:
 
 
 def _listed(folder: Path) -> Mapping[str, str]:
-    """The file of each tensor, as the index lists them; none where all are in one file."""
-    if (folder / SINGLE).is_file():  # as transformers: the index counts only where this is absent
+    """Return the file of each tensor from the index; empty if all tensors are in one file."""
+    if (folder / SINGLE).is_file():  # as in transformers, the index counts only if this is absent
         return {}
     if (folder / INDEX).is_file():
         index = read(inside(folder, INDEX), ShardIndex, CheckpointError, _AGAIN)
         if index.weight_map:
             return index.weight_map
-        raise CheckpointError(f"{folder / INDEX}: lists no tensor", hint=_AGAIN)
+        raise CheckpointError(f"{folder / INDEX}: lists no tensors", hint=_AGAIN)
     raise CheckpointError(
-        f"{folder}: neither {SINGLE} nor {INDEX}",
+        f"{folder}: has neither {SINGLE} nor {INDEX}",
         hint="weights must be safetensors; convert others with transformers' save_pretrained",
     )
 
@@ -298,6 +298,6 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Files as the system has them: copied as it can, on the disk when the power goes, none outside its folder."""
+"""Copy files fast, flush them to disk, and refuse files outside their folder."""
 
 import errno
 import os
@@ -15,16 +15,16 @@ Way = Callable[[int, int, int, int], int]
 
 
 def copy_bytes(source: Any, target: Any, start: int, nbytes: int) -> Iterator[int]:
-    """Append a part of an open file to another one, by the fastest way that there is here.
+    """Append a range of one open file to another, by the fastest method available.
 
     Args:
-        source: a file opened for reading.
-        target: a file opened for writing.
-        start: where the part begins.
-        nbytes: its size.
+        source: a file open for reading.
+        target: a file open for writing.
+        start: the range's offset in `source`, in bytes.
+        nbytes: the range's length.
 
     Yields:
-        The number of bytes after each piece; 0, and then no more, where the source ends too early.
+        The number of bytes of each piece copied; a last 0 if the source ends too early.
     """
     target.flush()
     ways = _ways()
@@ -35,7 +35,7 @@ def copy_bytes(source: Any, target: Any, start: int, nbytes: int) -> Iterator[in
             if len(ways) == 1:
                 raise
             count = 0
-        if not count and len(ways) > 1:  # not on this system or file system; what else is wrong the next way meets too
+        if not count and len(ways) > 1:  # unsupported here; any other failure recurs with the next method
             ways.pop(0)
             continue
         yield count
@@ -46,7 +46,7 @@ def copy_bytes(source: Any, target: Any, start: int, nbytes: int) -> Iterator[in
 
 
 def _ways() -> list[Way]:
-    """Ways to copy (source, target, start, at most) -> how many bytes, the fastest first."""
+    """Return the copy functions (source, target, start, limit) -> bytes copied, fastest first."""
     fast = {"sendfile": _sendfile, "copy_file_range": _copy_file_range}
     return [*(way for name, way in fast.items() if hasattr(os, name)), _read_write]
 
@@ -69,13 +69,13 @@ def _read_write(source: int, target: int, start: int, count: int) -> int:
 
 
 def sync_file(file: Any) -> None:
-    """Put an open file's data on the disk."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:
-    """Put a file's data, or a folder's list of files, on the disk. Windows has no call for folders."""
+    """Flush a file's data or a folder's entries to disk. Windows cannot flush folders."""
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
@@ -90,7 +90,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Put everything in a folder on the disk: files, then the folders that list them, the outermost last."""
+    """Flush a folder tree to disk: files first, then the folders that list them, the outermost last."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(parent, name))
@@ -98,10 +98,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def inside(folder: Path, name: str | Path) -> Path:
-    """The path of a file of a model's or an adapter's folder.
+    """Return the path of a file in a model's or an adapter's folder.
 
     Raises:
-        CheckpointError: it is a link that leads out of the folder and out of the hub's cache, or no plain file.
+        CheckpointError: it is a link that leads out of the folder and out of the hub's cache, or not a regular file.
     """
     path = folder / name
     try:
@@ -109,14 +109,14 @@ def inside(folder: Path, name: str | Path) -> Path:
     except (OSError, RuntimeError):
         raise CheckpointError(f"{path}: is a link to itself") from None
     if not real.is_relative_to(folder.resolve()) and not _linked_by_the_hub(folder, real):
-        raise CheckpointError(f"{path}: leads out of its folder, to {real}", hint="copy the file there")
+        raise CheckpointError(f"{path}: leads out of its folder, to {real}", hint="copy the file into the folder")
     if real.exists() and not stat.S_ISREG(real.stat().st_mode):
-        raise CheckpointError(f"{path}: is not a plain file")
+        raise CheckpointError(f"{path}: is not a regular file")
     return path
 
 
 def _linked_by_the_hub(folder: Path, real: Path) -> bool:
-    """Whether a file is one that the hub's cache keeps for its snapshots, which are folders of links."""
+    """Whether a file is a blob of the hub's cache, whose snapshots are folders of links."""
     resolved = folder.resolve()
     for snapshot in (resolved, *resolved.parents):
         if snapshot.parent.name == "snapshots" and real.is_relative_to(snapshot.parent.parent / "blobs"):
@@ -135,10 +135,10 @@ T = TypeVar("T")
 
 
 def steady(folder: Path, read: Callable[[], T]) -> T:
-    """What `read` gives of one state of a folder: where another command replaces it meanwhile, it is read again.
+    """Return the result of `read`, called again if another command replaces the folder meanwhile.
 
     Raises:
-        CheckpointError: it is replaced again and again.
+        CheckpointError: the folder keeps changing.
     """
     for _ in range(20):
         before = _state(folder)
@@ -150,7 +150,7 @@ def steady(folder: Path, read: Callable[[], T]) -> T:
             continue
         if _state(folder) == before:
             return result
-    raise CheckpointError(f"{folder}: is changed while it is read", hint="wait until the other command has finished")
+    raise CheckpointError(f"{folder}: changes while it is read", hint="wait until the other command has finished")
 
 
 def _state(folder: Path) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""How tensors are named: an adapter's by the linear that it updates, the vocabulary's by their rows.
+"""Names of tensors: an adapter's follow from the linear that it updates, the vocabulary's are found by their rows.
 
-A linear goes by its module's path in the base's files (`model.layers.3.self_attn.q_proj`). The module that holds its
-adapters' A and B is registered beside it, under the same path and `_lora`. Nothing here knows a family of models.
+A linear is identified by its module's path in the base's files (`model.layers.3.self_attn.q_proj`). The module with the
+adapters' A and B is registered beside it, under that path plus `_lora`. Nothing here depends on a model family.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from granite_switch.core.checkpoint import Tensor
 
 EMBEDDINGS = "embeddings.safetensors"  # the file of the tensors that gain a row for each control token
-SUFFIX = "_lora"  # of the module beside a linear
+SUFFIX = "_lora"  # appended to a linear's path: the module with its adapters' A and B
 
 _KEY = re.compile(rf"(.+){SUFFIX}\.([^.]+)-([AB])")
 _HEADS = ("lm_head", "embed_out", "output")
@@ -33,7 +33,7 @@ class AdapterTensor:
 
     @property
     def parameter(self) -> str:
-        """The parameter's name in its module. Dots cannot be in one, so they are written `%2E`."""
+        """The parameter's name in its module. It cannot contain dots, so they are written `%2E`."""
         return f"{escape(self.adapter)}-{self.matrix}"
 
     @property
@@ -42,23 +42,23 @@ class AdapterTensor:
         return f"{self.linear}{SUFFIX}.{self.parameter}"
 
     def order(self) -> tuple[tuple[tuple[int, str], ...], str]:
-        """Sorts an adapter's tensors as its file holds them."""
+        """Return the sort key for the tensors in an adapter's file."""
         return natural(self.linear), self.matrix
 
 
 def adapter_file(adapter: str) -> str:
-    """The file of one adapter's tensors."""
+    """Return the name of the file with an adapter's tensors."""
     return f"adapter-{adapter}.safetensors"
 
 
 def parse_key(key: str) -> AdapterTensor | None:
-    """The adapter tensor that a checkpoint's tensor name means; None for a tensor of the base."""
+    """Return the adapter tensor that a checkpoint's tensor name stands for; None for a tensor of the base."""
     found = _KEY.fullmatch(key)
     return AdapterTensor(unescape(found[2]), found[1], found[3]) if found else None
 
 
 def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:
-    """sha256 of an adapter's tensors, independent of file, names and order (docs/format.md)."""
+    """Return the SHA-256 of an adapter's tensors, independent of file, adapter name and order (docs/format.md)."""
     result = hashlib.sha256()
     for key in sorted(tensors, key=AdapterTensor.order):
         tensor = tensors[key]
@@ -68,23 +68,23 @@ def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:
 
 
 def escape(adapter: str) -> str:
-    """An adapter's name as a part of a tensor's name, which dots separate."""
+    """Escape an adapter's name for a tensor's name, in which dots separate parts."""
     return adapter.replace("%", "%25").replace(".", "%2E")
 
 
 def unescape(adapter: str) -> str:
-    """The inverse of `escape`."""
+    """Invert `escape`."""
     return adapter.replace("%2E", ".").replace("%25", "%")
 
 
 def natural(path: str) -> tuple[tuple[int, str], ...]:
-    """A sort key in which layer 2 comes before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return tuple((int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in path.split("."))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tensors with one row for each token."""
+    """Names of the tensors with one row for each token."""
 
     embedding: str
     head: str | None  # None: tied, or not in these files
@@ -95,11 +95,11 @@ class Vocabulary:
 
 
 def vocabulary(tensors: Mapping[str, Tensor], rows: int) -> Vocabulary | None:
-    """The token embedding and the untied head among a model's tensors; None if no single embedding is found.
+    """Return the names of a model's token embedding and untied head; None unless exactly one embedding is found.
 
     Args:
-        tensors: of the whole model, by name.
-        rows: the vocabulary's size.
+        tensors: all tensors of the model, by name.
+        rows: the vocabulary size.
     """
     outside = [
         name
@@ -116,21 +116,24 @@ def vocabulary(tensors: Mapping[str, Tensor], rows: int) -> Vocabulary | None:
 
 
 def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text decoder's part of a config.json: `text_config` where the decoder is one of several models."""
+    """Return the text decoder's part of a config.json: `text_config` if the decoder is one of several models."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) and "vocab_size" in inner else config
+
+
+def at_layer(path: str) -> tuple[str, str, str]:
+    """Split a path at its first number: `model.layers`, `3`, `mlp.up_proj`. Without one: the path, "" and ""."""
+    parts = path.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[:at]), "".join(parts[at : at + 1]), ".".join(parts[at + 1 :])
 
 
 def fold(values: Mapping[str, T]) -> dict[str, T]:
     """Join paths that differ in their first number only and have equal values: `model.layers.[0-3,5].mlp.up_proj`."""
     groups: dict[tuple[str, str, T], list[int]] = {}
     for path, value in values.items():
-        parts = path.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if at is None:
-            groups[path, "", value] = []
-        else:
-            groups.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :]), value), []).append(int(parts[at]))
+        head, number, tail = at_layer(path)
+        groups.setdefault((head, tail, value), []).extend([int(number)] if number else [])
     return {
         head if not indices else f"{head}.{_ranges(indices)}{tail and '.'}{tail}": value
         for (head, tail, value), indices in groups.items()
@@ -138,10 +141,10 @@ def fold(values: Mapping[str, T]) -> dict[str, T]:
 
 
 def unfold(values: Mapping[str, T]) -> dict[str, T]:
-    """The inverse of `fold`, in the natural order of paths.
+    """Invert `fold`, in the natural order of paths.
 
     Raises:
-        ValueError: a range cannot be read.
+        ValueError: a range is malformed or too large.
     """
     result: dict[str, T] = {}
     for path, value in values.items():
@@ -150,7 +153,7 @@ def unfold(values: Mapping[str, T]) -> dict[str, T]:
         for index in indices:
             result[path.replace(found[0], index, 1) if found else path] = value
     if far := next((path for path in result if any(p.isdecimal() and len(p) > 5 for p in path.split("."))), ""):
-        raise ValueError(f"{far[:100]} is no linear of a layer")
+        raise ValueError(f"{far[:100]} is not a linear of a layer")
     return dict(sorted(result.items(), key=lambda item: natural(item[0])))
 
 

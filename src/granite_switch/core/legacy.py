@@ -1,8 +1,8 @@
-"""The three legacy formats of checkpoints: told apart, read as format 1, split tensor by tensor.
+"""Legacy formats 1 to 3: distinguish them, read them as format 1, and split their tensors.
 
-All of them fuse q, k, v and gate, up into one matrix, stack every adapter's A and B padded to the largest rank, and
-hold B already scaled. `split` is the one place that takes this apart; transformers, vLLM, GGUF and `upgrade` use it.
-docs/legacy-formats.md has the history and what each format computes.
+All three fuse q, k, v and gate, up into one matrix, stack the adapters' A and B padded to the largest rank, and store
+B already scaled. Only `split` undoes this; transformers, vLLM, GGUF and `upgrade` use it. docs/legacy-formats.md has
+the history and says what each format computes.
 """
 
 import re
@@ -28,7 +28,7 @@ from granite_switch.errors import CheckpointError
 
 UPGRADE = "granite-switch upgrade OLD NEW"
 
-# fused module -> the linears in its rows, in order, by their paths below a layer
+# fused module -> the linears in its rows, in order; paths are relative to a layer
 _FUSED: Mapping[str, tuple[str, ...]] = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj": ("self_attn.o_proj",),
@@ -50,10 +50,10 @@ _PLAIN_TENSOR = re.compile(
     r"lm_head\.weight|model\.norm\.weight|model\.embed_tokens\.weight"
     r"|model\.layers\.\d+\.(?:input|post_attention)_layernorm\.weight"
 )
-# look-up tables that the old programs stored; all follow from the config
+# lookup tables that older releases stored; the config determines them all
 _TABLES = re.compile(r"model\.(?:adapter_token_ids|token_to_group_mask|adapter_hiding_matrix|switch\..+)")
 
-# what a Granite config is, of what the old configs hold
+# the keys of a legacy config that belong to a Granite config
 _GRANITE_KEYS = (
     *("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
     *("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "rope_parameters", "rope_theta"),
@@ -67,17 +67,17 @@ _SWITCH_KEYS = {
     *("lora_target_modules", "max_lora_rank", "ms_code_m", "ms_code_type", "ms_counting_head_dim", "ms_memory_gain"),
     *("switch_head_dim", "switch_type", "cross_stream_rank", "dual_stream", "adapter_kinds"),
     *("asr_enabled", "asr_model_id", "asr_device", "asr_dtype", "asr_pipeline_kwargs", "asr_generate_kwargs"),
-    *("asr_max_audio_clips", "asr_chunk_length_s", "asr_chunk_overlap_s", "asr_self_chunks"),  # beside the model
+    *("asr_max_audio_clips", "asr_chunk_length_s", "asr_chunk_overlap_s", "asr_self_chunks"),  # of a separate model
 }
 _SWITCH_PREFIXES = (
     *("adapter_", "control_", "cross_stream", "dual_", "hiding_", "lora_", "ms_", "switch_", "asr_"),
     *("classifier_", "label_", "audio_", "shadow_", "sr_"),
 )
-_RELEASES = ("granite_switch_version", "composer_version")  # keys that say which release wrote a config
+_RELEASES = ("granite_switch_version", "composer_version")  # keys that name the release that wrote a config
 
 
 class Sliceable(Protocol):
-    """A tensor in memory or in a file: torch, numpy, safetensors' slices and `checkpoint.Tensor` are."""
+    """A tensor in memory or in a file: of torch, of numpy, a slice of safetensors, or `checkpoint.Tensor`."""
 
     def __getitem__(self, index: Any, /) -> Any: ...
 
@@ -88,17 +88,17 @@ Index = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class Old:
-    """A checkpoint in a legacy format, read as what it would be in format 1."""
+    """A checkpoint in a legacy format, read as format 1."""
 
     format_version: int  # 1 to 3
-    config: Mapping[str, Any]  # Granite's keys, `switch` included
+    config: Mapping[str, Any]  # Granite's keys and `switch`
     spec: SwitchSpec
-    checkpoint: Checkpoint  # the files, under their old names
-    tensors: Mapping[str, Tensor]  # under format 1's names
+    checkpoint: Checkpoint  # the files, with legacy tensor names
+    tensors: Mapping[str, Tensor]  # with the tensor names of format 1
 
 
 def legacy_format(config: Mapping[str, Any]) -> int:
-    """The legacy format of a config.json: 1 to 3, or 0 for format 1 and for other models."""
+    """Return the legacy format of a config.json, 1 to 3; 0 for format 1 and for other models."""
     if config.get("model_type") != MODEL_TYPE or config.get("switch") is not None:
         return 0
     if "ms_code_m" in config or "adapter_kinds" in config or config.get("switch_type") == "multi":
@@ -113,19 +113,19 @@ def legacy_format(config: Mapping[str, Any]) -> int:
 
 
 def format_1_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json that an older one amounts to: Granite's keys and the `switch` object.
+    """Convert a config.json of a legacy format to format 1: Granite's keys and the `switch` object.
 
     Args:
         config: of legacy format 1, 2 or 3.
 
     Raises:
-        CheckpointError: with all that format 1 cannot hold.
+        CheckpointError: lists everything that format 1 cannot express.
     """
     _check(config)
     result = {key: config[key] for key in _GRANITE_KEYS if key in config}
     result["num_hidden_layers"] = config["num_hidden_layers"] - _extra_layers(config)
     result["intermediate_size"] = config.get("shared_intermediate_size") or config["intermediate_size"]
-    result.setdefault("tie_word_embeddings", True)  # transformers 4 left it out where it was true
+    result.setdefault("tie_word_embeddings", True)  # transformers 4 omitted it if true
     head = config.get("projection_head_dim")
     if head and head * config["num_attention_heads"] != config["hidden_size"]:
         result["head_dim"] = head
@@ -139,17 +139,16 @@ def format_1_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Take an older checkpoint's tensors apart: format 1's names, and slices of the tensors given.
+    """Split a legacy checkpoint's tensors: yield names of format 1 and slices of the given tensors.
 
-    The old programs' look-up tables are left out. A tensor is only sliced, once and by one `[...]`, so whatever reads
-    lazily stays lazy.
+    Lookup tables are omitted. Each result is a single `[...]` of a tensor, so lazy tensors stay lazy.
 
     Args:
-        tensors: (name, tensor) as the checkpoint has them, in any order.
+        tensors: (name, tensor) pairs of the checkpoint, in any order.
         config: of format 1 (`format_1_config`).
 
     Raises:
-        CheckpointError: at the end, with all names that are unknown.
+        CheckpointError: after the last tensor; lists all unknown names.
     """
     spec, rows = SwitchSpec.from_dict(config["switch"]), _rows(config)
     unknown = []
@@ -163,22 +162,22 @@ def split(tensors: Iterable[tuple[str, T]], config: Mapping[str, Any]) -> Iterat
             unknown.append(name)
     if unknown:
         raise CheckpointError(
-            "the checkpoint holds tensors that no legacy format has",
+            "the checkpoint contains tensors that no legacy format has",
             problems=unknown[:20],
             hint="pip install --upgrade granite-switch, if a newer release wrote it",
         )
 
 
 def is_fused(names: Iterable[str]) -> bool:
-    """Whether these are tensor names of a legacy format. Its look-up tables do not tell: they mean nothing now."""
+    """Whether these are tensor names of a legacy format. Lookup tables do not count."""
     return any((found := _FUSED_TENSOR.fullmatch(name)) and not _is_format_1(found) for name in names)
 
 
 def read(folder: Path) -> Old:
-    """Open a folder with a checkpoint in a legacy format. No tensor is read.
+    """Open a checkpoint in a legacy format, without reading tensors.
 
     Raises:
-        CheckpointError: it is in no legacy format, or its files contradict its config.
+        CheckpointError: it is not in a legacy format, or its files contradict its config.
     """
     old = read_config(inside(folder, "config.json"))
     number = legacy_format(old)
@@ -192,7 +191,7 @@ def read(folder: Path) -> Old:
 
 
 def describe(folder: Path) -> list[str]:
-    """What a checkpoint in a legacy format is and what upgrading would change, line by line."""
+    """Describe a checkpoint in a legacy format and what upgrading would change, in lines of text."""
     old = read(folder)
     stacks = [t for t in old.checkpoint.tensors.values() if len(t.shape) == 4]
     pairs = [t for name, t in old.tensors.items() if name not in old.checkpoint]
@@ -203,15 +202,15 @@ def describe(folder: Path) -> list[str]:
     lines = [
         f"legacy format {old.format_version} ({_TITLES[old.format_version]}): {len(old.spec.adapters)} adapters, "
         f"{old.config['num_hidden_layers']} layers",
-        f"loads as it is in transformers{' and vLLM' if old.format_version > 1 else ''}; to upgrade: {UPGRADE}",
-        "upgrading splits q, k, v and gate, up; writes every adapter as a file of its own "
+        f"loads unchanged in transformers{' and vLLM' if old.format_version > 1 else ''}; to upgrade: {UPGRADE}",
+        "upgrading splits q, k, v and gate, up, and writes each adapter to its own file "
         f"({sum(t.nbytes for t in stacks):,} bytes of stacks, {kept:,} without padding)",
-        f"upgrading {back}, and wraps the chat template",
+        f"upgrading {back} and wraps the chat template",
     ]
     if old.format_version == 1:
         lines.append(
-            "upgrading puts a control token in place of its substitute, where this format inserts it and hides it: "
-            "prompts get a token shorter"
+            "upgrading puts a control token in place of its substitute, whereas this format inserts it and hides it: "
+            "prompts become one token shorter"
         )
     return lines
 
@@ -220,7 +219,7 @@ _TITLES = {1: "control tokens hidden", 2: "token substitution", 3: "token substi
 
 
 def _rows(config: Mapping[str, Any]) -> dict[str, int]:
-    """Rows of the linears that are fused with others, from a Granite config."""
+    """Return the number of rows of each linear that is fused with others, from a Granite config."""
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     keys = (config.get("num_key_value_heads") or heads) * head
@@ -229,7 +228,7 @@ def _rows(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _pieces(found: re.Match[str], spec: SwitchSpec, rows: Mapping[str, int]) -> Iterator[tuple[str, Index]]:
-    """Format 1's names of what a fused tensor holds, and where in it each is."""
+    """Yield the names of the tensors within a fused tensor, as in format 1, and the index of each."""
     layer, module, _, kind, matrix, part = found.groups()
     linears = [f"model.layers.{layer}.{path}" for path in _FUSED[module]]
     if kind:
@@ -248,7 +247,7 @@ def _pieces(found: re.Match[str], spec: SwitchSpec, rows: Mapping[str, int]) -> 
 
 
 def _is_format_1(found: re.Match[str]) -> bool:
-    """`self_attn.o_proj.weight` has this name in every format."""
+    """Whether format 1 has the same name: `self_attn.o_proj.weight` is called so in every format."""
     return found[2] == "self_attn.o_proj" and bool(found[4]) and not found[3]
 
 
@@ -276,7 +275,7 @@ def _spec(config: Mapping[str, Any]) -> SwitchSpec:
     adapters = tuple(
         AdapterSpec(
             name=name,
-            technology="lora",  # the config does not say which; it matters to the template alone
+            technology="lora",  # not recorded in the config; only the template depends on it
             token=control_token(name),
             token_id=token,
             substitute_token_id=substitute,
@@ -293,18 +292,18 @@ def _spec(config: Mapping[str, Any]) -> SwitchSpec:
         base_token="<|base_reset|>" if back[0] >= 0 else "",
         base_token_id=back[0],
         base_substitute_token_id=back[1],
-        generatable=True,  # nothing kept the old programs from it
+        generatable=True,  # older releases did not suppress control tokens
         hiding=_hiding(config, dict(zip(names, tokens, strict=True))) if legacy_format(config) == 1 else None,
     )
 
 
 def _extra_layers(config: Mapping[str, Any]) -> int:
-    """How many of the config's layers are the old program's switch."""
+    """Return how many of the config's layers belong to the old switch."""
     return {1: 1, 2: 1, 3: 2}[legacy_format(config)] if config.get("num_adapters") else 0
 
 
 def _hiding(config: Mapping[str, Any], tokens: Mapping[str, int]) -> Hiding:
-    """Legacy format 1's groups and policies, by name, as ids and indices."""
+    """Resolve the names in legacy format 1's groups and policies to token ids and group indices."""
     groups, policy = config.get("hiding_groups") or {}, config.get("hiding_policy") or {}
     order = list(groups)
     return Hiding(
@@ -316,7 +315,7 @@ def _hiding(config: Mapping[str, Any], tokens: Mapping[str, int]) -> Hiding:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Refuse what format 1 cannot hold, all at once."""
+    """Refuse a config that format 1 cannot express, listing every reason."""
     checked(LegacyConfig, config, "config.json")
     count = config.get("num_adapters") or 0
     known = {*_SWITCH_KEYS, *_RELEASES}
@@ -325,7 +324,7 @@ def _check(config: Mapping[str, Any]) -> None:
     if config.get("switch_type") not in (None, "single", "multi"):
         problems.append(f"switch_type {config['switch_type']!r} is unknown")
     if config.get("dual_stream") or config.get("cross_stream_rank") or config.get("unfused_qkv"):
-        problems.append("its adapters are of the kind `dual_stream`, which is neither LoRA nor aLoRA")
+        problems.append("its adapters are of kind `dual_stream`, which is neither LoRA nor aLoRA")
     if config.get("num_local_experts"):
         problems.append(f"its base has {config['num_local_experts']} experts; only dense Granite is supported")
     if config.get("position_embedding_type") not in (None, "rope"):
@@ -349,12 +348,12 @@ def _check(config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"config.json: cannot be read as a legacy format of this project's checkpoints{_release(config)}",
             problems=problems,
-            hint="pip install --upgrade granite-switch, or compose the model anew from its adapters",
+            hint="pip install --upgrade granite-switch, or compose the model again from its adapters",
         )
 
 
 def _kind_problems(config: Mapping[str, Any]) -> list[str]:
-    """Slots that hold something else than a LoRA."""
+    """Return a problem for each slot that holds something other than a LoRA."""
     kinds = config.get("adapter_kinds")
     count = config.get("num_adapters") or 0
     if kinds is None:
@@ -362,16 +361,16 @@ def _kind_problems(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(kinds, list) or len(kinds) != count:
         return [f"adapter_kinds must have {count} entries: {shown(kinds)}"]
     names = config.get("adapter_names") or range(count)
-    what = {"classifier": "a label head in a slot, which gives classes and no text"}
+    what = {"classifier": "a label head, which outputs classes, not text"}
     return [
-        f"adapter_kinds: {name} is {shown(kind)}: {what.get(str(kind), 'not known here')}; only 'lora' can be read"
+        f"adapter_kinds: {name} is {shown(kind)}: {what.get(str(kind), 'an unknown kind')}; only 'lora' can be read"
         for name, kind in zip(names, kinds, strict=False)
         if kind != "lora"
     ]
 
 
 def _release(config: Mapping[str, Any]) -> str:
-    """Which release wrote a config, where it says so."""
+    """Return which release wrote a config, in parentheses; empty if it does not say."""
     for key in _RELEASES:
         if value := config.get(key):
             return f" (written by granite-switch {shown(value)})"
@@ -380,7 +379,7 @@ def _release(config: Mapping[str, Any]) -> str:
 
 
 def _check_stacks(checkpoint: Checkpoint, spec: SwitchSpec, rows: Mapping[str, int]) -> None:
-    """Every stack must hold every adapter, at its rank, and every fused weight the rows of its linears."""
+    """Check that each stack holds every adapter at its rank, and each fused weight the rows of its linears."""
     count, rank = len(spec.adapters), max((a.rank for a in spec.adapters), default=0)
     problems = []
     for name, tensor in checkpoint.tensors.items():

@@ -1,7 +1,7 @@
-"""Render a template that somebody else wrote within limits of time and memory.
+"""Render third-party chat templates within limits of time and memory.
 
-A process of its own renders; it is started at the first use and lives until it is stopped by a limit, or this process
-ends. On systems without `resource` time alone is limited.
+A worker process renders. It starts on first use and runs until a limit stops it or this process ends. On systems
+without `resource` (Windows) only time is limited.
 """
 
 import atexit
@@ -21,7 +21,7 @@ MEMORY = 1 << 30  # bytes of address space
 
 
 def render_limited(template: str, *, seconds: float = SECONDS, **variables: Any) -> str:
-    """Render a chat template, as `core.chat.render` does; variables are JSON.
+    """Render a chat template like `core.chat.render`; the variables must be JSON.
 
     Raises:
         TemplateError: the template raised, or took too much time or memory.
@@ -31,7 +31,7 @@ def render_limited(template: str, *, seconds: float = SECONDS, **variables: Any)
 
 
 class _Worker:
-    """The process that renders, and a thread that reads what it answers."""
+    """The process that renders, and a thread that reads its replies."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", "from granite_switch.core.limits import serve; serve()", str(MEMORY)]
@@ -45,7 +45,7 @@ class _Worker:
         assert self.process.stdout
         for line in self.process.stdout:
             self.answers.put(line)
-        self.answers.put("")  # it ended
+        self.answers.put("")  # the process ended
 
     def render(self, job: str, seconds: float) -> str:
         try:
@@ -55,7 +55,7 @@ class _Worker:
             answer = json.loads(self.answers.get(timeout=seconds) or "{}")
         except Empty:
             self.stop()
-            raise TemplateError(f"chat template: does not end within {seconds:g} seconds") from None
+            raise TemplateError(f"chat template: does not finish within {seconds:g} seconds") from None
         except OSError:
             answer = {}
         if "text" in answer:
@@ -87,7 +87,7 @@ def _stop() -> None:
 
 
 def serve() -> None:
-    """What the process does: a line of JSON for each template, a line for each text or error."""
+    """Run the worker process: read one line of JSON per template, write one line of JSON per text or error."""
     _limit_memory(int(sys.argv[1]))
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)

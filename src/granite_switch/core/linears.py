@@ -1,7 +1,7 @@
-"""The linears of a base model, read from its files: what adapters can target.
+"""Find the linears of a base model that adapters can target, in its files.
 
-A linear is a 2-D weight below a numbered layer, or the same in one of the packed forms that quantisers write
-(`core.packed`). Embeddings, heads, convolutions (3-D) and experts' stacked weights (3-D) are not linears.
+A linear is a 2-D weight in a numbered layer, or the same in one of the packed forms that quantisers write
+(`core.packed`). Embeddings, heads, convolutions (3-D) and stacked expert weights (3-D) are not linears.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from granite_switch.core.packed import FORMS, Packed, Shape
 
 
 def linears(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Shape]:
-    """(out, in) of each linear, by the path of its module.
+    """Return the shape (out, in) of each linear, by its module's path.
 
     Args:
-        tensors: the base's, by name.
-        config: its config.json; `quantization_config` says how its weights are packed.
+        tensors: the base's tensors, by name.
+        config: the base's config.json; `quantization_config` says how its weights are packed.
 
     Raises:
-        CheckpointError: a quantised weight's shape is not certain.
+        CheckpointError: the shape of a quantised weight cannot be determined.
     """
     result: dict[str, Shape] = {}
     quantisation = config.get("quantization_config") or {}

@@ -1,6 +1,6 @@
 """The switched linear as a plain loop in float32: y = W x + s_a * B_a (A_a x) for a token in slot a.
 
-The oracle for every fast path, and the best documentation of what they compute.
+This is the definition that every fast path is tested against.
 """
 
 import math
@@ -14,7 +14,7 @@ Array = npt.NDArray[np.float32]
 
 
 class Pair(NamedTuple):
-    """One adapter's low-rank update of one projection."""
+    """One adapter's low-rank update of one linear."""
 
     a: Array  # [r, in]
     b: Array  # [out, r]
@@ -22,18 +22,18 @@ class Pair(NamedTuple):
 
 
 def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
-    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (PEFT `LoraLayer.update_layer`)."""
+    """Return alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (PEFT `LoraLayer.update_layer`)."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 def switched_linear(x: Array, weight: Array, slots: Sequence[int], pairs: Mapping[int, Pair]) -> Array:
-    """Apply a projection whose low-rank update depends on each token's slot.
+    """Apply a linear whose low-rank update depends on each token's slot.
 
     Args:
         x: [T, in] float32, one row for each token.
         weight: [out, in] float32.
-        slots: T slots; 0, and slots without a pair, are the base alone.
-        pairs: slot -> its update of this projection.
+        slots: T slots; slot 0, and slots without a pair, use the base alone.
+        pairs: slot -> its update of this linear.
 
     Returns:
         [T, out] float32.

@@ -1,7 +1,7 @@
-"""Shapes of linears in the packed forms that quantisers write, for the methods that adapters are tested on.
+"""Shapes of linears in the packed forms that quantisers write, for the supported methods.
 
-The shape is worked out from the packed tensor and checked against its scales, since a wrong one would let an adapter
-through that does not fit. A method, format or packing that is not here is refused by name.
+The shape is derived from the packed tensor and checked against its scales, because a wrong shape would accept an
+adapter that does not fit. Methods, formats and packings that are not listed are refused by name.
 """
 
 import json
@@ -21,21 +21,21 @@ WORKS = (
     "bitsandbytes (nf4, fp4, int8), compressed-tensors (int-quantized, float-quantized, pack-quantized, "
     "nvfp4-pack-quantized), fp8 in blocks, gptq and awq in 4 bits"
 )
-WAY_OUT = f"compose from the base in full precision and quantise it as it is loaded, or from one of: {WORKS}"
+WAY_OUT = f"compose from the base in full precision and quantise it on loading, or from a base in one of: {WORKS}"
 _PARTS = re.compile(r"\.(weight[._].+|input_\w+|qweight|qzeros|scales|g_idx|SCB)$")
 _CT_FORMATS = ("int-quantized", "float-quantized", "pack-quantized", "nvfp4-pack-quantized")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The tensors of one linear, by the last part of their names."""
+    """The tensors of one quantised linear."""
 
     path: str
     tensors: Mapping[str, Tensor]
     quantisation: Mapping[str, Any]
 
     def shape_of(self, kind: str) -> tuple[int, ...]:
-        """The shape of one tensor.
+        """Return the shape of one tensor, given the last part of its name.
 
         Raises:
             CheckpointError: the linear lacks it.
@@ -46,10 +46,10 @@ class Packed:
         return tensor.shape
 
     def check(self, shape: Shape, fits: bool) -> Shape:
-        """The shape, if the other tensors say so too.
+        """Return `shape`.
 
         Raises:
-            CheckpointError: with the tensors' shapes.
+            CheckpointError: `fits` is false; lists the tensors' shapes.
         """
         if fits and min(shape) > 0:
             return shape
@@ -62,12 +62,12 @@ class Packed:
 
 
 def plain_name(name: str) -> str:
-    """The name of a linear's weight, of the name of any of the tensors that quantisers write for it."""
+    """Return the name of a linear's weight, given the name of any tensor that quantisers write for it."""
     return _PARTS.sub(".weight", name)
 
 
 def refused(config: Mapping[str, Any]) -> str:
-    """What of a base's quantisation is not known here; "" if it can carry adapters."""
+    """Name the part of a base's quantisation that is not supported; "" if it can carry adapters."""
     decoder = config.get("text_config") or {}
     elsewhere = [key for key in ("compression_config", "quantization") if config.get(key)]
     elsewhere += ["text_config.quantization_config"] if decoder.get("quantization_config") else []
@@ -90,11 +90,11 @@ def refused(config: Mapping[str, Any]) -> str:
 _METHODS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "bitsandbytes": {},
     "compressed-tensors": {"sparsity_config": lambda value: not value or value.get("format") == "dense"},
-    "fp8": {"weight_block_size": bool},  # transformers leaves out the scales of whole tensors
+    "fp8": {"weight_block_size": bool},  # transformers ignores scales of whole tensors
     "gptq": {
         "bits": lambda value: value == 4,
         "checkpoint_format": lambda value: value in (None, "", "gptq"),
-        "dynamic": lambda value: not value,  # other bits for some linears
+        "dynamic": lambda value: not value,  # different bits for some linears
         "is_marlin_format": lambda value: not value,
     },
     "awq": {"bits": lambda value: value == 4, "version": lambda value: value in (None, "gemm", "GEMM")},
@@ -102,10 +102,10 @@ _METHODS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
 
 
 def weight(one: Packed, tensor: Tensor) -> Shape | None:
-    """Of `*.weight`: plain numbers, or one of eight bits or less for each of the linear's.
+    """Return the shape for `*.weight`: floats, or eight bits or fewer for each of the linear's values.
 
     Raises:
-        CheckpointError: what its numbers stand for is not known.
+        CheckpointError: the encoding of the values is unknown.
     """
     states = [f"{one.path}.weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
     if state := next((name for name in states if name in one.tensors), None):
@@ -128,13 +128,13 @@ def weight(one: Packed, tensor: Tensor) -> Shape | None:
         return one.check((out, width), scales in ((), (1,), (out,)) or (len(scales) == 2 and scales[0] in (1, out)))
     raise CheckpointError(
         f"{one.path}.weight is {tensor.dtype} {list(tensor.shape)}, and quantization_config (quant_method {method!r}) "
-        "does not say what its numbers stand for",
+        "does not say how its values are encoded",
         hint=WAY_OUT,
     )
 
 
 def weight_packed(one: Packed, tensor: Tensor) -> Shape:
-    """compressed-tensors: words of 32 bits beside `weight_shape`, or two values of four bits to a byte."""
+    """Return the shape for compressed-tensors: 32-bit words and `weight_shape`, or two 4-bit values per byte."""
     rows, columns = tensor.shape
     groups = (one.quantisation.get("config_groups") or {}).values()
     settings = [group.get("weights") or {} for group in groups]
@@ -157,7 +157,7 @@ def weight_packed(one: Packed, tensor: Tensor) -> Shape:
 
 
 def qweight(one: Packed, tensor: Tensor) -> Shape:
-    """GPTQ packs along the input, AWQ along the output; scales are [groups, out] in both."""
+    """Return the shape for GPTQ, which packs along the input, or AWQ, along the output; scales are [groups, out]."""
     rows, columns = tensor.shape
     bits = int(one.quantisation.get("bits") or 4)
     out, width = columns, rows * 32 // bits

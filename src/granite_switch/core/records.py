@@ -1,6 +1,6 @@
-"""The files that others wrote, as checked records by the rule of `border.py`: the keys that are used.
+"""Records for files that others wrote, checked by the rules of `border.py`; they list the keys in use.
 
-`read_adapter_config` also decides which of PEFT's features can be composed: those that are known by name.
+`read_adapter_config` also decides which PEFT features can be composed, and allows them by name.
 """
 
 from collections.abc import Mapping
@@ -11,39 +11,37 @@ import regex
 from pydantic import ConfigDict, Field
 
 from granite_switch.core.border import LIMIT, Count, FileName, Name, Number, Pattern, Record, TokenId
-from granite_switch.core.border import check_name as check_name
 from granite_switch.core.border import checked as checked
 from granite_switch.core.border import read as read
 from granite_switch.core.border import read_json as read_json
-from granite_switch.core.border import read_yaml as read_yaml
 from granite_switch.core.border import shown as shown
 from granite_switch.core.files import inside
 from granite_switch.errors import AdapterError, CheckpointError, SwitchError
 
-_SECONDS = 0.25  # for one pattern on one module's path; microseconds are usual
+_SECONDS = 0.25  # to match one pattern with one module's path; microseconds are usual
 
-# adapter_config.json: what changes the arithmetic beyond a pair of matrices, and why it cannot be composed
+# keys of adapter_config.json that change more than a pair of matrices, and why they cannot be composed
 _OFF: Mapping[str, str] = {
     "use_dora": "DoRA rescales the base's weights; docs/train.md shows how to take a LoRA from the merged model",
     "use_qalora": "QALoRA pools the adapter's input",
     "lora_bias": "biases are not part of the update; train with lora_bias=False",
-    "modules_to_save": "whole modules replace the base's; train with LoRA on linears alone",
+    "modules_to_save": "whole modules replace the base's; train LoRA on linears only",
     "fan_in_fan_out": "transposed (Conv1D) weights",
     "target_parameters": "LoRA on bare parameters (stacked experts); target attention and shared linears instead",
-    "trainable_token_indices": "retrained embeddings replace the base's; use text that the tokenizer has",
+    "trainable_token_indices": "retrained embeddings replace the base's; use text that the tokenizer already has",
     "layer_replication": "the base's layers are repeated",
     "use_bdlora": "block-diagonal matrices",
     "arrow_config": "a router over several adapters",
     "kasa_config": "the base's weights are truncated",
     "monteclora_config": "sampled matrices",
 }
-# what says where the adapter came from and how it was trained, and changes nothing when it runs
+# keys that record the adapter's origin and training, without effect when it runs
 _NEUTRAL = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
-_INIT = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base's weights as they are
+_INIT = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base's weights unchanged
 
 
 class AdapterConfig(Record):
@@ -58,17 +56,17 @@ class AdapterConfig(Record):
     alpha_pattern: dict[Pattern, Number] | None = None
     target_modules: str | list[str] | None = None
     alora_invocation_tokens: list[TokenId] | None = None
-    invocation_string: str | None = None  # older aLoRA trainers'
+    invocation_string: str | None = None  # written by older aLoRA trainers
     base_model_name_or_path: str | None = None
     init_lora_weights: bool | str | None = True
     bias: str = "none"
 
     def rank_of(self, module: str) -> int:
-        """The rank that the config gives a module, by its path (`model.layers.0.self_attn.q_proj`)."""
+        """Return the rank of a module, given its path (`model.layers.0.self_attn.q_proj`)."""
         return _matched(self.rank_pattern, module, self.r)
 
     def alpha_of(self, module: str) -> float:
-        """Alpha of a module, by its path."""
+        """Return alpha of a module, given its path."""
         return _matched(self.alpha_pattern, module, self.lora_alpha)
 
 
@@ -76,17 +74,17 @@ V = TypeVar("V")
 
 
 def _matched(patterns: Mapping[str, V] | None, path: str, default: V) -> V:
-    """PEFT `get_pattern_key`: of the first pattern that matches the end of the path, its value."""
+    """Return the value of the first pattern that matches the end of the path (PEFT `get_pattern_key`)."""
     return next((value for key, value in (patterns or {}).items() if matches(key, path)), default)
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` means a module."""
+    """Whether a key of `rank_pattern` or `alpha_pattern` matches a module's path."""
     try:
         return bool(regex.match(rf"(.*\.)?({pattern})$", path, timeout=_SECONDS))
     except TimeoutError:
         raise AdapterError(
-            f"adapter_config.json: the pattern {shown(pattern)} takes for ever on {path}",
+            f"adapter_config.json: the pattern {shown(pattern)} takes too long to match {path}",
             hint="write it without nested *",
         ) from None
 
@@ -95,11 +93,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read adapter_config.json.
 
     Raises:
-        AdapterError: with every key that is wrong, or that asks for what cannot be composed. Keys that are unknown
-            must be off (null, false or empty): the next release of PEFT may compute otherwise with them.
+        AdapterError: lists every key that is wrong or asks for an unsupported feature. Unknown keys must be off (null,
+            false or empty), because a newer PEFT may compute differently with them.
     """
     path = folder / "adapter_config.json"
-    hint = "a PEFT adapter folder holds adapter_config.json"
+    hint = "a PEFT adapter folder contains adapter_config.json"
     try:
         data = read_json(inside(folder, path.name))
     except CheckpointError as error:
@@ -109,7 +107,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if data.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: peft_type {shown(data.get('peft_type'))} cannot be composed",
-            hint="LoRA and activated LoRA can; `peft.save_as_lora` makes a LoRA of many others (docs/train.md)",
+            hint="LoRA and activated LoRA can be; `peft.save_as_lora` converts many others to LoRA (docs/train.md)",
         )
     config = checked(AdapterConfig, data, path, AdapterError, "train or save it again, or correct the file")
     _refuse_features(path, config)
@@ -120,7 +118,7 @@ def _refuse_features(path: Path, config: AdapterConfig) -> None:
     extra = {key: value for key, value in (config.model_extra or {}).items() if key not in (*_NEUTRAL, "peft_type")}
     asked = {key: value for key, value in extra.items() if value not in (None, False, {}, [])}
     problems = [f"{key}: {_OFF[key]}" for key in asked if key in _OFF]
-    problems += [f"{key}={shown(asked[key])}: is not known here" for key in asked if key not in _OFF]
+    problems += [f"{key}={shown(asked[key])}: is unknown to this release" for key in asked if key not in _OFF]
     if config.bias != "none":
         problems.append(f"bias={shown(config.bias)}: the base's biases are retrained; train with bias='none'")
     init = config.init_lora_weights
@@ -133,13 +131,13 @@ def _refuse_features(path: Path, config: AdapterConfig) -> None:
         raise AdapterError(
             f"{path.parent}: uses PEFT features that cannot be composed",
             problems=problems,
-            hint="train it again without them, or convert it to plain LoRA with PEFT; a key that changes nothing when "
-            "the adapter runs can be taken out of adapter_config.json",
+            hint="train it again without them, or convert it to plain LoRA with PEFT; a key that has no effect when "
+            "the adapter runs can be removed from adapter_config.json",
         )
 
 
 class Provenance(Record):
-    """granite_switch.json beside an extracted adapter: where it first came from."""
+    """granite_switch.json beside an extracted adapter: its original source."""
 
     source: str
     sha256: str
@@ -162,8 +160,8 @@ class ManifestEntry(Record):
     name: Name | None = None
     revision: str | None = None
     invocation_placement: Literal["", "prefix", "suffix"] = ""
-    subfolder: str | None = None  # of the path, as PEFT and the hub's library call it
-    type: Literal["lora", "alora"] | None = None  # of the older project's manifests; adapter_config.json decides
+    subfolder: str | None = None  # of the path; the name is that of PEFT and huggingface_hub
+    type: Literal["lora", "alora"] | None = None  # in manifests of older releases; adapter_config.json decides
     retired: Literal[False] | None = None
 
 
@@ -178,7 +176,7 @@ class RetiredEntry(Record):
 
 
 class IoConfig(Record):
-    """io.yaml: how clients such as Mellea call an adapter. They want these keys, null or not."""
+    """io.yaml: how clients such as Mellea call an adapter. They require these keys, which may be null."""
 
     model: Any
     response_format: Any
@@ -186,7 +184,7 @@ class IoConfig(Record):
 
 
 class IndexedAdapter(Record):
-    """A record of adapter_index.json."""
+    """One of `adapters` in adapter_index.json."""
 
     adapter_name: str
     technology: str = ""
@@ -200,22 +198,16 @@ class ModelInfo(Record):
 
 
 class AdapterIndex(Record):
-    """adapter_index.json, of older checkpoints too."""
+    """adapter_index.json, including that of older checkpoints."""
 
     model_info: ModelInfo = ModelInfo()
     adapters: list[IndexedAdapter] = []
 
 
 def read_adapter_index(folder: Path) -> AdapterIndex:
-    """A model's adapter_index.json; an empty one where there is none."""
+    """Read a model's adapter_index.json; empty if it is missing."""
     path = inside(folder, "adapter_index.json")
     return read(path, AdapterIndex) if path.is_file() else AdapterIndex()
-
-
-class GenerationConfig(Record):
-    """generation_config.json."""
-
-    eos_token_id: TokenId | list[TokenId] | None = None
 
 
 class QuantisedWeights(Record):
@@ -244,7 +236,7 @@ class Quantisation(Record):
 
 
 class DecoderConfig(Record):
-    """A decoder's part of config.json: what composing uses of it, and what it must have."""
+    """The decoder's part of config.json: the keys that composing uses."""
 
     num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
     vocab_size: Count
@@ -261,7 +253,7 @@ class DecoderConfig(Record):
 
 
 class ModelConfig(Record):
-    """config.json of a base or of a composed model: what composing uses beside the decoder's part."""
+    """config.json of a base or a composed model: the keys that composing uses, outside the decoder's part."""
 
     model_type: str
     architectures: list[str] | None = None
@@ -272,17 +264,12 @@ class ModelConfig(Record):
 
 
 def read_config(path: Path, error: type[SwitchError] = CheckpointError, hint: str = "") -> dict[str, Any]:
-    """Read a model's config.json; the keys that are used are checked, the others stay as they are."""
-    try:
-        config = read_json(path)
-    except CheckpointError as problem:
-        raise error(problem.message, hint=hint) from None
+    """Read a model's config.json; the keys in use are checked, the others are kept unchanged."""
+    config = read_json(path, error, hint)
     checked(ModelConfig, config, path, error, hint)
     inner = config.get("text_config")
-    if isinstance(inner, dict) and "vocab_size" in inner:
-        checked(DecoderConfig, inner, f"{path}: text_config", error, hint)
-    else:
-        checked(DecoderConfig, config, path, error, hint)
+    nested = isinstance(inner, dict) and "vocab_size" in inner
+    checked(DecoderConfig, inner if nested else config, f"{path}: text_config" if nested else path, error, hint)
     return dict(config)
 
 

@@ -1,8 +1,8 @@
-"""The module that a composed folder carries for tools that cannot be told to import this package.
+"""The Python module in a composed folder, for tools that cannot be told to import this package.
 
-`pipeline(..., trust_remote_code=True)`, lm_eval and TRL load it from the folder. It holds no code of a model: it
-imports the installed package, which registers itself with transformers. Where the package is imported already,
-transformers takes that and never looks at the module.
+`pipeline(..., trust_remote_code=True)`, lm_eval and TRL load it from the folder. It contains no model code: it imports
+the installed package, which registers itself with transformers. If the package is already imported, transformers does
+not load the module.
 """
 
 from pathlib import Path
@@ -10,11 +10,11 @@ from typing import Any
 
 MODULE = "configuration_granite_switch.py"
 
-# of config.json; the Auto classes of models find theirs by the config's class
+# for config.json; the Auto classes for models need no entry, because they go by the config's class
 AUTO_MAP: dict[str, Any] = {"auto_map": {"AutoConfig": f"{Path(MODULE).stem}.SwitchConfig"}}
 
 _TEXT = '''\
-"""Granite Switch for `trust_remote_code=True`: what runs the model is the installed package, not this file."""
+"""Granite Switch for `trust_remote_code=True`: the installed package runs the model, not this file."""
 
 try:
     import granite_switch.hf
@@ -26,5 +26,5 @@ except ImportError as error:
 
 
 def write_module(folder: Path) -> None:
-    """Write the module into a checkpoint's folder, beside a config.json that names it."""
+    """Write the module into a checkpoint's folder, whose config.json names it."""
     (folder / MODULE).write_text(_TEXT, encoding="utf-8")

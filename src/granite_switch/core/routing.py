@@ -1,19 +1,19 @@
-"""What a switch means, as plain functions on integers.
+"""The definition of a switch, as plain functions on integers.
 
-This is the definition that every backend is tested against; it is meant to be read, not to be fast.
-Slot 0 is the base model, slots 1..N are the adapters in the order of the checkpoint's config.
+Every backend is tested against it; it is written to be read, not to be fast. Slot 0 is the base model, slots 1..N are
+the adapters in the order of the checkpoint's config.
 """
 
 from collections.abc import Mapping, Sequence
 
 
 def slots(tokens: Sequence[int], control_slots: Mapping[int, int], initial: int = 0) -> list[int]:
-    """The slot of each token: that of the latest control token at or before it.
+    """Return the slot of each token: that of the latest control token at or before it.
 
     Args:
         tokens: token ids of one sequence, in order.
         control_slots: control token id -> slot. The return-to-base token maps to 0.
-        initial: the slot in force before `tokens`, as when a prefix is cached.
+        initial: the slot before `tokens`, for example after a cached prefix.
     """
     result = []
     current = initial
@@ -24,7 +24,7 @@ def slots(tokens: Sequence[int], control_slots: Mapping[int, int], initial: int 
 
 
 def substitute(tokens: Sequence[int], substitutes: Mapping[int, int]) -> list[int]:
-    """The tokens that the decoder embeds: each control token is replaced by its substitute.
+    """Return the tokens that the decoder embeds: each control token is replaced by its substitute.
 
     Args:
         tokens: token ids of one sequence.

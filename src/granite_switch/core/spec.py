@@ -1,6 +1,6 @@
-"""The `switch` object of config.json: what adapters a checkpoint holds and which tokens turn them on.
+"""The `switch` object of config.json: a checkpoint's adapters, and the tokens that switch to them.
 
-Frozen records with one reader and one writer. docs/format.md is the normative page.
+The records are frozen and have one reader and one writer. docs/format.md is normative.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def architecture(base: str) -> str:
-    """The class name of a base's switch model: `Qwen3SwitchForCausalLM` for `Qwen3ForCausalLM`."""
+    """Return the class name of a base's switch model: `Qwen3SwitchForCausalLM` for `Qwen3ForCausalLM`."""
     for suffix in (
         "PreTrainedModel",
         "ForCausalLM",
@@ -37,13 +37,13 @@ def architecture(base: str) -> str:
 
 
 def control_token(name: str) -> str:
-    """The text of an adapter's control token."""
+    """Return the text of an adapter's control token."""
     return f"<|{name}|>"
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter of a checkpoint. Its slot is its place in `SwitchSpec.adapters`, counted from 1."""
+    """One adapter of a checkpoint. Its slot is its position in `SwitchSpec.adapters`, counted from 1."""
 
     name: str
     technology: Literal["lora", "alora"]
@@ -54,36 +54,36 @@ class AdapterSpec:
     alpha: float
     targets: tuple[str, ...]  # paths of the linears that it updates
     use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # linear -> rank, where it is not `rank`
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # linear -> rank, if it is not `rank`
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
     invocation_text: str = ""
-    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a message that lacks the text gets it
+    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where the template writes a missing invocation text
     source: str = ""
     sha256: str = ""  # of the source's adapter_model.safetensors
-    digest: str = ""  # of the tensors themselves, whatever file holds them
-    warnings: tuple[str, ...] = ()  # what compose warned of
-    retired: bool = False  # removed from the model; its slot and its token stay taken
+    digest: str = ""  # of the tensors, independent of the file (`layout.digest`)
+    warnings: tuple[str, ...] = ()  # given by compose
+    retired: bool = False  # removed from the model; its slot and token stay reserved
 
     @cached_property
     def ranks(self) -> Mapping[str, int]:
-        """Linear -> rank of this adapter's update; no linears if it is retired."""
+        """Linear -> rank of this adapter's update; empty if it is retired."""
         return {} if self.retired else {path: self.rank_pattern.get(path, self.rank) for path in self.targets}
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The last names of the linears, each once: `q_proj`."""
+        """The last parts of the linears' paths, each once: `q_proj`."""
         return tuple(dict.fromkeys(path.rpartition(".")[2] for path in self.targets))
 
     def scale_of(self, linear: str) -> float:
-        """The factor on B A of one linear."""
+        """Return the factor on B A for one linear."""
         return scaling(self.alpha_pattern.get(linear, self.alpha), self.ranks[linear], self.use_rslora)
 
     def tensors(self, shapes: Mapping[str, tuple[int, int]]) -> dict[AdapterTensor, tuple[int, int]]:
-        """Every tensor of the adapter with its shape.
+        """Return every tensor of the adapter with its shape.
 
         Args:
-            shapes: (out, in) of each linear; one that is not there is left out.
+            shapes: (out, in) of each linear; missing linears are skipped.
         """
         result: dict[AdapterTensor, tuple[int, int]] = {}
         for linear, rank in self.ranks.items():
@@ -99,29 +99,29 @@ class Hiding:
     """Legacy format 1: control tokens stay in the sequence, hidden from attention by group."""
 
     groups: tuple[tuple[int, ...], ...]  # ids of the control tokens in each group
-    policy: tuple[tuple[int, ...], ...]  # for each slot, the base's first: indices of the groups that it does not see
+    policy: tuple[tuple[int, ...], ...]  # for each slot, the base first: indices of the groups hidden from it
 
 
 @dataclass(frozen=True)
 class SwitchSpec:
-    """All that a backend needs to know about a checkpoint's adapters."""
+    """Everything that a backend needs to know about a checkpoint's adapters."""
 
     adapters: tuple[AdapterSpec, ...]
     base_token: str
     base_token_id: int  # -1 in legacy formats that have no such token
     base_substitute_token_id: int
     base_model: str = ""
-    base_commit: str = ""  # of the hub repository, where it came from one
-    base_model_type: str = "granite"  # what the base's config.json calls itself
+    base_commit: str = ""  # of the hub repository, if the base came from one
+    base_model_type: str = "granite"  # of the base's config.json
     base_architecture: str = "GraniteForCausalLM"
     generatable: bool = False
     reserved: int = 0  # spare embedding rows after the last control token, reserved for adapters added later
     format_version: int = FORMAT_VERSION
-    hiding: Hiding | None = None  # set: no control token gives way to a substitute
+    hiding: Hiding | None = None  # if set, control tokens are hidden instead of substituted
 
     @property
     def active(self) -> tuple[AdapterSpec, ...]:
-        """The adapters that can be switched to."""
+        """The adapters that are not retired."""
         return tuple(adapter for adapter in self.adapters if not adapter.retired)
 
     @property
@@ -142,26 +142,27 @@ class SwitchSpec:
 
     @property
     def rows(self) -> int:
-        """Rows of the embedding that this object accounts for: up to the last control token's, and those in reserve."""
+        """The number of embedding rows up to the last control token, plus the reserved ones."""
         return max(self.control_slots) + 1 + self.reserved
 
     @property
     def copied_rows(self) -> tuple[int, ...]:
-        """The token whose row each row of the embedding copies, from the first control token's to the last.
+        """For each embedding row from the first control token on, the token whose row it copies.
 
-        Those in reserve copy what opens a turn, as most adapters' tokens do: then adding one changes no row.
+        Reserved rows copy the token that opens a turn, as most control tokens do, so that adding an adapter usually
+        changes no row.
         """
         substitutes, first = self.substitutes, min(self.control_slots)
         return tuple(substitutes.get(i, self.base_substitute_token_id) for i in range(first, self.rows))
 
     @property
     def suppressed(self) -> tuple[int, ...]:
-        """Ids that cannot be generated: those in reserve and, unless `generatable`, control tokens."""
+        """Token ids that must not be generated: reserved ones and, unless `generatable`, control tokens."""
         reserve = range(self.rows - self.reserved, self.rows) if self.reserved else ()
         return (*(() if self.generatable else sorted(self.control_slots)), *reserve)
 
     def slot(self, name: str) -> int:
-        """The slot of an adapter that is there; 0 for "base"."""
+        """Return the slot of an active adapter; 0 for "base"."""
         if name == "base":
             return 0
         for index, adapter in enumerate(self.adapters, 1):
@@ -177,7 +178,7 @@ class SwitchSpec:
         return tuple(adapter.name for adapter in self.active)
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it, without default values."""
+        """Return the `switch` object of config.json; adapters are written without default values."""
         head = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("adapters", "hiding")}
         if self.hiding:
             head["hiding"] = _lists(asdict(self.hiding))
@@ -185,10 +186,10 @@ class SwitchSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "SwitchSpec":
-        """Read config.json's `switch`.
+        """Read the `switch` object of config.json.
 
         Raises:
-            CheckpointError: a newer format, or a record with unknown, missing or contradictory keys.
+            CheckpointError: the format is newer, or keys are unknown, missing or contradictory.
         """
         version = data.get("format_version") if isinstance(data, Mapping) else None
         if not isinstance(version, int) or version < 1 or version > FORMAT_VERSION:
@@ -209,9 +210,9 @@ class SwitchSpec:
     def _check(self) -> None:
         problems = []
         names = [adapter.name for adapter in self.active]
-        problems += [f"two adapters are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+        problems += [f"two adapters are named {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
         ids = [self.base_token_id, *(adapter.token_id for adapter in self.adapters)]
-        problems += [f"token id {i} switches to two things" for i in sorted({i for i in ids if ids.count(i) > 1})]
+        problems += [f"token id {i} switches to two slots" for i in sorted({i for i in ids if ids.count(i) > 1})]
         controls = set(self.control_slots)
         for name, substitute in [
             ("base", self.base_substitute_token_id),
@@ -221,7 +222,7 @@ class SwitchSpec:
                 problems.append(f"{name}: its substitute {substitute} is itself a control token")
         for adapter in self.adapters:
             elsewhere = sorted({*adapter.rank_pattern, *adapter.alpha_pattern} - set(adapter.targets))
-            problems += [f"{adapter.name}: {linear!r} has a pattern and is no target" for linear in elsewhere[:10]]
+            problems += [f"{adapter.name}: {linear!r} has a pattern but is not a target" for linear in elsewhere[:10]]
             if not adapter.retired and not (adapter.rank and adapter.alpha):
                 problems.append(f"{adapter.name}: rank {adapter.rank} and alpha {adapter.alpha} must be positive")
         problems += self._token_problems() if controls else []
@@ -229,7 +230,7 @@ class SwitchSpec:
             raise CheckpointError("config.json: `switch` contradicts itself", problems=problems)
 
     def _token_problems(self) -> list[str]:
-        """Control tokens come last in the vocabulary, and so are their substitutes."""
+        """Check that control tokens are close together, and that substitutes and invocations are in the vocabulary."""
         first, last = min(self.control_slots), max(self.control_slots)
         if last - first > len(self.control_slots) + 65536:
             return [f"the control tokens' ids, {first} to {last}, are far apart"]
@@ -239,7 +240,7 @@ class SwitchSpec:
 
 
 def _plain(adapter: AdapterSpec) -> dict[str, Any]:
-    """The record as JSON has it; fields at their default are left out, save those that say what the adapter is."""
+    """Return an adapter's record for JSON, without default values except for the fields in `always`."""
     always = {"name", "technology", "rank", "alpha", "targets"}
     result = {}
     values = asdict(adapter)
@@ -254,7 +255,7 @@ def _plain(adapter: AdapterSpec) -> dict[str, Any]:
 
 
 def _unfolded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with every linear named by its own path."""
+    """Return a record in which each linear has its own path."""
     targets = list(unfold(dict.fromkeys(record["targets"])))
     return {**record, "targets": targets, **{key: unfold(record[key]) for key in _PATTERNS if key in record}}
 

@@ -1,8 +1,8 @@
-"""A folder, or a file, that appears under its name whole or not at all.
+"""Write a folder or a file so that it appears complete or not at all.
 
-It is written beside its place under a hidden name, put on the disk, and then renamed; an existing folder is swapped
-with it in one step where the system can (Linux), else moved aside first. A lock file keeps two writers apart, and what
-a killed writer left is removed by the next.
+It is written beside the target under a hidden name, flushed to disk, and then renamed. An existing folder is swapped
+with it in one step if the system can (Linux), otherwise moved aside first. A lock file excludes other writers, and the
+next writer removes what a killed one left.
 """
 
 import ctypes
@@ -23,14 +23,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextmanager
 def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a folder to write in; on success it becomes `target`, on any error it is removed.
+    """Yield a temporary directory; replace `target` with it on success, delete it on error.
 
     Args:
-        target: where to write the result.
-        force: replace what is there.
+        target: the folder to write.
+        force: replace an existing folder.
 
     Raises:
-        OutputError: it exists, cannot be written, another command is writing it, or the disk is full.
+        OutputError: the target exists or cannot be written, another command is writing it, or the disk is full.
     """
     check_target(target, force=force)
     with _beside(target) as partial:
@@ -42,11 +42,11 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give the path of a file to write; on success it becomes `target`, on any error it is removed.
+    """Yield the path of a temporary file; replace `target` with it on success, delete it on error.
 
     Args:
-        target: where to write the result.
-        force: replace the file that is there.
+        target: the file to write.
+        force: replace an existing file.
 
     Raises:
         OutputError: as for `staged`.
@@ -55,14 +55,14 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     with _beside(target) as partial:
         yield partial
         sync(partial)
-        check_file(target, force=force)  # it may have come while we wrote
+        check_file(target, force=force)  # it may have been created meanwhile
         partial.replace(target)
         sync(partial.parent)
 
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A hidden path beside the target, locked and empty; whatever is left there is removed."""
+    """Yield an unused hidden path beside the target, with the target locked; delete what is left there afterwards."""
     target = target.absolute()
     partial = target.parent / f".{target.name}.partial"
     try:
@@ -78,13 +78,13 @@ def _beside(target: Path) -> Iterator[Path]:
         name = f", {error.filename}" if error.filename and str(target.parent) not in str(error.filename) else ""
         raise OutputError(
             f"{target}: cannot be written ({error.strerror or error}{name})",
-            hint="free some space or choose another --output; nothing was left over",
+            hint="free some space or choose another --output; no partial output was left",
         ) from None
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other commands from replacing a folder while it is read; where no lock can be made, none can write either.
+    """Prevent other commands from replacing a folder while it is read. Where no lock can be created, none can write.
 
     Raises:
         OutputError: another command is writing it.
@@ -96,7 +96,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def restore(target: Path) -> None:
-    """Put a folder back that a killed command had moved aside, where two folders cannot be swapped in one step."""
+    """Move back a folder that a killed command moved aside, on systems that cannot swap two folders in one step."""
     if _old(target.absolute()).exists() and not target.exists():
         with suppress(OSError), _locked(target.absolute()):
             _restore(target.absolute())
@@ -105,7 +105,7 @@ def restore(target: Path) -> None:
 def check_file(target: Path, *, force: bool = False) -> None:
     """Refuse a target that exists, unless `force` is set and it is a file."""
     if (target.exists() or target.is_symlink()) and not force:
-        raise OutputError(f"{target}: exists already", hint="choose another name, or --force to replace it")
+        raise OutputError(f"{target}: already exists", hint="choose another name, or use --force to replace it")
     if target.is_dir():
         raise OutputError(f"{target}: is a folder, not a file", hint="choose another name")
 
@@ -113,14 +113,14 @@ def check_file(target: Path, *, force: bool = False) -> None:
 def check_target(target: Path, *, force: bool = False) -> None:
     """Refuse a target that exists, unless `force` is set and it is a folder."""
     if (target.exists() or target.is_symlink()) and not force:
-        raise OutputError(f"{target}: exists already", hint="choose another name, or --force to replace it")
+        raise OutputError(f"{target}: already exists", hint="choose another name, or use --force to replace it")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file, not a folder", hint="choose another name")
 
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock file of a target; whoever held it removes it."""
+    """Hold a target's lock file, and remove it afterwards."""
     path = target.parent / f".{target.name}.lock"
     lock = FileLock(path, timeout=0)
     try:
@@ -130,16 +130,16 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # while it is held, so that it is nobody else's; Windows removes it on release
+        with suppress(OSError):  # before the release, or it could be another's; Windows removes it on release
             path.unlink()
         lock.release()
 
 
 def _into_place(partial: Path, target: Path, force: bool) -> None:
-    """Give the finished folder its name. What was there is in `partial` afterwards, or gone."""
+    """Rename the finished folder to `target`. The folder that it replaces is left in `partial`, or deleted."""
     if target.exists():
-        check_target(target, force=force)  # it may have come while we wrote
-        if not _exchange(partial, target):
+        check_target(target, force=force)  # it may have been created meanwhile
+        if not _swap(partial, target):
             target.rename(_old(target))
             partial.rename(target)
     else:
@@ -153,14 +153,14 @@ def _old(target: Path) -> Path:
 
 
 def _restore(target: Path) -> None:
-    """With the lock held: what was moved aside comes back, or goes where its successor is."""
+    """Move back the folder that was set aside, or delete it if its successor is in place. The lock must be held."""
     if _old(target).exists() and not target.exists():
         _old(target).rename(target)
     _remove(_old(target))
 
 
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two paths in one step (renameat2); False where the system or the file system cannot."""
+def _swap(a: Path, b: Path) -> bool:
+    """Swap two paths in one step (renameat2); False if the system or the file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -175,9 +175,9 @@ def _remove(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
-    """Hard-link a file, or copy it where linking is impossible. True if linked.
+    """Hard-link a file, or copy it if that is impossible; return whether it was linked.
 
-    A symlink (as in the hub's cache) is followed first: the file it names is what gets linked.
+    Symlinks (as in the hub's cache) are resolved first, so the link is to the file itself.
     """
     source = source.resolve()
     try:

@@ -1,6 +1,6 @@
-"""Read a tokenizer's files: what every part that renders or tokenises without transformers needs.
+"""Read a tokenizer's files, to render and tokenise without transformers.
 
-The files are JSON and are kept as parsed. Needs `tokenizer.json`, the format of every Granite since 3.0.
+The files are kept as parsed JSON. `tokenizer.json` is required; every Granite since 3.0 has it.
 """
 
 import json
@@ -24,19 +24,19 @@ SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 
 @dataclass(frozen=True)
 class BaseTokenizer:
-    """A tokenizer: its files parsed, and the library's own object to tokenise with."""
+    """A tokenizer: its parsed files, and a `tokenizers.Tokenizer` made from them."""
 
     data: Mapping[str, Any]  # tokenizer.json
     config: Mapping[str, Any]  # tokenizer_config.json
-    templates: Mapping[str, str]  # chat templates by name; "default" is the one that is used
-    special_tokens: Mapping[str, str]  # bos_token and the like, as templates see them
+    templates: Mapping[str, str]  # chat templates by name; "default" is the one in use
+    special_tokens: Mapping[str, str]  # bos_token and so on, as templates see them
 
     @cached_property
     def library(self) -> Tokenizer:
-        """The object to tokenise with; it gives every id of a text.
+        """The `tokenizers` library's object.
 
-        The file's truncation and padding are ignored: they are left from training, and truncation would drop control
-        tokens without an error.
+        The file's truncation and padding are ignored: they are left over from training, and truncation would drop
+        control tokens without an error.
         """
         return Tokenizer.from_str(json.dumps({**self.data, "truncation": None, "padding": None}))
 
@@ -46,20 +46,20 @@ class BaseTokenizer:
 
     @property
     def size(self) -> int:
-        """One more than the largest token id."""
+        """The largest token id plus one."""
         return max(self.tokens.values()) + 1
 
 
 def unused_token(index: int) -> str:
-    """The text of a token that means nothing: a padding row's, or one in reserve."""
+    """Return the text of a placeholder token, for a padding row or a reserved row."""
     return f"{UNUSED}{index}|>"
 
 
 def added_texts(spec: SwitchSpec, tokenizer: Tokenizer) -> list[str]:
-    """What may not occur in the part of a prompt that users write: the text of every token that composing added.
+    """Return the text of every token that composing added; users' text must not contain any of them.
 
-    Tokens in reserve and of padding rows can be hundreds; their common prefix represents them, unless a token of
-    the base's own begins alike.
+    There can be hundreds of placeholder tokens; their common prefix represents them, unless one of the base's own
+    tokens starts with it.
     """
     controls = [spec.base_token, *(adapter.token for adapter in spec.adapters)]
     added = tokenizer.get_added_tokens_decoder()
@@ -72,13 +72,10 @@ def read_tokenizer(folder: Path) -> BaseTokenizer:
     """Read a model's tokenizer files.
 
     Raises:
-        BaseModelError: there is no tokenizer.json, or it cannot be used.
+        BaseModelError: tokenizer.json is missing or invalid.
     """
     if not (folder / "tokenizer.json").is_file():
-        raise BaseModelError(
-            f"{folder}: there is no tokenizer.json",
-            hint=_conversion(folder),
-        )
+        raise BaseModelError(f"{folder}: has no tokenizer.json", hint=_conversion(folder))
     try:
         data = read_json(inside(folder, "tokenizer.json"))
         checked(TokenizerData, data, folder / "tokenizer.json", BaseModelError)
@@ -90,30 +87,28 @@ def read_tokenizer(folder: Path) -> BaseTokenizer:
     except CheckpointError as error:
         raise BaseModelError(error.message, problems=error.problems, hint=error.hint) from None
     try:
-        tokenizer.library.decode(tokenizer.library.encode("Ada, 1815\n").ids)  # what is bad is an error here
-    except BaseException as error:  # the library raises bare Exception, and panics are no Exception
+        tokenizer.library.decode(tokenizer.library.encode("Ada, 1815\n").ids)  # fails if the file is invalid
+    except BaseException as error:  # the library raises bare Exception, and a panic is only a BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise BaseModelError(
-            f"{folder / 'tokenizer.json'}: is not a tokenizer ({shown(str(error))})",
-        ) from None
+        raise BaseModelError(f"{folder / 'tokenizer.json'}: is not a tokenizer ({shown(str(error))})") from None
     return tokenizer
 
 
 def _conversion(folder: Path) -> str:
-    """How to get a tokenizer.json from what there is."""
+    """Return the hint that says how to create a tokenizer.json from the folder's files."""
     script = f"from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r}).save_pretrained('NEW')"
     needs = " (with sentencepiece and protobuf installed)" if any(folder.glob("*.model")) else ""
-    return f'make one{needs} and copy what is in NEW into the folder: python -c "{script}"'
+    return f'create one{needs} and copy the contents of NEW into the folder: python -c "{script}"'
 
 
 def token_text(token: Any) -> str:
-    """The text of a special token as a config holds it: a string or a record."""
+    """Return the text of a special token in a config, which is a string or a record."""
     return token["content"] if isinstance(token, dict) else str(token)
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name, from whichever of the places transformers knows; files win."""
+    """Return chat templates by name, from all the places where transformers looks; separate files win."""
     inside_config = config.get("chat_template") or {}
     if isinstance(inside_config, str):
         inside_config = {"default": inside_config}
@@ -132,6 +127,6 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def _read(folder: Path, name: str) -> str:
     path = inside(folder, name)
     try:
-        return path.read_bytes().decode("utf-8")  # newlines as they are
+        return path.read_bytes().decode("utf-8")  # newlines are kept
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as text ({error})") from None

@@ -1,4 +1,4 @@
-"""A tokenizer's files as checked records, by the rule of `border.py`."""
+"""Records for a tokenizer's files, checked by the rules of `border.py`."""
 
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ class AddedToken(Record):
 
 
 class NamedTemplate(Record):
-    """One of several chat templates; its name is that of a file, too."""
+    """One of several chat templates; its name is also a file name."""
 
     name: Name
     template: str
@@ -80,7 +80,7 @@ class TokenizerModel(Record):
 
 
 class TokenizerData(Record):
-    """tokenizer.json, as far as the tokenizers library is not left to check it."""
+    """tokenizer.json: the keys that the tokenizers library does not check."""
 
     added_tokens: list[TokenizerToken] = []
     model: TokenizerModel

@@ -245,6 +245,7 @@ _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
 }
+_ROPE_TENSORS = {"llama3": "rope_freqs.weight", "longrope": "rope_factors_long.weight"}
 _ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
@@ -257,8 +258,11 @@ def rope_scaling(config: Mapping[str, Any], context: int) -> dict[str, Any]:
     rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:
-        why = "; it reads no rope_freqs.weight, which carries this scaling elsewhere" if kind == "llama3" else ""
-        raise ValueError(f"type {kind!r} is not in llama.cpp's architecture{why}")
+        tensor = _ROPE_TENSORS.get(kind)
+        why = f": it loads no {tensor}, which carries this scaling in llama.cpp's other architectures" if tensor else ""
+        raise ValueError(
+            f"type {kind!r} is not in llama.cpp's architecture graniteswitch{why}; use transformers or vLLM"
+        )
     if unknown := sorted(
         {key for key, value in rope.items() if value is not None} - {*_ROPE_ALWAYS, *_ROPE_KEYS[kind]}
     ):

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from granite_switch.core.tokenizer import read_tokenizer
+
 _QUESTION = "Where does the river end, and who lives near the harbour? " * 16
 _TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # of a log-probability
 _NEW_TOKENS = 16
@@ -80,12 +82,10 @@ def table(rows: list[Row], title: str) -> Table:
 
 def _prompts(model: Path) -> dict[str, list[int]]:
     """Name of a row to its token ids."""
-    from transformers import AutoTokenizer
-
     from granite_switch.config import SwitchConfig
 
     spec = SwitchConfig.from_pretrained(model).switch_spec
-    text = AutoTokenizer.from_pretrained(model).encode(_QUESTION, add_special_tokens=False)
+    text = list(read_tokenizer(model).library.encode(_QUESTION, add_special_tokens=False).ids)
     prompts = {"base": text}
     prompts |= {a.name: [a.token_id, *text] for a in spec.active}
     together = [token for name, prompt in prompts.items() if name != "base" for token in prompt[: len(text) // 4]]
