@@ -172,9 +172,18 @@ SIZE = 1_000_000
 NESTED = "<|a|>"
 while len(NESTED) < 5000:
     NESTED = f"<|answer{NESTED}|>"
+TOKENS = "".join(f"<|{name}|>" for name in ["return_to_base", *NAMES, "unused_405"])
+
+
+def of_size(piece: str, tail: str = "") -> str:
+    size = SIZE - len(tail)
+    return (piece * (size // len(piece) + 1))[:size] + tail
+
+
 WORST = {
-    "nested": NESTED, "tokens": "<|answer|>", "reserve": "<|unused_", "roles": "<|start_of<|a|>_role|>",
-    "runs": "x", "marks": "-xxxxxxxx-#1;", "closing": "|>",
+    "nested": of_size(NESTED), "tokens": of_size("<|answer|>"), "reserve": of_size("<|unused_"),
+    "roles": of_size("<|start_of<|a|>_role|>"), "runs": of_size("x"), "marks": of_size("-xxxxxxxx-#1;"),
+    **{f"{piece} and tokens": of_size(piece, TOKENS * 1000) for piece in ("<", "|", ">", "<|", "|>", "a", "x")},
 }  # fmt: skip
 
 
@@ -182,14 +191,14 @@ WORST = {
 def test_the_worst_text_takes_as_long_as_any(kind: str) -> None:
     chosen = ALL["granite"]
 
-    def seconds(piece: str) -> float:
-        message = {"role": "user", "content": (piece * (SIZE // len(piece) + 1))[:SIZE]}
+    def seconds(text: str) -> float:
+        message = {"role": "user", "content": text}
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             render(chosen.composed, [message], adapter_name="a")
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
-    harmless = seconds("the river ends in the sea and the road begins at the mill ")
-    assert seconds(WORST[kind]) < 3 * harmless + 0.02
+    harmless = seconds(of_size("the river ends in the sea and the road begins at the mill "))
+    assert seconds(WORST[kind]) < 3 * harmless + 0.008

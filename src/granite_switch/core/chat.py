@@ -77,7 +77,7 @@ def wrap(base: str, placements: Sequence[Placement], back: Return, controls: Seq
     parts = {
         "ADAPTERS": _json(adapters),
         "RETURN": _json({"key": "#0;", **asdict(back)}),
-        "TEXTS": _json([{"head": text[:-2], "tail": text[-2:]} for text in controls]),
+        "TEXTS": _json(list(controls)),
         "MASKS": _json(masked != base),
         "OUTPUT": _TEXT if masked == base else _MASKED,
         "BASE": masked,
