@@ -1,9 +1,9 @@
 """Damage files and run every command on them. Each run must give a result or an error that names the problem.
 
-python fuzz.py MATERIAL --cases 20000 [--seed 0] [--workers 2]; `--case N` runs one and shows its traceback. A case
-fails if it raises anything but a `SwitchError`, if an error leaves files or changes its sources, if a model composed
-without an error does not verify, or if it takes more than 20 seconds. There is no torch, and one process with limited
-memory for each worker.
+python fuzz.py MATERIAL --cases 20000 [--first 0] [--seed 0] [--workers 2]; `--case N` runs one and shows its
+traceback. A case fails if it raises anything but a `SwitchError`, if an error leaves files or changes its sources, if
+a model composed without an error does not verify, or if it takes more than 20 seconds of computing. There is no torch,
+and one process with limited memory for each worker.
 """
 
 import argparse
@@ -166,6 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("material", type=Path)
     parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--first", type=int, default=0, help="begin with this case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--place", type=Path, help="folder for temporary folders, on the same disk as the material")
@@ -182,9 +183,9 @@ def main() -> int:
         arguments.cases = arguments.case + 1
         return work(arguments, arguments.case, 1)
     if arguments.workers == 1:
-        return work(arguments, 0, 1)
+        return work(arguments, arguments.first, 1)
     children = []
-    for first in range(arguments.workers):
+    for first in range(arguments.first, arguments.first + arguments.workers):
         child = os.fork()
         if not child:
             os._exit(work(arguments, first, arguments.workers))

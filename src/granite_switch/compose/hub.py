@@ -107,7 +107,7 @@ def files_below(folder: Path, depth: int = 8) -> Iterator[str]:
     if depth < 0:
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # a link to itself is none
             if not entry.name.startswith("."):
                 yield from (f"{entry.name}/{path}" for path in files_below(Path(entry.path), depth - 1))
         else:
