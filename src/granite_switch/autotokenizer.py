@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from granite_switch.core.model import read_model
 from granite_switch.core.spec import SwitchSpec
 
 _TEXTS: Sequence[str] = (
@@ -37,8 +38,7 @@ def differences(folder: Path, base: Path | None = None) -> list[str]:
         folder: a composed model's folder; its tokenizer's files and config.json are enough.
         base: the base's folder.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    spec = SwitchSpec.from_dict(config["switch"])
+    _, spec = read_model(folder)
     file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference = _load(base) if base else None
     problems: list[str] = []

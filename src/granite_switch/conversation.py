@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from granite_switch.core.chat import render
-from granite_switch.core.checkpoint import read_json
-from granite_switch.core.spec import SwitchSpec
+from granite_switch.core.model import read_model
 from granite_switch.core.tokenizer import added_texts, read_tokenizer
 from granite_switch.errors import SwitchError, TemplateError, first_line
 
@@ -92,7 +91,7 @@ class Conversation:
         tokenizer = read_tokenizer(folder)
         if "default" not in tokenizer.templates:
             raise TemplateError(f"{folder}: has no chat template")
-        self.spec = SwitchSpec.from_dict(read_json(folder / "config.json").get("switch") or {})
+        self.spec = read_model(folder)[1]
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []  # with `adapter`s
         self.ids: tuple[int, ...] = ()  # of the conversation so far, answers included
         self.keep = keep

@@ -105,7 +105,8 @@ def run(number: int, seed: int, material: Path, place: Path) -> tuple[str, str]:
             (at / part.name).symlink_to(part)
     done = f"case {number}: {damaged}/{mutate(at / damaged, draw)}"
     before = state(place)
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing
+    signal.alarm(30 * SECONDS)  # of waiting, which a busy machine does too
     try:
         command(at, out)
         failed = False
@@ -117,6 +118,7 @@ def run(number: int, seed: int, material: Path, place: Path) -> tuple[str, str]:
         own = [line.strip() for line in lines if "granite_switch" in line]
         return done, f"{type(error).__name__} at {own[-1] if own else ''}\n" + "\n".join(lines[-30:])
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     return done, leftovers(before, place, out, failed)
 
@@ -137,6 +139,7 @@ def work(arguments: argparse.Namespace, first: int, step: int) -> int:
     """Run every `step`th case from `first`; prints the failed ones and the memory used."""
     resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY, 4 * MEMORY))  # includes mapped files, so it is generous
     signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     os.fsync = lambda descriptor: None  # durability is not tested here
     kinds: collections.Counter[str] = collections.Counter()
     for number in range(first, arguments.cases, step):

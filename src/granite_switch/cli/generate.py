@@ -86,9 +86,12 @@ def read_document(path: Path, number: int) -> list[dict[str, Any]]:
     if path.suffix == ".json":
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SwitchError(f"--document {path}: is not JSON ({error})") from None
-        return data if isinstance(data, list) else [data]
+        documents = data if isinstance(data, list) else [data]
+        if not all(isinstance(entry, dict) for entry in documents):
+            raise SwitchError(f"--document {path}: is neither a JSON object nor a list of them")
+        return documents
     return [{"doc_id": str(number), "title": path.stem, "text": text.strip()}]
 
 

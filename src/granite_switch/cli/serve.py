@@ -62,12 +62,13 @@ def _need_vllm() -> None:
 
 def _check(model: str, options: list[str]) -> None:
     """Refuse what the middleware would refuse, before the engine starts."""
-    from granite_switch.core.checkpoint import read_json
+    from granite_switch.core.files import inside
     from granite_switch.core.legacy import UPGRADE, legacy_format
+    from granite_switch.core.records import read_config
     from granite_switch.vllm.serve import template_problem, template_text
 
     if os.path.isdir(model):
-        config = read_json(Path(model) / "config.json")
+        config = read_config(inside(Path(model), "config.json"))
         if legacy_format(config):
             raise ServingError(f"{model}: is of an older format, which vLLM serves without this command", hint=UPGRADE)
         if "switch" not in config:

@@ -12,13 +12,14 @@ from granite_switch.compose.adapters import Adapter, Retired, io_problem
 from granite_switch.compose.base import Base
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import io_config
-from granite_switch.core import legacy, records
+from granite_switch.core import legacy
 from granite_switch.core.chat import unwrap
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, adapter_file, decoder_config, parse_key, vocabulary
 from granite_switch.core.linears import linears
-from granite_switch.core.spec import MODEL_TYPE, AdapterSpec, SwitchSpec
+from granite_switch.core.model import read_model
+from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError
 
@@ -46,7 +47,7 @@ def read_composed(folder: Path) -> Composed:
     Raises:
         CheckpointError: it is not in format 1, or its files contradict each other.
     """
-    config, spec = read_config(folder)
+    config, spec = read_model(folder)
     if spec.hiding or spec.base_token_id < 0:
         raise CheckpointError(
             f"{folder}: is a checkpoint in a legacy format that transformers loaded and saved",
@@ -76,18 +77,6 @@ def _base_config(config: Mapping[str, Any], spec: SwitchSpec) -> dict[str, Any]:
     size = {"vocab_size": min(spec.control_slots)}
     inner = decoder_config(base)
     return base | (size if inner is base else {"text_config": {**inner, **size}})
-
-
-def read_config(folder: Path) -> tuple[dict[str, Any], SwitchSpec]:
-    """Read a composed model's config.json and its `switch` object."""
-    config = records.read_config(inside(folder, "config.json"))
-    kind = config["model_type"]
-    if kind == MODEL_TYPE and config.get("switch"):
-        return config, SwitchSpec.from_dict(config["switch"])
-    hint = "`granite-switch compose` makes one from a base model and adapters"
-    if kind == MODEL_TYPE and legacy.legacy_format(config):
-        hint = legacy.UPGRADE
-    raise CheckpointError(f"{folder}: is not a composed model of format 1 (model_type {kind!r})", hint=hint)
 
 
 def tensor_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:

@@ -14,13 +14,14 @@ from typing import Any
 
 from granite_switch.compose.adapters import Adapter, Retired
 from granite_switch.compose.card import model_card
-from granite_switch.compose.composed import VERIFY, Composed, read_composed, read_config
+from granite_switch.compose.composed import VERIFY, Composed, read_composed
 from granite_switch.compose.plan import Plan, assemble, read_slots
 from granite_switch.compose.sources import Discovery, Selection, discover, model_folder
 from granite_switch.compose.write import write_model
 from granite_switch.core.border import check_name
 from granite_switch.core.files import in_hub_cache, inside
 from granite_switch.core.layout import adapter_file
+from granite_switch.core.model import read_model
 from granite_switch.core.staging import check_target, held, link_or_copy, restore, staged
 from granite_switch.errors import AdapterError, CheckpointError, OutputError
 
@@ -159,7 +160,7 @@ def _discover(
     exclude: Sequence[str] = (),
     technology: str = "",
 ) -> Discovery:
-    name = base_name or read_config(folder)[1].base_model.rstrip("/").split("/")[-1]
+    name = base_name or read_model(folder)[1].base_model.rstrip("/").split("/")[-1]
     return discover([str(s) for s in sources], Selection(name, tuple(include), tuple(exclude), technology), revision)
 
 

@@ -4,13 +4,13 @@ Trainers and hubs leave many things that look like adapters: other libraries' fo
 Each is a row of `_KINDS`: a test, a description and a hint. Nothing is converted here.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from granite_switch.core.border import read_json
 from granite_switch.core.checkpoint import read_header
 from granite_switch.errors import AdapterError, SwitchError
 
@@ -34,8 +34,8 @@ class Folder:
     def json(self, name: str) -> dict[str, Any]:
         """Read a JSON object in the folder; empty if it is missing or invalid."""
         try:
-            data = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            data = read_json(self.path / name)
+        except SwitchError:
             return {}
         return data if isinstance(data, dict) else {}
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from granite_switch.compose import placement as place
 from granite_switch.compose.adapters import io_problem
-from granite_switch.compose.composed import read_config, tensor_problems, unwrapped
+from granite_switch.compose.composed import tensor_problems, unwrapped
 from granite_switch.compose.proof import differences, start_proof
 from granite_switch.compose.sources import model_folder
 from granite_switch.compose.weights import nonfinite
@@ -19,6 +19,7 @@ from granite_switch.core.border import read, read_json
 from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor
 from granite_switch.core.files import inside, steady
 from granite_switch.core.layout import AdapterTensor, decoder_config, digest, parse_key, vocabulary
+from granite_switch.core.model import read_model
 from granite_switch.core.records import ShardIndex
 from granite_switch.core.remote import AUTO_MAP, MODULE
 from granite_switch.core.spec import SwitchSpec
@@ -45,7 +46,7 @@ def verify(model: str | PathLike[str], *, deep: bool = False, prove: bool = True
     """
     folder = model_folder(model)
     problems, spec = steady(
-        folder, lambda: (find_problems(folder, deep=deep, prove=prove), _attempt([], read_config, folder))
+        folder, lambda: (find_problems(folder, deep=deep, prove=prove), _attempt([], read_model, folder))
     )
     if problems or not spec:
         raise CheckpointError(
@@ -59,7 +60,7 @@ def verify(model: str | PathLike[str], *, deep: bool = False, prove: bool = True
 def find_problems(folder: Path, *, deep: bool = False, prove: bool = True) -> list[str]:
     """Return everything that is wrong with a composed model, one problem per line."""
     problems: list[str] = []
-    read = _attempt(problems, read_config, folder)
+    read = _attempt(problems, read_model, folder)
     checkpoint = _attempt(problems, Checkpoint, folder)
     tokenizer = _attempt(problems, read_tokenizer, folder)
     if checkpoint:

@@ -152,10 +152,18 @@ def read_json(path: Path, error: type[SwitchError] = CheckpointError, hint: str 
         raise error(f"{path}: cannot be read as JSON ({shown(str(problem))})", hint=hint) from None
 
 
+def read_text(path: Path) -> str:
+    """Read a text file; newlines are kept."""
+    try:
+        return _text(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as text ({shown(str(error))})") from None
+
+
 def _text(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise ValueError("it is not a regular file")  # reading a pipe would block
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes().decode("utf-8")
 
 
 def _check_depth(value: Any) -> None:

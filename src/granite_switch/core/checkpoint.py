@@ -299,5 +299,8 @@ def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})", hint=_AGAIN) from None

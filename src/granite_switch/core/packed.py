@@ -8,10 +8,12 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
+from granite_switch.core.border import Count, Record, checked
 from granite_switch.core.checkpoint import Tensor
 from granite_switch.errors import CheckpointError
 
@@ -101,6 +103,20 @@ _METHODS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
 }
 
 
+class QuantState(Record):
+    """What bitsandbytes keeps beside a packed weight, as JSON in a tensor."""
+
+    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+def _quant_state(tensor: Tensor) -> QuantState:
+    try:
+        data = json.loads(tensor.read())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{tensor.path}: {tensor.name} is no JSON ({str(error)[:200]})") from None
+    return checked(QuantState, data, f"{tensor.path}: {tensor.name}")
+
+
 def weight(one: Packed, tensor: Tensor) -> Shape | None:
     """Return the shape for `*.weight`: floats, or eight bits or fewer for each of the linear's values.
 
@@ -109,7 +125,7 @@ def weight(one: Packed, tensor: Tensor) -> Shape | None:
     """
     states = [f"{one.path}.weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
     if state := next((name for name in states if name in one.tensors), None):
-        out, width = map(int, json.loads(one.tensors[state].read())["shape"])
+        out, width = _quant_state(one.tensors[state]).shape
         one.shape_of("weight.absmax"), one.shape_of("weight.quant_map")
         return one.check((out, width), -(-out * width // 2) == tensor.nbytes)
     if len(tensor.shape) != 2:

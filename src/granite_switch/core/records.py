@@ -187,7 +187,7 @@ class IndexedAdapter(Record):
     """One of `adapters` in adapter_index.json."""
 
     adapter_name: str
-    technology: str = ""
+    technology: Literal["lora", "alora", ""] = ""
     io_config: str | None = None
 
 

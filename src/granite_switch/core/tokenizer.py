@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.core.border import checked, read, read_json, shown
+from granite_switch.core.border import checked, read, read_json, read_text, shown
 from granite_switch.core.files import inside
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer_records import ChatTemplate, TokenizerConfig, TokenizerData
@@ -118,15 +118,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if (folder / "chat_template.json").is_file() and not templates:
         templates["default"] = read(inside(folder, "chat_template.json"), ChatTemplate).chat_template
     if (folder / "chat_template.jinja").is_file():
-        templates["default"] = _read(folder, "chat_template.jinja")
+        templates["default"] = read_text(inside(folder, "chat_template.jinja"))
     for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        templates[file.stem] = _read(folder, f"additional_chat_templates/{file.name}")
+        templates[file.stem] = read_text(inside(folder, f"additional_chat_templates/{file.name}"))
     return templates
-
-
-def _read(folder: Path, name: str) -> str:
-    path = inside(folder, name)
-    try:
-        return path.read_bytes().decode("utf-8")  # newlines are kept
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as text ({error})") from None

@@ -8,9 +8,61 @@ the engine computes something else.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from granite_switch.core.border import LIMIT, Count, Number, Record, checked
 from granite_switch.errors import CheckpointError
+
+_Factor = Annotated[int | float, Field(gt=-LIMIT, lt=LIMIT, allow_inf_nan=False)] | None
+
+
+class Rope(Record):
+    """`rope_scaling` or `rope_parameters` of config.json."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Number | None = None
+    factor: Number | None = None
+    original_max_position_embeddings: Count | None = None
+    partial_rotary_factor: Number | None = None
+    beta_fast: Number | None = None
+    beta_slow: Number | None = None
+    attention_factor: Number | None = None
+    mscale: Number | None = None
+    mscale_all_dim: Number | None = None
+    truncate: bool | None = None
+
+
+class EngineConfig(Record):
+    """config.json: every key that an export reads, of any dialect."""
+
+    hidden_size: Count
+    num_attention_heads: Count
+    intermediate_size: Count | None = None
+    shared_intermediate_size: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    hidden_act: str | None = None
+    max_position_embeddings: Count = 1
+    rms_norm_eps: Number = 1
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    sliding_window: int | None = None
+    attention_chunk_size: int | None = None
+    num_local_experts: int | None = None
+    position_embedding_type: str | None = None
+    layers_block_type: list[str] | None = None
+    embedding_multiplier: _Factor = None
+    logits_scaling: _Factor = None
+    residual_multiplier: _Factor = None
+    attention_multiplier: _Factor = None
+    rope_theta: Number | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    partial_rotary_factor: Number | None = None
+    original_max_position_embeddings: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +125,6 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "num_local_experts": ((0,), "llama.cpp's architecture has no experts (absent, it is 8)"),
     "position_embedding_type": (("rope", "nope", None), "llama.cpp computes rope, or no positions"),
 }
-_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -173,7 +224,7 @@ def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, l
         model_type: the base's own.
 
     Raises:
-        CheckpointError: the `model_type` is none of `DIALECTS`, or a size is missing.
+        CheckpointError: the `model_type` is none of `DIALECTS`, or keys are missing or wrong.
     """
     dialect = DIALECTS.get(model_type)
     if not dialect:
@@ -181,10 +232,11 @@ def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, l
             f"model_type {model_type!r}: llama.cpp's architecture graniteswitch does not compute it",
             hint=f"it computes {', '.join(DIALECTS)}; run this model in transformers or vLLM",
         )
-    if missing := [key for key in (*_REQUIRED, dialect.mlp) if key not in config and key not in dialect.defaults]:
-        raise CheckpointError(f"config.json lacks {', '.join(missing)}")
+    checked(EngineConfig, config, "config.json")
     keys = {key: config.get(key, default) for key, default in dialect.defaults.items()}
-    heads = config["num_attention_heads"]
+    heads, mlp = config["num_attention_heads"], config.get(dialect.mlp, keys.get(dialect.mlp))
+    if not mlp or (heads > config["hidden_size"] and not keys.get("head_dim")):
+        raise CheckpointError(f"config.json: {dialect.mlp} is missing" if not mlp else "config.json: heads of size 0")
     head = keys.get("head_dim") or config["hidden_size"] // heads
     positions = keys.get("position_embedding_type", "rope") == "rope"
     problems = [*_problems(keys, config, dialect), *([f"head_dim: {head} is odd"] if head % 2 else [])]
@@ -198,7 +250,7 @@ def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, l
         layers=config["num_hidden_layers"],
         vocab_size=config["vocab_size"],
         hidden=config["hidden_size"],
-        mlp=keys.get(dialect.mlp) or config[dialect.mlp],
+        mlp=mlp,
         heads=heads,
         kv_heads=keys["num_key_value_heads"] or heads,
         head=head,
@@ -236,8 +288,7 @@ def _problems(keys: Mapping[str, Any], config: Mapping[str, Any], dialect: Diale
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The rotary embeddings' parameters, from the key that transformers prefers."""
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return found if isinstance(found, Mapping) else {}
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 _ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -271,6 +322,8 @@ def rope_scaling(config: Mapping[str, Any], context: int) -> dict[str, Any]:
         raise ValueError("partial_rotary_factor: llama.cpp's architecture turns whole heads")
     if kind == "default":
         return {}
+    if kind == "linear" and not rope.get("factor"):
+        raise ValueError("factor is missing")
     if kind == "linear":
         return {"type": "linear", "factor": float(rope["factor"])}
     if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)) != (32, 1, True):

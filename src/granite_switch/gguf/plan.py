@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from granite_switch.core import legacy
-from granite_switch.core.checkpoint import Checkpoint, Tensor, read_json
+from granite_switch.core.border import read, read_text
+from granite_switch.core.checkpoint import Checkpoint, Tensor
+from granite_switch.core.files import inside
+from granite_switch.core.records import GenerationConfig, read_adapter_index, read_config
 from granite_switch.core.spec import MODEL_TYPE, SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import CheckpointError
@@ -63,8 +66,9 @@ def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> 
     decoder, problems = read_decoder(config, spec.base_model_type)
     problems += [*_switch_problems(decoder, spec), *_tensor_problems(decoder, spec, tensors)]
     tokenizer = read_tokenizer(folder)
-    words, more, warnings = vocabulary(tokenizer, decoder.vocab_size, spec, _end_tokens(folder, config))
-    problems += more
+    if EMBEDDING in tensors and tensors[EMBEDDING].shape[:1] == (decoder.vocab_size,):
+        words, more, warnings = vocabulary(tokenizer, decoder.vocab_size, spec, _end_tokens(folder, config))
+        problems += more
     if problems:
         raise CheckpointError(f"{folder}: cannot be exported to llama.cpp", problems=problems)
     outtype = outtype or _OWN[tensors[EMBEDDING].dtype]
@@ -83,7 +87,7 @@ def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> 
 
 def _read(folder: Path) -> tuple[dict[str, Any], SwitchSpec, Mapping[str, Tensor]]:
     """config.json, its switch and the tensors under format 1's names; of legacy formats too."""
-    config = read_json(folder / "config.json")
+    config = read_config(inside(folder, "config.json"))
     if legacy.legacy_format(config):
         old = legacy.read(folder)
         if old.spec.hiding:
@@ -92,7 +96,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], SwitchSpec, Mapping[str, Tensor
                 hint=f"{legacy.UPGRADE}, and export NEW",
             )
         return dict(old.config), _with_technologies(folder, old.spec), old.tensors
-    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE or "switch" not in config:
+    if config["model_type"] != MODEL_TYPE or "switch" not in config:
         raise CheckpointError(
             f"{folder}: is not a composed model",
             hint="granite-switch compose makes one; llama.cpp's own convert_hf_to_gguf.py exports plain Granite",
@@ -102,8 +106,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], SwitchSpec, Mapping[str, Tensor
 
 def _with_technologies(folder: Path, spec: SwitchSpec) -> SwitchSpec:
     """Older configs do not say which adapters are aLoRA; adapter_index.json does."""
-    index = read_json(folder / "adapter_index.json") if (folder / "adapter_index.json").is_file() else {}
-    kinds = {record.get("adapter_name"): record.get("technology") for record in index.get("adapters", ())}
+    kinds = {record.adapter_name: record.technology for record in read_adapter_index(folder).adapters}
     adapters = tuple(replace(a, technology=kinds.get(a.name) or a.technology) for a in spec.adapters)
     return replace(spec, adapters=adapters)
 
@@ -143,8 +146,9 @@ def _tensor_problems(decoder: Decoder, spec: SwitchSpec, tensors: Mapping[str, T
 
 
 def _end_tokens(folder: Path, config: Mapping[str, Any]) -> list[int]:
-    path = folder / "generation_config.json"
-    found = (read_json(path) if path.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    path = inside(folder, "generation_config.json")
+    found = read(path, GenerationConfig).eos_token_id if path.is_file() else None
+    found = config.get("eos_token_id") if found is None else found
     return found if isinstance(found, list) else [] if found is None else [found]
 
 
@@ -162,5 +166,5 @@ def _pre(folder: Path, detected: str | None, chosen: str) -> tuple[str, list[str
 
 
 def _io_configs(folder: Path, spec: SwitchSpec) -> dict[str, str]:
-    paths = {name: folder / "io_configs" / name / "io.yaml" for name in spec.names}
-    return {name: path.read_text(encoding="utf-8") if path.is_file() else "" for name, path in paths.items()}
+    paths = {name: inside(folder, f"io_configs/{name}/io.yaml") for name in spec.names}
+    return {name: read_text(path) if path.is_file() else "" for name, path in paths.items()}

@@ -64,7 +64,8 @@ def vocabulary(
             types[index] = int(TokenType.CONTROL)
     problems += [f"two tokens are written {text!r}" for text, count in Counter(tokens).items() if count > 1]
     texts = {key.removesuffix("_token"): text for key, text in tokenizer.special_tokens.items()}
-    special = {name: known[text] for name, text in texts.items() if name != "cls" and text in known}
+    special = {name: known[text] for name, text in texts.items() if name != "cls" and known.get(text, size) < size}
+    problems += [f"eos_token_id {i} is not in the vocabulary of {size}" for i in end_tokens if i >= size]
     ends = dict.fromkeys([*_one(special.get("eos")), *end_tokens])
     special |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
     add_bos, add_eos, warnings = _added_around(data, special)

@@ -22,6 +22,7 @@ from granite_switch.core.checkpoint import (
     write,
     write_index,
 )
+from granite_switch.core.files import inside
 from granite_switch.core.layout import (
     EMBEDDINGS,
     AdapterTensor,
@@ -57,7 +58,7 @@ def save_switch_model(model: Any, folder: Any, save: Callable[..., None], **opti
     source = Path(model.config._name_or_path)
     _split(target, spec, source, model.config.get_text_config().vocab_size)
     if source.is_dir() and source.resolve() != target.resolve():
-        _copy_companions(source, target)
+        _copy_companions(source, target, spec)
     if push:
         _push(target, hub)
 
@@ -159,9 +160,9 @@ def _rounded(tensor: Tensor, dtype: str) -> Any:
     return torch.from_numpy(tensor.float32().copy()).to(kind).float().numpy()
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def _copy_companions(source: Path, target: Path, spec: SwitchSpec) -> None:
     """The small files with the adapters' names, where the folder of weights has them."""
-    if (source / "adapter_index.json").is_file():
-        shutil.copyfile(source / "adapter_index.json", target / "adapter_index.json")
-    if (source / "io_configs").is_dir():
-        shutil.copytree(source / "io_configs", target / "io_configs", dirs_exist_ok=True)
+    for name in ("adapter_index.json", *(f"io_configs/{adapter}/io.yaml" for adapter in spec.names)):
+        if (path := inside(source, name)).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)

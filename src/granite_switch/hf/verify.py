@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from granite_switch.core.chat import render
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.model import read_model
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import SwitchError
@@ -109,10 +109,10 @@ def _base(model: Path, base: Path | None, dtype: str) -> Any:
     """The plain base, of the base's own folder or of the composed model's tensors."""
     if base:
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="auto").eval()
-    spec = SwitchSpec.from_dict(read_json(model / "config.json")["switch"])
-    settings = {k: v for k, v in read_json(model / "config.json").items() if k not in ("switch", "model_type")}
-    config = CONFIG_MAPPING[spec.base_model_type](**{**settings, "architectures": [spec.base_architecture]})
-    return AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, device_map="auto").eval()
+    config, spec = read_model(model)
+    settings = {k: v for k, v in config.items() if k not in ("switch", "model_type")}
+    plain = CONFIG_MAPPING[spec.base_model_type](**{**settings, "architectures": [spec.base_architecture]})
+    return AutoModelForCausalLM.from_pretrained(model, config=plain, dtype=dtype, device_map="auto").eval()
 
 
 def _logits(model: Any, ids: list[int]) -> torch.Tensor:

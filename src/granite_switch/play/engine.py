@@ -1,18 +1,18 @@
 """What answers: the model in this process (`local`) or a server that holds it (`remote`). This is what both have."""
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
 
 from granite_switch.conversation import Conversation, Turn
-from granite_switch.core.checkpoint import read_json
 from granite_switch.core.layout import decoder_config
+from granite_switch.core.model import read_model
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
-from granite_switch.errors import CheckpointError, SwitchError
+from granite_switch.errors import SwitchError
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,11 @@ class Model:
 
     @classmethod
     def read(cls, folder: Path) -> "Model":
-        config = read_json(folder / "config.json")
-        if not isinstance(config.get("switch"), Mapping):
-            raise CheckpointError(f"{folder}: is not a composed model", hint="granite-switch compose makes one")
+        config, spec = read_model(folder)
         library = read_tokenizer(folder).library
         return cls(
             folder,
-            SwitchSpec.from_dict(config["switch"]),
+            spec,
             decoder_config(config).get("max_position_embeddings") or 1 << 30,
             lambda ids: library.decode(list(ids), skip_special_tokens=True).rstrip("\ufffd"),
             lambda token: library.decode([token], skip_special_tokens=False),

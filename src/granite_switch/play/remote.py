@@ -5,7 +5,7 @@ What is rendered here is what the server computes, so the trace is exact, and an
 
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -14,8 +14,50 @@ from typing import Any
 import httpx
 
 from granite_switch.conversation import Conversation, Turn
+from granite_switch.core.border import Count, Record, TokenId, checked
 from granite_switch.errors import ServingError, SwitchError
 from granite_switch.play.engine import Answer, Ask, Model, Sampling, Setting, fitting, sentence
+
+
+class Card(Record):
+    """A model of /v1/models."""
+
+    id: str
+    parent: str | None = None
+    max_model_len: Count | None = None
+
+
+class Models(Record):
+    """The answer of /v1/models."""
+
+    data: list[Card]
+
+
+class Choice(Record):
+    """Of an event: new tokens."""
+
+    text: str | None = None
+    token_ids: list[TokenId] | None = None
+
+
+class CachedTokens(Record):
+    """`prompt_tokens_details` of an event's usage."""
+
+    cached_tokens: int | None = None
+
+
+class Usage(Record):
+    """`usage` of an event."""
+
+    prompt_tokens_details: CachedTokens | None = None
+
+
+class Streamed(Record):
+    """A line of a completion that is streamed."""
+
+    choices: list[Choice] | None = None
+    usage: Usage | None = None
+    error: Any = None
 
 
 class Remote:
@@ -40,9 +82,10 @@ class Remote:
                 raise ServingError(
                     f"{self.url}: answers {answer.status_code} {sentence(answer.text) or answer.reason_phrase}"
                 )
-            cards = {card["id"]: card for card in answer.json()["data"]}
+            models = checked(Models, answer.json(), f"{self.url}/v1/models", ServingError).data
+        cards = {card.id: card for card in models}
         self._name, self._models = _names(self.url, cards, files.spec.names)
-        self.limit = min(files.limit, cards[self._name].get("max_model_len") or files.limit)
+        self.limit = min(files.limit, cards[self._name].max_model_len or files.limit)
         self.place = f"{self.url}, which serves it as {self._name}"
 
     def conversation(self, setting: Setting) -> Conversation:
@@ -58,7 +101,7 @@ class Remote:
         try:
             started, first, seconds = time.perf_counter(), 0.0, 0.0
             ids: tuple[int, ...] = ()
-            usage: dict[str, Any] = {}
+            usage: Usage | None = None
             for new, said in self._events(fitting(turn, self.limit), sampling, stop):
                 usage = said or usage
                 if new:
@@ -83,7 +126,7 @@ class Remote:
         with ThreadPoolExecutor(len(turns)) as pool:
             return list(pool.map(whole, turns))
 
-    def _events(self, turn: Turn, sampling: Sampling, stop: Event) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
+    def _events(self, turn: Turn, sampling: Sampling, stop: Event) -> Iterator[tuple[Sequence[int], Usage | None]]:
         """New token ids and, where it is told, the usage."""
         request = turn.completion(
             self._models.get(turn.adapter, self._name),
@@ -119,16 +162,16 @@ class Remote:
             raise ServingError(f"{self.url}: does not answer as an OpenAI server does ({error!r})") from None
 
 
-def _names(url: str, cards: dict[str, Any], adapters: Sequence[str]) -> tuple[str, dict[str, str]]:
+def _names(url: str, cards: Mapping[str, Card], adapters: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The served name, and the models that are its adapters; none where the server lists no adapters.
 
     Raises:
         ServingError: the adapters are not this model's.
     """
-    names = [name for name, card in cards.items() if not card.get("parent")]
+    names = [name for name, card in cards.items() if not card.parent]
     if not names:
         raise ServingError(f"{url}: serves no model")
-    mine = {key.removeprefix(f"{names[0]}:"): key for key, card in cards.items() if card.get("parent") == names[0]}
+    mine = {key.removeprefix(f"{names[0]}:"): key for key, card in cards.items() if card.parent == names[0]}
     if mine and set(mine) != set(adapters):
         raise ServingError(
             f"{url}: serves another model: its adapters are {', '.join(sorted(mine))}",
@@ -137,18 +180,18 @@ def _names(url: str, cards: dict[str, Any], adapters: Sequence[str]) -> tuple[st
     return names[0], mine
 
 
-def _event(text: str) -> tuple[Sequence[int], dict[str, Any]]:
-    data = json.loads(text)
-    if "error" in data:
+def _event(text: str) -> tuple[Sequence[int], Usage | None]:
+    event = checked(Streamed, json.loads(text), "the server's answer", ServingError)
+    if event.error is not None:
         raise ServingError(f"the server says: {sentence(text)}")
     new: list[int] = []
-    for choice in data.get("choices") or []:
-        if choice.get("text") and choice.get("token_ids") is None:
+    for choice in event.choices or ():
+        if choice.text and choice.token_ids is None:
             raise ServingError("the server sends no token ids", hint="it has to be vLLM, 0.29 or later")
-        new += choice.get("token_ids") or []
-    return new, data.get("usage") or {}
+        new += choice.token_ids or ()
+    return new, event.usage
 
 
-def _cached(usage: dict[str, Any]) -> int | None:
-    cached: int | None = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    return cached
+def _cached(usage: Usage | None) -> int | None:
+    details = usage.prompt_tokens_details if usage else None
+    return details.cached_tokens if details else None
