@@ -5,9 +5,12 @@ because transformers and vLLM decide by it (windows, hybrids, rope). Config clas
 base.
 """
 
+import copy
 import json
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -15,6 +18,9 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from granite_switch.core import legacy
+from granite_switch.core.files import inside
+from granite_switch.core.layout import decoder_config
+from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE, SwitchSpec, architecture
 from granite_switch.errors import CheckpointError
 
@@ -77,6 +83,23 @@ class _Switched(_Config):
         return {**super().to_dict(), "model_type": MODEL_TYPE}
 
 
+def renewed(config: Any, folder: Path) -> Any:
+    """A config that was read from a folder's config.json, and that file's adapters, should they have changed since.
+
+    A `switch` that somebody changed in memory stays.
+    """
+    if not isinstance(config, _Switched) or Path(config._name_or_path).absolute() != folder.absolute():
+        return config
+    there = read_config(inside(folder, "config.json"))
+    if there.get("switch") in (None, config.switch) or json.dumps(config.switch) not in _READ:
+        return config
+    config = copy.deepcopy(config)
+    config.switch = there["switch"]
+    config.get_text_config().vocab_size = decoder_config(there)["vocab_size"]
+    return config
+
+
+_READ: deque[str] = deque(maxlen=64)  # every `switch` that came out of a file
 _MADE: dict[str, type[PreTrainedConfig]] = {}
 _LISTENERS: list[Callable[[type[PreTrainedConfig]], None]] = []
 
@@ -126,6 +149,7 @@ def __getattr__(name: str) -> Any:
 def _format_1(config_dict: dict[str, Any]) -> dict[str, Any]:
     if legacy.legacy_format(config_dict):
         config_dict = legacy.format_1_config(config_dict)
+    _READ.append(json.dumps(config_dict.get("switch")))
     if config_dict.get("model_type") == MODEL_TYPE and not isinstance(config_dict.get("switch"), dict):
         raise CheckpointError("config.json: model_type granite_switch without a `switch` object or a legacy format")
     return config_dict

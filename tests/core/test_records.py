@@ -103,9 +103,13 @@ def test_what_is_no_json(text: str | bytes, tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize(
-    "text", ["a: [", "!!python/object:os.system x", "? {a: b}\n: c", "[" * 20_000, "\x00", "- 0o9:x\n\t"]
-)
+LEVELS = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+
+
+@pytest.mark.parametrize("text", [
+    "a: [", "!!python/object:os.system x", "? {a: b}\n: c", "[" * 20_000, "\x00", "- 0o9:x\n\t",
+    "a: &a [*a]", "a0: &a0 [x, x]\n" + "\n".join(LEVELS),
+])  # fmt: skip
 def test_what_is_no_yaml(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(AdapterError, match=r"a\.yaml: cannot be read as YAML"):

@@ -8,6 +8,7 @@ and one process with limited memory for each worker.
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import resource
@@ -22,7 +23,10 @@ from pathlib import Path
 
 from mutations import mutate
 
+from granite_switch import gguf
+from granite_switch.cli.generate import read_document
 from granite_switch.cli.maintain import inspect as cli_inspect
+from granite_switch.cli.serve import _check as check_serving
 from granite_switch.compose import compose
 from granite_switch.compose.edit import add, remove, rename, update
 from granite_switch.compose.extract import extract
@@ -31,7 +35,12 @@ from granite_switch.compose.push import format_files
 from granite_switch.compose.sources import scan
 from granite_switch.compose.upgrade import upgrade
 from granite_switch.compose.verify import find_problems, verify
+from granite_switch.conversation import Conversation
+from granite_switch.core.model import read_model
 from granite_switch.errors import SwitchError
+from granite_switch.gguf.inspect import describe
+from granite_switch.play.engine import Model
+from granite_switch.vllm.calls import PATHS, Catalogue, Refused
 
 # comparing the tokenizer with transformers starts a process, which takes seconds: skip it in most cases
 for _module in ("write", "verify"):
@@ -51,6 +60,15 @@ def _described(at: Path, out: Path) -> None:
                 cli_inspect(str(at / f"legacy-{number}"))
         finally:
             sys.stdout = real
+
+
+def _asked(at: Path, out: Path) -> None:
+    """What clients send to the server, on every path."""
+    catalogue = Catalogue(("m",), read_model(at / "model")[1])
+    for file in sorted((at / "requests").iterdir()):
+        for path in sorted(PATHS):
+            with contextlib.suppress(Refused):
+                catalogue.read(path, file.read_bytes() if file.is_file() else b"")
 
 
 # the damaged folder, and the command that is run on it
@@ -75,6 +93,14 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
     ("legacy-2", lambda at, out: upgrade(at / "legacy-2", out)),
     ("legacy-3", lambda at, out: upgrade(at / "legacy-3", out)),
     ("legacy-1", _described),
+    ("model", lambda at, out: gguf.export(at / "model", out)),
+    ("legacy-3", lambda at, out: gguf.export(at / "legacy-3", out)),
+    ("gguf", lambda at, out: describe(at / "gguf/model.gguf")),
+    ("model", lambda at, out: Conversation(at / "model", system="Be brief.").ask("Who?", "n-lora")),
+    ("model", lambda at, out: Model.read(at / "model")),
+    ("model", lambda at, out: check_serving(str(at / "model"), [])),
+    ("requests", _asked),
+    ("documents", lambda at, out: read_document(at / "documents/one.json", 1)),
 )
 
 

@@ -14,6 +14,7 @@ from artefacts import ASSISTANT, make_adapter, make_base
 from layouts import write_old
 
 from granite_switch import compose
+from granite_switch.gguf import export
 
 IO_YAML = "model: null\nresponse_format: null\ntransformations: null\nparameters: {temperature: 0.5}\n"
 
@@ -35,6 +36,18 @@ def make(folder: Path) -> None:
     compose(base, [folder / "manifest/manifest.yaml"], folder / "model")
     for version in (1, 2, 3):
         write_old(folder / f"legacy-{version}", version, one, adapters, ["lora"])
+    export(folder / "model", folder / "gguf/model.gguf")
+    message = {"role": "user", "content": [{"type": "text", "text": "Who?"}], "adapter": "n-alora"}
+    requests = {
+        "chat": {"model": "m:n-lora", "messages": [message], "chat_template_kwargs": {"adapter_name": "n-lora"}},
+        "prompt": {"model": "m", "prompt": [[1, 2], [3]], "truncate_prompt_tokens": 4},
+        "responses": {"model": "m", "input": [message], "stream": True},
+    }
+    documents = {"one": [{"doc_id": "1", "title": "Tarn", "text": "It ends in the sea."}]}
+    for kind, files in (("requests", requests), ("documents", documents)):
+        (folder / kind).mkdir()
+        for name, data in files.items():
+            (folder / kind / f"{name}.json").write_text(json.dumps(data))
 
 
 if __name__ == "__main__":

@@ -125,8 +125,14 @@ def any_file(data: bytes, draw: Random) -> bytes:
     ))  # fmt: skip
 
 
+def gguf_file(data: bytes, draw: Random) -> bytes:
+    """The keys, and not the tensors behind them."""
+    at = draw.randrange(24, 20_000)
+    return any_file(data[:at], draw) + data[at:] if draw.random() < 0.5 else data[:at] + any_file(data[at:], draw)
+
+
 READERS: dict[str, Callable[[bytes, Random], bytes]] = {
-    ".json": json_file, ".yaml": yaml_file, ".safetensors": safetensors_file
+    ".json": json_file, ".yaml": yaml_file, ".safetensors": safetensors_file, ".gguf": gguf_file
 }  # fmt: skip
 
 

@@ -9,17 +9,23 @@ from typing import Any
 
 import pytest
 import yaml
-from artefacts import edit_json
-from recipes import Recipe, contents
+from artefacts import edit_json, make_adapter
+from recipes import SOAK, Recipe, contents
+from transformers import AutoModelForCausalLM
 
+import granite_switch.hf  # noqa: F401  (registers the Auto classes)
 from granite_switch import compose
+from granite_switch.cli.serve import _check as check_serving
 from granite_switch.compose.card import model_card
 from granite_switch.compose.composed import read_composed
-from granite_switch.compose.edit import remove, rename
+from granite_switch.compose.edit import remove, rename, update
 from granite_switch.compose.extract import extract
 from granite_switch.compose.inspect import inspect
 from granite_switch.compose.verify import verify
+from granite_switch.conversation import Conversation
 from granite_switch.errors import SwitchError
+from granite_switch.gguf import prepare
+from granite_switch.play.engine import Model
 
 COMMANDS: list[Callable[[Path, Path], Any]] = [
     lambda model, out: inspect(model),
@@ -138,3 +144,75 @@ def test_readers_see_one_state_of_a_model_that_is_changed(model: Path) -> None:
     assert len(seen) >= 20
     assert len({frozenset(names) for names in seen}) == 2
     read_composed(model)
+
+
+@pytest.mark.parametrize(("file", "key", "value"), [
+    ("config.json", "vocab_size", "5"), ("config.json", "max_position_embeddings", 0),
+    ("config.json", "num_attention_heads", None), ("config.json", "rms_norm_eps", "x"),
+    ("config.json", "rope_parameters", {"rope_type": 7}), ("config.json", "model_type", []),
+    ("generation_config.json", "eos_token_id", "</s>"), ("tokenizer_config.json", "bos_token", 4),
+])  # fmt: skip
+def test_what_runs_a_model_names_the_file_and_the_key(file: str, key: str, value: object, model: Path) -> None:
+    (model / "generation_config.json").touch()
+    data = json.loads((model / file).read_text() or "{}")
+    (model / file).write_text(json.dumps({**data, key: value}))
+    readers: list[Callable[[Path], Any]] = [prepare, Conversation, Model.read, lambda m: check_serving(str(m), [])]
+    errors = []
+    for reader in readers:
+        try:
+            reader(model)
+        except SwitchError as error:
+            errors.append(str(error))
+    assert errors
+    assert [error for error in errors if file not in error or key not in error] == []
+
+
+def test_serving_needs_no_options(model: Path) -> None:
+    check_serving(str(model), [])
+    with pytest.raises(SwitchError, match="--chat-template"):
+        check_serving(str(model), ["--port", "1", "--chat-template=x"])
+
+
+def state_loaded(model: Path) -> tuple[Any, ...]:
+    """What tells two states of a model apart: alpha and a weight of each adapter."""
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    weights = dict(loaded.named_parameters())
+    spec = loaded.config.switch_spec
+    return tuple(
+        (a.name, a.alpha, float(weights[f"{a.targets[0]}_lora.{a.name}-A"].detach().sum())) for a in spec.adapters
+    )
+
+
+def test_transformers_loads_one_state_of_a_model_that_is_changed(model: Path, base: Path, tmp_path: Path) -> None:
+    for number, version in enumerate(("v1", "v2"), 1):
+        for name in "ab":
+            make_adapter(tmp_path / version / name, base, rank=2, seed=number, alpha=4 * number)
+    changes = [
+        *(lambda version=version: update(model, [tmp_path / version]) for version in ("v1", "v2")),
+        lambda: rename(model, "a", "c"), lambda: rename(model, "c", "a"),
+    ]  # fmt: skip
+    states = set()
+    for change in changes:
+        change()
+        states.add(state_loaded(model))
+    assert len(states) == 3
+    done, problems = threading.Event(), []
+
+    def work() -> None:
+        while not done.is_set():
+            for change in changes:
+                change()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    seen: list[tuple[Any, ...]] = []
+    try:
+        while len(seen) < (200 if SOAK else 12):
+            seen.append(state_loaded(model))
+    except Exception as error:
+        problems.append(error)
+    finally:
+        done.set()
+        worker.join()
+    assert problems == []
+    assert [state for state in seen if state not in states] == []

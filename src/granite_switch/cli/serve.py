@@ -79,7 +79,7 @@ def _check(model: str, options: list[str]) -> None:
 
 def _option(options: list[str], name: str) -> str:
     """The value of one of vLLM's options; empty where it is not given."""
-    for word, following in zip(options, [*options[1:], ""], strict=True):
+    for word, following in zip(options, [*options, ""][1:], strict=True):
         key, equals, value = word.partition("=")
         if key.replace("_", "-") == name:
             return value if equals else following

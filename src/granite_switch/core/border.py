@@ -142,7 +142,7 @@ def read_json(path: Path, error: type[SwitchError] = CheckpointError, hint: str 
     try:
         text = _text(path)
         value = json.loads(text)
-        _check_depth(value)
+        _check_size(value)
         if _SURROGATE.search(text):  # a lone surrogate can be read but not written
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -166,14 +166,16 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8")
 
 
-def _check_depth(value: Any) -> None:
-    """Refuse deep nesting, which can be read but not written."""
+def _check_size(value: Any, most: int = LIMIT) -> None:
+    """Refuse deep nesting, which can be read but not written, and what YAML's aliases multiply."""
     level = [value]
     for _ in range(100):
         containers = [item for item in level if isinstance(item, (dict, list))]
         level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
         if not level:
             return
+        if len(level) > most:
+            raise ValueError(f"it has more than {most:,} values on one level")
     raise ValueError("it is nested more than 100 levels deep")
 
 
@@ -189,7 +191,9 @@ def read_yaml(path: Path) -> Any:
         AdapterError: the file is missing or not YAML.
     """
     try:
-        return yaml.safe_load(_text(path))
+        value = yaml.safe_load(_text(path))
+        _check_size(value, 100_000)
+        return value
     except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError, AttributeError, LookupError) as error:
         raise AdapterError(f"{path}: cannot be read as YAML ({str(error)[:300]})") from None
 

@@ -134,26 +134,32 @@ def in_hub_cache(path: Path) -> bool:
 T = TypeVar("T")
 
 
-def steady(folder: Path, read: Callable[[], T]) -> T:
+def steady(folder: Path, read: Callable[[], T], errors: tuple[type[Exception], ...] = (SwitchError, OSError)) -> T:
     """Return the result of `read`, called again if another command replaces the folder meanwhile.
+
+    Args:
+        folder: a model's folder.
+        read: called without arguments.
+        errors: what `read` raises if it finds files of two states; ignored if the folder has changed.
 
     Raises:
         CheckpointError: the folder keeps changing.
     """
     for _ in range(20):
-        before = _state(folder)
+        before = state_of(folder)
         try:
             result = read()
-        except (SwitchError, OSError):
-            if _state(folder) == before:
+        except errors:
+            if state_of(folder) == before:
                 raise
             continue
-        if _state(folder) == before:
+        if state_of(folder) == before:
             return result
     raise CheckpointError(f"{folder}: changes while it is read", hint="wait until the other command has finished")
 
 
-def _state(folder: Path) -> tuple[int, ...]:
+def state_of(folder: Path) -> tuple[int, ...]:
+    """Return what changes if a folder, or a file in it, is replaced."""
     try:
         found = folder.stat()
     except OSError:

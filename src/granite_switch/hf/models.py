@@ -5,7 +5,10 @@ base's forward with everything else as it came; the linears' updates join by hoo
 adds what concerns logits and labels. Classes are made on demand, and found again by name when they are unpickled.
 """
 
+import os
 from functools import cache
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +22,8 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from granite_switch.config import config_class
+from granite_switch.config import config_class, renewed
+from granite_switch.core.files import steady
 from granite_switch.core.spec import SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, RoutingError
 from granite_switch.hf.arguments import Arguments, with_signature
@@ -78,8 +82,15 @@ class SwitchPreTrainedModel(_Model):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        """As `PreTrainedModel.from_pretrained`. A folder that another command replaces meanwhile is loaded again."""
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        folder = Path(name) if isinstance(name, str | PathLike) and os.path.isdir(name) else None
+
+        def load() -> Any:
+            config = {"config": renewed(kwargs["config"], folder)} if folder and "config" in kwargs else {}
+            return super(SwitchPreTrainedModel, cls).from_pretrained(*args, **{**kwargs, **config})
+
+        loaded = steady(folder, load, (Exception,)) if folder else load()
         decoder_of(loaded[0] if isinstance(loaded, tuple) else loaded).attach_adapters()
         return loaded
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from granite_switch.core import legacy
+from granite_switch.core.files import state_of
 from granite_switch.core.layout import AdapterTensor, parse_key
-from granite_switch.core.spec import AdapterSpec, architecture
+from granite_switch.core.records import read_config
+from granite_switch.core.spec import AdapterSpec, SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, ServingError
 from granite_switch.vllm.linears import Place, find
 from granite_switch.vllm.lora import SwitchedLinear, lora_layer, make_router
@@ -43,6 +46,7 @@ class Switched(_Decoder):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.spec = config.switch_spec
         self.load_format = vllm_config.load_config.load_format
+        self.folder = Path(vllm_config.model_config.model)
         text = config.get_text_config()
         self.router = make_router(self.spec, vllm_config)
         self.dtype = vllm_config.model_config.dtype
@@ -93,15 +97,29 @@ class Switched(_Decoder):
         Called again (vLLM reloads weights, or a trainer sends new ones), it renews the adapters if they come along.
 
         Raises:
-            CheckpointError: adapter tensors are missing, unknown or of another shape than config.json says.
+            CheckpointError: adapter tensors are missing, unknown or of another shape than config.json says, or another
+                command has replaced the folder.
         """
+        before = state_of(self.folder)
         loaded = super().load_weights(self._set_adapters_aside(weights))
+        if not self.linears:
+            self._check_state(before)
         names = {tensor.key for tensor in self.aside}
         if self.aside or not self.linears:
             self._check_adapters()
         if self.linears:
             self._fill()
         return loaded | names
+
+    def _check_state(self, before: tuple[int, ...]) -> None:
+        """Config and weights must be of one state of the folder: vLLM reads them at different times."""
+        path = self.folder / "config.json"
+        now = read_config(path).get("switch") if path.is_file() else None
+        if state_of(self.folder) != before or (now and SwitchSpec.from_dict(now).adapters != self.spec.adapters):
+            raise CheckpointError(
+                f"{self.folder}: was changed while it was loaded",
+                hint="start again when the other command has finished",
+            )
 
     def _set_adapters_aside(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._as_format_1(weights):
