@@ -22,7 +22,7 @@ from granite_switch.core.files import inside
 from granite_switch.core.layout import decoder_config
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import MODEL_TYPE, SwitchSpec, architecture
-from granite_switch.errors import CheckpointError
+from granite_switch.errors import CheckpointError, SwitchError
 
 
 class SwitchConfig(PreTrainedConfig):
@@ -70,7 +70,12 @@ class _Switched(_Config):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         config_dict = {key: value for key, value in _format_1(config_dict).items() if key != "model_type"}
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except SwitchError:
+            raise
+        except Exception as error:  # whatever the base's class says of its keys
+            raise CheckpointError(f"config.json: {' '.join(str(error).split())[:300]}") from None
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -108,11 +108,15 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
 
     import granite_switch.hf  # noqa: F401  (registers the Auto classes)
     from granite_switch.config import GraniteSwitchConfig
+    from granite_switch.core.files import inside
+    from granite_switch.core.records import read_config
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if "/" in model and not os.path.exists(model) and (Path(model).is_absolute() or model.startswith(".")):
         raise CheckpointError(f"{model}: no such folder")
+    if os.path.isdir(model):
+        read_config(inside(Path(model), "config.json"))
     try:
         config = AutoConfig.from_pretrained(model)
         if not isinstance(config, GraniteSwitchConfig):
