@@ -210,6 +210,12 @@ def read_adapter_index(folder: Path) -> AdapterIndex:
     return read(path, AdapterIndex) if path.is_file() else AdapterIndex()
 
 
+class GenerationConfig(Record):
+    """generation_config.json."""
+
+    eos_token_id: TokenId | list[TokenId] | None = None
+
+
 class QuantisedWeights(Record):
     """`weights` of one of compressed-tensors' `config_groups`."""
 
