@@ -71,6 +71,13 @@ def _asked(at: Path, out: Path) -> None:
                 catalogue.read(path, file.read_bytes() if file.is_file() else b"")
 
 
+def _documents(at: Path, out: Path) -> None:
+    """What is given with --document; a pipe is waited for, as `-d <(command)` wants."""
+    path = at / "documents/one.json"
+    if not path.is_fifo():
+        read_document(path, 1)
+
+
 # the damaged folder, and the command that is run on it
 COMMANDS: tuple[tuple[str, Command], ...] = (
     ("base", lambda at, out: compose(at / "base", [at / "adapters"], out)),
@@ -100,7 +107,7 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
     ("model", lambda at, out: Model.read(at / "model")),
     ("model", lambda at, out: check_serving(str(at / "model"), [])),
     ("requests", _asked),
-    ("documents", lambda at, out: read_document(at / "documents/one.json", 1)),
+    ("documents", _documents),
 )
 
 
@@ -132,7 +139,7 @@ def run(number: int, seed: int, material: Path, place: Path) -> tuple[str, str]:
     done = f"case {number}: {damaged}/{mutate(at / damaged, draw)}"
     before = state(place)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing
-    signal.alarm(30 * SECONDS)  # of waiting, which a busy machine does too
+    signal.alarm(15 * SECONDS)  # of waiting, which a busy machine does too
     try:
         command(at, out)
         failed = False
