@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from granite_switch.cli import app
+from granite_switch.cli.generate import read_document
+from granite_switch.errors import SwitchError
 
 runner = CliRunner()
 
@@ -104,6 +106,13 @@ def test_generate_refuses(options: list[str], words: str, composed: Path) -> Non
     result = runner.invoke(app, ["generate", str(composed), "-m", "Where?", *options])
     assert result.exit_code == 1
     assert words in str(result.exception)
+
+
+@pytest.mark.parametrize("text", ["{", "7", '["a"]', "[" * 20_000])
+def test_documents_are_objects(text: str, tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(SwitchError, match=r"--document .*d\.json: is n"):
+        read_document(tmp_path / "d.json", 1)
 
 
 def test_generate_refuses_what_holds_no_adapters(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from artefacts import edit_json, make_adapter, make_base
-from gguf import GGUFReader, TokenType, dequantize
+from gguf import GGUFReader, GGUFWriter, TokenType, dequantize
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
@@ -378,6 +378,31 @@ def test_describe(model: Path, exported: Path, tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(exported.read_bytes()[:3000])
     with pytest.raises(CheckpointError, match="cut off"):
         describe(tmp_path / "short")
+
+
+def test_describe_what_is_damaged(exported: Path, tmp_path: Path) -> None:
+    data = exported.read_bytes()
+    key = b"graniteswitch.adapters.token_ids_activate"
+    at = data.index(key) + len(key) + 8  # behind the types of the array and of its elements
+    (tmp_path / "long").write_bytes(data[:at] + (1 << 60).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(CheckpointError, match="it ends before byte"):
+        describe(tmp_path / "long")
+    writer = GGUFWriter(tmp_path / "wrong", "graniteswitch")
+    writer.add_string("graniteswitch.block_count", "two")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError) as caught:
+        describe(tmp_path / "wrong")
+    assert "graniteswitch.block_count must be a number" in "".join(caught.value.problems)
+    for old, new, message in (
+        (b'"format_version": 1', b'"format_version": 7', r"granite_switch\.switch: .*format 7"),
+        (b"granite_switch.adapters.ranks", b"granite_switch.adapters.xanks", "contradict each other"),
+    ):
+        assert data.count(old) == 1
+        (tmp_path / "other").write_bytes(data.replace(old, new))
+        with pytest.raises(CheckpointError, match=message):
+            describe(tmp_path / "other")
 
 
 def test_unknown_outtype_fails_before_anything_is_written(model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from granite_switch.errors import ServingError
 from granite_switch.play import views
 from granite_switch.play.engine import Model
 from granite_switch.play.local import Local
-from granite_switch.play.remote import Remote
+from granite_switch.play.remote import Remote, _event
 from granite_switch.play.session import Session
 
 
@@ -75,3 +75,20 @@ def test_files_of_a_plain_model_are_refused(local: Local, served: str) -> None:
     assert httpx.get(f"{served}/v1/models").status_code == 200
     with pytest.raises(CheckpointError, match="not a composed model"):
         Model.read(ROOT / "sample" / "base")
+
+
+@pytest.mark.parametrize("line", [
+    "[]", "{", '{"choices": 5}', '{"choices": [7]}', '{"choices": [{"token_ids": ["a"]}]}', '{"usage": []}',
+    '{"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": "many"}}}',
+])  # fmt: skip
+def test_an_event_that_is_no_completions(line: str, local: Local, served: str) -> None:
+    with pytest.raises(ServingError, match="answer"), Remote(served, local.files)._reaching():
+        _event(line)
+
+
+def test_models_that_are_no_list_of_records(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer in ([], {"data": 5}, {"data": [{"id": 7}]}, {"data": [{"id": "m", "max_model_len": "long"}]}):
+        response = httpx.Response(200, json=answer)
+        monkeypatch.setattr(httpx.Client, "get", lambda *_, response=response, **__: response)
+        with pytest.raises(ServingError, match="/v1/models"):
+            Remote("http://127.0.0.1:1", local.files)

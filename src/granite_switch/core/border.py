@@ -121,7 +121,8 @@ def _key(location: tuple[str | int, ...]) -> str:
     for part in location:
         if isinstance(part, str) and _MEMBERS.fullmatch(part):
             continue
-        plain = isinstance(part, str) and part.isidentifier() and len(part) < 60
+        words = part.split(".") if isinstance(part, str) and not result else [str(part)]
+        plain = isinstance(part, str) and all(map(str.isidentifier, words)) and len(part) < 60
         result += (f".{part}" if result else str(part)) if plain else f"[{shown(part)}]"
     return result
 

@@ -15,8 +15,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from granite_switch.core.tokenizer import read_tokenizer
-
 _QUESTION = "Where does the river end, and who lives near the harbour? " * 16
 _TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # of a log-probability
 _NEW_TOKENS = 16
@@ -83,6 +81,7 @@ def table(rows: list[Row], title: str) -> Table:
 def _prompts(model: Path) -> dict[str, list[int]]:
     """Name of a row to its token ids."""
     from granite_switch.config import SwitchConfig
+    from granite_switch.core.tokenizer import read_tokenizer
 
     spec = SwitchConfig.from_pretrained(model).switch_spec
     text = list(read_tokenizer(model).library.encode(_QUESTION, add_special_tokens=False).ids)
