@@ -13,6 +13,7 @@ from granite_switch.compose.base import Base
 from granite_switch.compose.tokenizer import without
 from granite_switch.compose.write import io_config
 from granite_switch.core import legacy
+from granite_switch.core.border import shown
 from granite_switch.core.chat import unwrap
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
@@ -60,6 +61,13 @@ def read_composed(folder: Path) -> Composed:
         )
     tokenizer = read_tokenizer(folder)
     first = min(spec.control_slots)
+    added = {token["content"] for token in tokenizer.data.get("added_tokens", ())}
+    if beyond := {text: i for text, i in tokenizer.tokens.items() if i >= (spec.rows if text in added else first)}:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: {len(beyond)} tokens have ids of control tokens or above {spec.rows - 1}",
+            problems=[f"{shown(text)} has id {i}" for text, i in beyond.items()],
+            hint=f"{VERIFY} {folder}",
+        )
     base = Base(
         folder,
         _base_config(config, spec),
