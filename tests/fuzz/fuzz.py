@@ -28,6 +28,7 @@ from granite_switch.cli.generate import read_document
 from granite_switch.cli.maintain import inspect as cli_inspect
 from granite_switch.cli.serve import _check as check_serving
 from granite_switch.compose import compose
+from granite_switch.compose.base import read_base
 from granite_switch.compose.edit import add, remove, rename, update
 from granite_switch.compose.extract import extract
 from granite_switch.compose.inspect import inspect, strengths
@@ -78,6 +79,13 @@ def _documents(at: Path, out: Path) -> None:
         read_document(path, 1)
 
 
+def _quantised(at: Path, out: Path) -> None:
+    """One base of each format; one of them is damaged."""
+    for base in sorted((at / "quantised").iterdir()):
+        with contextlib.suppress(SwitchError):
+            read_base(base)
+
+
 # the damaged folder, and the command that is run on it
 COMMANDS: tuple[tuple[str, Command], ...] = (
     ("base", lambda at, out: compose(at / "base", [at / "adapters"], out)),
@@ -108,6 +116,7 @@ COMMANDS: tuple[tuple[str, Command], ...] = (
     ("model", lambda at, out: check_serving(str(at / "model"), [])),
     ("requests", _asked),
     ("documents", _documents),
+    ("quantised", _quantised),
 )
 
 

@@ -4,14 +4,18 @@ python material.py FOLDER
 """
 
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "legacy")]
 
 from artefacts import ASSISTANT, make_adapter, make_base
+from families import make_decoder
 from layouts import write_old
+from quantised import FORMATS, meant_by, quantise
 
 from granite_switch import compose
 from granite_switch.gguf import export
@@ -37,6 +41,10 @@ def make(folder: Path) -> None:
     for version in (1, 2, 3):
         write_old(folder / f"legacy-{version}", version, one, adapters, ["lora"])
     export(folder / "model", folder / "gguf/model.gguf")
+    with tempfile.TemporaryDirectory() as place:
+        plain = make_decoder(Path(place), "granite", intermediate_size=192)
+        for name in FORMATS:
+            shutil.rmtree(meant_by(quantise(plain, folder / "quantised" / name, name)))
     message = {"role": "user", "content": [{"type": "text", "text": "Who?"}], "adapter": "n-alora"}
     requests = {
         "chat": {"model": "m:n-lora", "messages": [message], "chat_template_kwargs": {"adapter_name": "n-lora"}},
