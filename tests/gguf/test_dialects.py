@@ -174,7 +174,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("hybrid", {"layer_types": None}, "layer_types linear_attention"),
     ("hybrid", {"layer_types": ...}, "layer_types linear_attention"),
     ("hybrid", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
-    ("hybrid", {"shared_intermediate_size": 40}, "where config.json says"),
+    ("hybrid", {"shared_intermediate_size": 40}, "but config.json says"),
     ("granite", {"logits_scaling": 0}, "logits_scaling 0"),
 ]
 
@@ -260,7 +260,7 @@ def test_a_template_that_writes_the_first_token(models: dict[str, Path], tmp_pat
     compose(base, [tmp_path / "llama" / "adapters"], model)
     plan = export(model, tmp_path / "model.gguf")
     assert not plan.vocabulary.add_bos
-    assert "not rendered has to begin" in plan.warnings[0]
+    assert "other prompts must begin" in plan.warnings[0]
     engine, tokenizer = Engine(tmp_path / "model.gguf"), PreTrainedTokenizerFast.from_pretrained(model)
     llm = Llama(str(tmp_path / "model.gguf"), n_ctx=64, verbose=False, vocab_only=True)
     template = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], eos_token=ROLES[0], bos_token=ROLES[0])

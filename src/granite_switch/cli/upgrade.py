@@ -16,12 +16,12 @@ def register(app: typer.Typer) -> None:
 
 def upgrade(
     old: Annotated[str, typer.Argument(help="Checkpoint in a legacy format: local folder or hub id.")],
-    new: Annotated[Path, typer.Argument(help="Folder to make.")],
+    new: Annotated[Path, typer.Argument(help="Folder to create.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or what is wrong.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or the error.")] = False,
 ) -> None:
-    """Rewrite a checkpoint in a legacy format as format 1."""
+    """Convert a checkpoint from a legacy format to format 1."""
     from granite_switch.compose.sources import model_folder
     from granite_switch.compose.upgrade import prepare
     from granite_switch.compose.write import write_model

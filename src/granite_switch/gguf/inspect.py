@@ -1,4 +1,4 @@
-"""What a GGUF file of the `graniteswitch` architecture says of itself, also one that another converter wrote."""
+"""Summarise a `graniteswitch` GGUF file, including files from other converters."""
 
 import json
 import os
@@ -12,34 +12,35 @@ from granite_switch.gguf.write import ARCH
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The file's adapters and what carries them, ready for JSON.
+    """A summary of a GGUF file's model and adapters, in JSON types.
 
     Args:
         path: a GGUF file.
 
     Returns:
         `file`, `bytes`, `architecture`, `base_model`, `outtype`, `pre_tokenizer`, `layers`, `context`, `vocab_size`,
-        `lora_rank` (to which all are padded), `adapter_bytes` (of their stacks), and `adapters`: one record each with
-        `slot`, `name`, `control_token`, `token_id`, `substitute`, `substitute_token_id`, and from files of this
-        project `technology`, `rank`, `alpha`, `target_modules`, `invocation_text`, `source`, `sha256`, `io_config`.
+        `lora_rank` (to which all adapters are padded), `adapter_bytes` (padded), and `adapters`, a list of records with
+        `slot`, `name`, `control_token`, `token_id`, `substitute`, `substitute_token_id`, and if this project wrote the
+        file `technology`, `rank`, `alpha`, `target_modules`, `invocation_text`, `source`, `sha256`, `io_config`.
 
     Raises:
-        CheckpointError: no GGUF file, or one of another architecture.
+        CheckpointError: it is not a GGUF file, or has another architecture.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
     try:
         reader = GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError) as error:
-        raise CheckpointError(f"{path}: is not a GGUF file, or is cut off ({error})") from None
-    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        raise CheckpointError(f"{path} is not a GGUF file, or is truncated ({error})") from None
+    wanted = ("tokenizer.ggml.tokens", "tokenizer.ggml.pre")
+    keys = {n: f.contents() for n, f in reader.fields.items() if n in wanted or not n.startswith("tokenizer.")}
     architecture = keys.get("general.architecture")
     if architecture != ARCH:
         raise CheckpointError(
-            f"{path}: holds no adapters: its architecture is {architecture!r}, not {ARCH!r}",
-            hint="granite-switch export gguf MODEL --output FILE writes one that does",
+            f"{path} has no adapters: its architecture is {architecture!r}, not {ARCH!r}",
+            hint="export one that has: granite-switch export gguf MODEL --output FILE",
         )
-    tokens = reader.fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in reader.fields else []
+    tokens = keys.get("tokenizer.ggml.tokens", [])
     stacks = [tensor for tensor in reader.tensors if tensor.name.endswith((".lora_a", ".lora_b"))]
     switch = json.loads(keys.get("granite_switch.switch", "{}"))
     return {
@@ -48,9 +49,7 @@ def describe(path: Path) -> dict[str, Any]:
         "architecture": architecture,
         "base_model": switch.get("base_model", ""),
         "outtype": _outtype(keys.get("general.file_type"), reader.tensors),
-        "pre_tokenizer": reader.fields["tokenizer.ggml.pre"].contents()
-        if "tokenizer.ggml.pre" in reader.fields
-        else "",
+        "pre_tokenizer": keys.get("tokenizer.ggml.pre", ""),
         "layers": keys[f"{ARCH}.block_count"],
         "context": keys[f"{ARCH}.context_length"],
         "vocab_size": len(tokens) or keys.get(f"{ARCH}.vocab_size"),
