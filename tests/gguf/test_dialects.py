@@ -163,7 +163,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": ROPES[-2]}, "rope_scaling: type 'llama3'"),
     ("llama", {"rope_parameters": ROPES[-1]}, "type 'longrope' .* rope_factors_long.weight"),
     ("mistral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic' .* graniteswitch; use"),
-    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention of type"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "type 'default': full_attention"),
     ("llama", {"sliding_window": 8}, "sliding_window 8"),
     ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
     ("mistral", {"sliding_window": ...}, "sliding_window 4096"),

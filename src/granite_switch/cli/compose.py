@@ -85,7 +85,8 @@ def compose(
         warn(warning)
     if output and not dry_run:
         _write(plan, output, force)
-    _report(plan, output, dry_run, as_json)
+    written = f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})"
+    report(plan, written if output or dry_run else "", as_json)
     if push and not dry_run:
         _push(plan, output, push, private)
 
@@ -105,14 +106,15 @@ def _default_output(base: str) -> Path:
     return Path(f"{name}-switch")
 
 
-def _report(plan: "Plan", output: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Print what was composed, or would be with `dry_run`."""
+def report(plan: "Plan", written: str, as_json: bool) -> None:
+    """Print a plan: as JSON, or as a table and a line on what was written."""
     if as_json:
-        say_json(as_dict(plan))
+        record = {"switch": plan.spec.to_dict(), "vocab_size": plan.vocab_size, "bytes": _bytes(plan)}
+        say_json({**record, "warnings": list(plan.warnings), "notes": list(plan.notes)})
         return
-    say(summary(plan))
-    if output or dry_run:
-        say(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
+    say(_summary(plan))
+    if written:
+        say(written)
 
 
 def _push(plan: "Plan", output: Path | None, repository: str, private: bool) -> None:
@@ -135,7 +137,7 @@ def _write(plan: "Plan", output: Path, force: bool) -> None:
         write_model(plan, folder, advance)
 
 
-def summary(plan: "Plan") -> Table:
+def _summary(plan: "Plan") -> Table:
     """The plan as a table, with a row per adapter."""
     title = f"{plan.spec.base_model}: {size(plan.checkpoint.nbytes)}, vocabulary {plan.vocab_size:,}"
     table = Table(title=title, title_justify="left")
@@ -160,17 +162,6 @@ def summary(plan: "Plan") -> Table:
             where,
         )
     return table
-
-
-def as_dict(plan: "Plan") -> dict[str, Any]:
-    """The plan in JSON types."""
-    return {
-        "switch": plan.spec.to_dict(),
-        "vocab_size": plan.vocab_size,
-        "bytes": _bytes(plan),
-        "warnings": list(plan.warnings),
-        "notes": list(plan.notes),
-    }
 
 
 def show_sources(sources: list[str], revision: str | None, selection: tuple[Any, ...], as_json: bool) -> None:

@@ -105,7 +105,6 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     import granite_switch.hf  # noqa: F401  (registers the Auto classes)
-    from granite_switch.config import GraniteSwitchConfig
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -113,7 +112,7 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
         raise CheckpointError(f"{model}: no such folder")
     try:
         config = AutoConfig.from_pretrained(model)
-        if not isinstance(config, GraniteSwitchConfig):
+        if getattr(config, "switch", None) is None:
             raise CheckpointError(
                 f"{model} is not a composed model: its model_type is {config.model_type!r}",
                 hint="make one with granite-switch compose",

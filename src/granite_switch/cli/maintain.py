@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from granite_switch.cli.compose import as_dict, summary
+from granite_switch.cli.compose import report
 from granite_switch.cli.console import console, notes, say, say_json, size, warn
 from granite_switch.errors import AdapterError, CheckpointError
 
@@ -65,11 +65,11 @@ def inspect(
             json.dumps({"legacy_format": number, "notes": lines}) if as_json else "\n".join(lines), markup=False
         )
         return
-    report = look(folder)
+    found = look(folder)
     if as_json:
-        say_json(report.to_dict())
+        say_json(found.to_dict())
     else:
-        _show(report)
+        _show(found)
     if plot:
         draw(strengths(folder), plot)
         if not as_json:
@@ -238,11 +238,7 @@ def _changed(plan: "Plan", where: str | Path, as_json: bool) -> None:
     notes(plan.notes)
     for warning in plan.warnings:
         warn(warning)
-    if as_json:
-        say_json(as_dict(plan))
-        return
-    say(summary(plan))
-    say(f"written: {where}")
+    report(plan, f"written: {where}", as_json)
 
 
 def _show(report: "Report") -> None:

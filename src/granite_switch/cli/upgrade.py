@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from granite_switch.cli.compose import as_dict, summary
-from granite_switch.cli.console import progress, say, say_json, size
+from granite_switch.cli.compose import report
+from granite_switch.cli.console import progress, size
 
 
 def register(app: typer.Typer) -> None:
@@ -34,8 +34,4 @@ def upgrade(
     if not dry_run:
         with staged(new, force=force) as folder, progress("upgrading", total) as advance:
             write_model(plan, folder, advance)
-    if as_json:
-        say_json(as_dict(plan))
-        return
-    say(summary(plan))
-    say(f"{'would be written' if dry_run else 'written'}: {new} ({size(total)})")
+    report(plan, f"{'would be written' if dry_run else 'written'}: {new} ({size(total)})", as_json)

@@ -147,8 +147,8 @@ class SwitchDecoder(Arguments, _Model):
         self.switch = Switch(spec, size)
         self.hiding = Hiding(spec, size) if spec.hiding else None
         self.switch_scope = Scope()
-        self.switch_sites: list[Site] = add_updates(self, spec, prefix)
-        wrap_layers(self, self.switch_sites, self.switch_scope)
+        self.switch_sites: list[Site] = add_updates(self, spec, prefix, self.switch_scope)
+        wrap_layers(self, self.switch_sites)
         add_plans(self, self.switch_sites)
         record_outputs(self)
         self._accepted = accepted_arguments(self)
@@ -157,7 +157,7 @@ class SwitchDecoder(Arguments, _Model):
     def attach_adapters(self) -> None:
         """Hook the current linears. Every forward does this; call it yourself before `torch.compile`."""
         for site in self.switch_sites:
-            site.attach(self.switch_scope)
+            site.attach()
 
     def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
         kwargs = self._arguments(args, kwargs)

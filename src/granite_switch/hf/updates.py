@@ -140,40 +140,30 @@ class _Unused(torch.autograd.Function):
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
-class Hook:
-    """The forward hook of one linear."""
-
-    def __init__(self, site: "Site", scope: Scope) -> None:
-        self.site, self.scope = site, scope
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        routing = self.scope.get()
-        if routing is None:
-            raise RoutingError(
-                f"{self.site.path} was called outside the model's forward, so its tokens have no slots",
-                hint="call the model or its decoder, not a layer alone",
-            )
-        routing.called.add(self.site.path)
-        if routing.groups is not None and not routing.groups.groups and not torch.is_grad_enabled():
-            return None
-        if not args or not isinstance(output, Tensor):
-            raise RoutingError(f"{self.site.path}: adapters need a linear that maps one positional tensor to a tensor")
-        return self.site.updates(args[0], output, routing)
-
-
 class Site:
-    """A linear, its `Updates`, and the hook that connects them."""
+    """A linear, its `Updates`, and the forward hook that connects them."""
 
-    def __init__(self, path: str, parent: nn.Module, name: str) -> None:
-        self.path, self.parent, self.name = path, parent, name
+    def __init__(self, path: str, parent: nn.Module, name: str, scope: Scope) -> None:
+        self.path, self.parent, self.name, self.scope = path, parent, name, scope
         self.hooked: nn.Module | None = None
         self.handle: Any = None
 
-    @property
-    def updates(self) -> Updates:
-        return self.parent._modules[self.name + SUFFIX]  # type: ignore[return-value]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The hook: return the linear's output with the updates added."""
+        routing = self.scope.get()
+        if routing is None:
+            raise RoutingError(
+                f"{self.path} was called outside the model's forward, so its tokens have no slots",
+                hint="call the model or its decoder, not a layer alone",
+            )
+        routing.called.add(self.path)
+        if routing.groups is not None and not routing.groups.groups and not torch.is_grad_enabled():
+            return None
+        if not args or not isinstance(output, Tensor):
+            raise RoutingError(f"{self.path}: adapters need a linear that maps one positional tensor to a tensor")
+        return self.parent._modules[self.name + SUFFIX](args[0], output, routing)  # type: ignore[misc]
 
-    def attach(self, scope: Scope) -> None:
+    def attach(self) -> None:
         """Hook the linear that currently has this path, unless it is hooked already."""
         linear = self.parent._modules.get(self.name)
         if linear is self.hooked:
@@ -185,7 +175,7 @@ class Site:
             )
         if self.handle is not None:
             self.handle.remove()
-        self.handle = linear.register_forward_hook(Hook(self, scope))
+        self.handle = linear.register_forward_hook(self)
         self.hooked = linear
 
     def check(self) -> None:
@@ -197,13 +187,14 @@ class Site:
             )
 
 
-def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str) -> list[Site]:
+def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str, scope: Scope) -> list[Site]:
     """Register an `Updates` next to every linear that an adapter targets; return a site for each.
 
     Args:
         model: the module that contains the linears.
         spec: the adapters.
         prefix: prefix of the checkpoint's paths that the model's own paths lack.
+        scope: passes the routing to the hooks.
 
     Raises:
         CheckpointError: the model lacks targeted linears; lists them.
@@ -219,7 +210,7 @@ def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str) -> list[Site]:
             continue
         parent, _, name = path.rpartition(".")
         modules[parent].register_module(name + SUFFIX, Updates(spec, linear, out, width))
-        sites.append(Site(path, modules[parent], name))
+        sites.append(Site(path, modules[parent], name, scope))
     if missing:
         raise CheckpointError(
             f"adapters target linears that {type(model).__name__} does not have",
@@ -294,7 +285,7 @@ def _new_layer(base: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def wrap_layers(model: nn.Module, sites: list[Site], scope: Scope) -> None:
+def wrap_layers(model: nn.Module, sites: list[Site]) -> None:
     """Turn every decoder layer that contains a site into a `Layer`."""
     for site in sites:
         parts = site.path.split(".")
@@ -304,5 +295,5 @@ def wrap_layers(model: nn.Module, sites: list[Site], scope: Scope) -> None:
         layer: Any = model.get_submodule(".".join(parts[: at + 1]))
         if not isinstance(layer, Layer):
             layer.__class__ = layer_class(layer.__class__)
-            layer.switch_scope, layer.switch_paths = scope, set()
+            layer.switch_scope, layer.switch_paths = site.scope, set()
         layer.switch_paths.add(site.path)

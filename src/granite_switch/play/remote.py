@@ -1,6 +1,6 @@
-"""The engine on a running server, `granite-switch serve` or `vllm serve`. Both sides exchange token ids.
+"""The engine on a running server, `granite-switch serve` or `vllm serve`. Prompts and answers are sent as token ids.
 
-The server computes exactly the ids that are rendered here, so the trace is exact. Cache counts are as reported by it.
+So the server computes exactly the ids that are rendered here, and the trace is exact. Cache counts are the server's.
 """
 
 import json

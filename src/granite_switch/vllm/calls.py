@@ -127,20 +127,20 @@ class Catalogue:
                 raise Refused("chat_template is not a composed model's, so adapters and users' text would be misread")
         key = "input" if path.startswith("/v1/responses") or (path in _EITHER and "input" in data) else "messages"
         messages = data.get(key)
-        said = self._said(messages) if isinstance(messages, list) else [None]
-        listed = self._listed(data, said if any(said) else None)
-        last = listed[len(said) - 1] if said and len(listed) >= len(said) else None
+        own = self._from_messages(messages) if isinstance(messages, list) else [None]
+        listed = self._per_user_message(data, own if any(own) else None)
+        last = listed[len(own) - 1] if own and len(listed) >= len(own) else None
         named = self._agreed(model=adapter, adapter_name=kwargs.get("adapter_name"), message=last)
         new: dict[str, Any] = {"adapter_name": adapter} if adapter else {}
         change: dict[str, Any] = {}
-        if any(said) and isinstance(messages, list):
-            new["message_adapters"] = [*said[:-1], named]
+        if any(own) and isinstance(messages, list):
+            new["message_adapters"] = [*own[:-1], named]
             change[key] = [_without(message) for message in messages]
         if new:
             change["chat_template_kwargs"] = kwargs | new
         return change, self._slot(named or self.defaults.get("adapter_name"))
 
-    def _said(self, messages: list[Any]) -> list[str | None]:
+    def _from_messages(self, messages: list[Any]) -> list[str | None]:
         """The adapter of each user message, from the messages' own `adapter`."""
         found: list[str | None] = []
         for message in messages:
@@ -156,12 +156,12 @@ class Catalogue:
                 raise Refused(f"adapter: only user messages can name one; {name!r} is in another message")
         return found
 
-    def _listed(self, data: Mapping[str, Any], said: Sequence[str | None] | None) -> list[Any]:
+    def _per_user_message(self, data: Mapping[str, Any], own: Sequence[str | None] | None) -> list[Any]:
         """The adapter of each user message, from the messages or `message_adapters`; empty if neither names any."""
         given = (data.get("chat_template_kwargs") or {}).get("message_adapters")
-        if said is not None and given not in (None, said):
+        if own is not None and given not in (None, own):
             raise Refused("message_adapters differs from the messages' own `adapter`")
-        listed = given if said is None else said
+        listed = given if own is None else own
         if listed is None:
             return []
         if not isinstance(listed, list):
