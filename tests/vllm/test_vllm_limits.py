@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_not_ours_goes_to_the_class_that_was_there(composed
 
 @pytest.mark.parametrize("options", [{"enable_lora": True, "enable_prompt_embeds": True}, {"runner": "pooling"}])
 def test_an_engine_refuses_at_its_start(composed: Path, options: Any) -> None:
-    with pytest.raises(Exception, match=r"cannot be served like this(?s:.*)--(enable-lora|runner)"):
+    with pytest.raises(Exception, match=r"cannot be served with these settings(?s:.*)--(enable-lora|runner)"):
         start(composed, **options)
 
 

@@ -23,16 +23,16 @@ def register(app: typer.Typer) -> None:
 
 
 def compose(
-    base: Annotated[str, typer.Argument(help="Base model: local folder or hub id.")],
+    base: Annotated[str, typer.Argument(help="Base model: local folder or hub id.", metavar="BASE")],
     adapters: Annotated[
         list[str],
         typer.Option("--adapters", "-a", help="PEFT adapter, library, YAML manifest or hub id; repeatable."),
     ],
-    more: Annotated[list[str] | None, typer.Argument(help="More adapter sources.", metavar="[SOURCE]...")] = None,
+    more: Annotated[list[str] | None, typer.Argument(help="More adapter sources.", metavar="SOURCE")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to create; by default BASE-switch.")
     ] = None,
-    base_name: Annotated[str, typer.Option(help="The base's folder in libraries; by default its own name.")] = "",
+    base_name: Annotated[str, typer.Option(help="The base's folder name in libraries; by default its own name.")] = "",
     include: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to include; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to exclude; repeatable.")] = None,
     technology: Annotated[str, typer.Option(help="Only adapters of this kind: alora or lora.")] = "",

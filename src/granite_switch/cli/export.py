@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def gguf(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to create.")],
     outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0; by default the model's own dtype.")] = "",
     pre: Annotated[str, typer.Option(help="llama.cpp's pre-tokenizer, if it cannot be detected.")] = "",

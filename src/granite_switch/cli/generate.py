@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")],
     message: Annotated[
         list[str], typer.Option("--message", "-m", help="User message; repeat to alternate user and assistant.")
     ],

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 Model: TypeAlias = Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")]
 Local: TypeAlias = Annotated[Path, typer.Argument(help="Composed model: local folder.", metavar="MODEL")]
 SOURCES = "PEFT adapter folder, library folder, YAML manifest or hub id."
-Sources: TypeAlias = Annotated[list[str], typer.Argument(help=SOURCES, metavar="SOURCE...")]
+Sources: TypeAlias = Annotated[list[str], typer.Argument(help=SOURCES, metavar="SOURCE")]
 Output: TypeAlias = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to create; by default the model is changed in place.")
 ]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace an existing folder.")]
-BaseName: TypeAlias = Annotated[str, typer.Option(help="The base's folder in libraries; by default its own name.")]
+BaseName: TypeAlias = Annotated[str, typer.Option(help="The base's folder name in libraries; by default its own name.")]
 Include: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to include; repeatable.")]
 Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to exclude; repeatable.")]
 Technology: TypeAlias = Annotated[str, typer.Option(help="Only adapters of this kind: alora or lora.")]
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder, hub id or .gguf file.")],
+    model: Annotated[str, typer.Argument(help="Composed model: local folder, hub id or .gguf file.", metavar="MODEL")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Image file: how strongly adapters change each projection.")] = None,
 ) -> None:
@@ -79,7 +79,7 @@ def inspect(
 def verify(
     model: Model,
     against: Annotated[
-        list[str] | None, typer.Option(help="Adapter source or base model to compare with in PEFT; repeatable.")
+        list[str] | None, typer.Option(help="Adapter source or base model for a comparison with PEFT; repeatable.")
     ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also read all weights: digests, NaN, control tokens' rows.")
@@ -117,7 +117,7 @@ def verify(
 
 def add(
     model: Model,
-    sources: Annotated[list[str] | None, typer.Argument(help=SOURCES, metavar="[SOURCE]...")] = None,
+    sources: Annotated[list[str] | None, typer.Argument(help=SOURCES, metavar="SOURCE")] = None,
     new: Annotated[str, typer.Option(help="Instead of sources: name of a new, zero adapter to train.")] = "",
     rank: Annotated[int, typer.Option(help="With --new: the rank.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="With --new: lora_alpha; by default twice the rank.")] = None,
@@ -169,7 +169,7 @@ def update(
 
 def remove(
     model: Model,
-    names: Annotated[list[str], typer.Argument(help="Names of adapters.", metavar="NAME...")],
+    names: Annotated[list[str], typer.Argument(help="Names of adapters.", metavar="NAME")],
     output: Output = None,
     force: Force = False,
     as_json: Json = False,
@@ -182,8 +182,8 @@ def remove(
 
 def rename(
     model: Model,
-    old: Annotated[str, typer.Argument(help="The adapter's name.")],
-    new: Annotated[str, typer.Argument(help="Its new name.")],
+    old: Annotated[str, typer.Argument(help="The adapter's name.", metavar="OLD")],
+    new: Annotated[str, typer.Argument(help="Its new name.", metavar="NEW")],
     output: Output = None,
     force: Force = False,
     as_json: Json = False,
@@ -196,7 +196,7 @@ def rename(
 
 def extract(
     model: Model,
-    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    name: Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
     force: Force = False,
 ) -> None:
@@ -208,7 +208,7 @@ def extract(
 
 def push(
     model: Local,
-    repo: Annotated[str, typer.Argument(help="Hub repository: owner/name.")],
+    repo: Annotated[str, typer.Argument(help="Hub repository: owner/name.", metavar="REPO")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "",
@@ -278,12 +278,8 @@ def _show(report: "Report") -> None:
 
 
 def _inspect_gguf(path: Path, as_json: bool) -> None:
-    try:
-        from granite_switch.gguf.inspect import describe
-    except ImportError:
-        raise CheckpointError(
-            f"{path}: reading GGUF needs the gguf package", hint="pip install 'granite-switch[gguf]'"
-        ) from None
+    from granite_switch.gguf.inspect import describe
+
     record = describe(path)
     if as_json:
         say_json(record)

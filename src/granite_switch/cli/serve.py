@@ -65,7 +65,8 @@ def _check(model: str, options: list[str]) -> None:
         config = read_json(Path(model) / "config.json")
         if legacy_format(config):
             raise ServingError(
-                f"{model} has a legacy format; `vllm serve` takes formats 2 and 3, this command none", hint=UPGRADE
+                f"{model} has a legacy format, which this command does not serve (`vllm serve` takes formats 2 and 3)",
+                hint=UPGRADE,
             )
         if "switch" not in config:
             raise ServingError(f"{model} is not a composed model", hint="make one with granite-switch compose")

@@ -15,8 +15,8 @@ def register(app: typer.Typer) -> None:
 
 
 def upgrade(
-    old: Annotated[str, typer.Argument(help="Checkpoint in a legacy format: local folder or hub id.")],
-    new: Annotated[Path, typer.Argument(help="Folder to create.")],
+    old: Annotated[str, typer.Argument(help="Checkpoint in a legacy format: local folder or hub id.", metavar="OLD")],
+    new: Annotated[Path, typer.Argument(help="Folder to create.", metavar="NEW")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or the error.")] = False,

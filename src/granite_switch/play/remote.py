@@ -102,7 +102,9 @@ class Remote:
                     return
                 if line.startswith("data: "):
                     yield _event(line.removeprefix("data: "))
-            raise ServingError("the server stopped in the middle of an answer", hint="see its log, then send again")
+            raise ServingError(
+                "the server stopped in the middle of an answer", hint="check its log, then send the message again"
+            )
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:

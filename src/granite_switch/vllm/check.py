@@ -138,7 +138,9 @@ def _compare(run: str, name: str, prompt: list[int], output: Any, model: Any, dt
 
 
 def check(
-    model: Annotated[Path, typer.Argument(help="Composed model: local folder.", exists=True, file_okay=False)],
+    model: Annotated[
+        Path, typer.Argument(help="Composed model: local folder.", metavar="MODEL", exists=True, file_okay=False)
+    ],
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is vLLM's choice.")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of GPUs; vLLM's option.")] = 1,
 ) -> None:

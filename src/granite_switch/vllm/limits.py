@@ -44,7 +44,7 @@ def limits(base: Any) -> type:
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        raise ServingError("a switch model cannot be served like this", problems=problems)
+        raise ServingError("a switch model cannot be served with these settings", problems=problems)
 
 
 def _of_engine(vllm_config: "VllmConfig") -> list[str]:

@@ -92,7 +92,7 @@ def _catalogue(state: Any) -> Catalogue:
         f"{name}: {text}" for name, template in templates.items() if (text := template_problem(template, spec))
     ]
     if problems:
-        raise ServingError("a switch model cannot be served like this", problems=problems)
+        raise ServingError("a switch model cannot be served with these settings", problems=problems)
     return catalogue
 
 
