@@ -43,8 +43,11 @@ class _Switched(_Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.switch is not None:
-            _check_rows(self.switch_spec, self.get_text_config().vocab_size)
+        if self.switch is not None and (size := self.get_text_config().vocab_size) < (rows := self.switch_spec.rows):
+            raise CheckpointError(
+                f"config.json: vocab_size {size} is less than the {rows} rows that control tokens need",
+                hint="restore config.json, or compose the model again",
+            )
 
     @property
     def switch_spec(self) -> SwitchSpec:
@@ -128,14 +131,6 @@ def _format_1(config_dict: dict[str, Any]) -> dict[str, Any]:
     if config_dict.get("model_type") == MODEL_TYPE and not isinstance(config_dict.get("switch"), dict):
         raise CheckpointError("config.json: model_type is granite_switch, but there is no `switch` or legacy format")
     return config_dict
-
-
-def _check_rows(spec: SwitchSpec, vocab_size: int) -> None:
-    if vocab_size < spec.rows:
-        raise CheckpointError(
-            f"config.json: vocab_size {vocab_size} is less than the {spec.rows} rows that control tokens need",
-            hint="restore config.json, or compose the model again",
-        )
 
 
 @lru_cache(maxsize=8)

@@ -234,7 +234,7 @@ def test_tokenizers_that_llama_cpp_lacks(model: Path) -> None:
     added = [{**t, "content": text if t["id"] == 4 else t["content"]} for t in tokenizer.data["added_tokens"]]
     model_data = tokenizer.data["model"]
     words = {text if i == 4 else word: i for word, i in model_data["vocab"].items()}
-    assert f"two tokens are written {text!r}" in problems(added_tokens=added, model={**model_data, "vocab": words})
+    assert f"two tokens have the text {text!r}" in problems(added_tokens=added, model={**model_data, "vocab": words})
 
 
 def test_the_same_bytes_twice(model: Path, exported: Path, tmp_path: Path) -> None:

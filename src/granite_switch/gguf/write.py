@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +125,5 @@ def _own_keys(writer: GGUFWriter, plan: Plan) -> None:
     writer.add_string("granite_switch.switch", json.dumps(plan.spec.to_dict(), ensure_ascii=False, sort_keys=True))
     writer.add_array("granite_switch.adapters.names", [a.name for a in adapters])
     writer.add_array("granite_switch.adapters.technologies", [a.technology for a in adapters])
-    writer.add_array("granite_switch.adapters.ranks", [_rank(plan, a.name) for a in adapters])
+    writer.add_array("granite_switch.adapters.ranks", [max(a.ranks.values(), default=0) for a in adapters])
     writer.add_array("granite_switch.adapters.io_configs", [plan.io_configs[a.name] for a in adapters])
-
-
-def _rank(plan: Plan, name: str) -> int:
-    adapter = plan.spec.adapter(name)
-    return max_rank(replace(plan.spec, adapters=(adapter,)))

@@ -1,7 +1,7 @@
 """One browser's conversation, with the measurements of each turn. Depends on neither Gradio nor an engine's library."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from threading import Event, Lock
@@ -158,23 +158,16 @@ class Session:
         as_lora = len(ids) - min(shared, len(ids) - 1)
         return Measure(len(ids), answer.cached, as_lora, len(answer.ids), answer.first, rate)
 
-    def _working(self, wait: bool = False) -> "_Working":
-        return _Working(self._busy, self._stop, wait)
-
-
-class _Working:
-    """A lock that allows one request at a time per browser."""
-
-    def __init__(self, lock: Lock, stop: Event, wait: bool) -> None:
-        self.lock, self.stop, self.wait = lock, stop, wait
-
-    def __enter__(self) -> None:
-        if not self.lock.acquire(timeout=30 if self.wait else 0.001):
+    @contextmanager
+    def _working(self, wait: bool = False) -> Iterator[None]:
+        """Allow one request at a time per browser."""
+        if not self._busy.acquire(timeout=30 if wait else 0.001):
             raise SwitchError("the last message is still being answered", hint="wait for it, or stop it")
-        self.stop.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+        try:
+            self._stop.clear()
+            yield
+        finally:
+            self._busy.release()
 
 
 def needs_text(engine: Engine, adapter: str) -> str:
