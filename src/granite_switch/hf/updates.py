@@ -76,7 +76,7 @@ class Updates(nn.Module):
         if routing.groups.groups:
             pairs = self._pairs(routing.groups)
             if self.reduce is None:
-                keep = routing.decode and not hasattr(self, "_hf_hook")  # offloaded modules cache no padded copies
+                keep = routing.decode and not hasattr(self, "_hf_hook")  # offloaded modules cache no blocks
                 out = eager.add(flat, out, routing.groups, pairs, id(self) if keep else None)
             else:
                 out = self._reduced(flat, out, routing.groups, pairs)

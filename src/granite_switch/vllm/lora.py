@@ -193,7 +193,7 @@ class EagerRouter(Router):
             self.last, self.groups = [], eager.group(slots)
             return
         values = slots.tolist()
-        if values != self.last:  # else reuse the previous decode step's groups, with their padded copies
+        if values != self.last:  # else reuse the previous decode step's groups, with their cached blocks
             self.last, self.groups = values, eager.grouped(values, slots.device)
 
     def attach(self, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> SwitchedLinear:
