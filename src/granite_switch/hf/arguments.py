@@ -64,7 +64,7 @@ def with_signature(forward: Any, base: Any) -> Any:
         base_only: run `inputs_embeds` without `input_ids` on the base model: embeddings show no control tokens.
 
     Raises:
-        RoutingError: there are no `input_ids`, and not `inputs_embeds` with `base_only` either.
+        RoutingError: neither `input_ids` nor `inputs_embeds` with `base_only` are given.
         TypeError: no part of the model takes an argument.
     """
     return switched

@@ -122,7 +122,7 @@ def _split(folder: Path, spec: SwitchSpec, source: Path, rows: int) -> None:
 def _record(folder: Path, adapters: dict[str, dict[str, Tensor]]) -> None:
     """Record the digests of adapters that were trained further, and drop the digests of their sources.
 
-    `AUTO_MAP` names the module in this folder, also in a model from the hub, whose config names the hub's.
+    Also point `auto_map` to the module in this folder; in a model loaded from the hub it points to the hub.
     """
     config = read_json(folder / "config.json") | AUTO_MAP
     for adapter in config["switch"]["adapters"]:

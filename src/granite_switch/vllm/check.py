@@ -1,8 +1,8 @@
 """Compare vLLM with transformers on this machine: `granite-switch check MODEL`.
 
 Built-in prompts for the base, each adapter and all of them in one sequence run eagerly, and then as a server runs them:
-compiled, in chunks, the second time from the prefix cache. transformers scores vLLM's greedy output: it must give every
-token the same log-probability and none a higher one, within a tolerance for the dtype.
+compiled, in chunks, the second time from the prefix cache. transformers scores vLLM's greedy output: within a tolerance
+for the dtype, every token must have the same log-probability, and no other token a higher one.
 """
 
 import gc
