@@ -1,7 +1,7 @@
-"""Prove with transformers how a composed folder's tokenizer is read: as its tokenizer.json says, and as its base's.
+"""Check that transformers tokenises with a composed folder as its tokenizer.json and its base's tokenizer do.
 
-Run as a program by compose and verify, which do not import transformers (a process of its own has not registered
-`granite_switch` either, and its memory is its own). Prints what differs as a JSON list.
+compose and verify, which do not import transformers, run this in a subprocess, where `granite_switch` is not registered
+and memory is freed at the end. Prints the differences as a JSON list.
 """
 
 import json
@@ -32,17 +32,17 @@ _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 
 def differences(folder: Path, base: Path | None = None) -> list[str]:
-    """What differs between what transformers makes of a composed folder and what it must be, a line each.
+    """Differences between the tokenizer that transformers loads from a composed folder and the right one, a line each.
 
     Args:
-        folder: a composed model's folder; its tokenizer's files and config.json are enough.
+        folder: a composed model's folder; needs only config.json and the tokenizer's files.
         base: the base's folder.
     """
     _, spec = read_model(folder)
     file = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference = _load(base) if base else None
     problems: list[str] = []
-    for kind in ("", spec.base_model_type):  # where `granite_switch` is not registered, and where it is
+    for kind in ("", spec.base_model_type):  # without and with `granite_switch` registered
         composed = _load(folder, kind)
         problems += _control_problems(spec, composed)
         for text in [*_TEXTS, *_specials(composed)]:
@@ -54,7 +54,7 @@ def differences(folder: Path, base: Path | None = None) -> list[str]:
 
 
 def _load(folder: Path, kind: str | None = None) -> Any:
-    """The tokenizer; with a config of that `model_type` in memory, where one is given."""
+    """Load a tokenizer, with a config of the given `model_type` in memory, if any."""
     from transformers import AutoTokenizer, PreTrainedConfig
     from transformers.utils import logging
 
@@ -74,34 +74,34 @@ def _base_problems(composed: Any, base: Any) -> Iterator[str]:
     for text in [*_TEXTS, *_specials(base)]:
         for add in (True, False):
             ids = composed.encode(text, add_special_tokens=add)
-            yield from _difference("the base's", text, ids, base.encode(text, add_special_tokens=add))
+            yield from _difference("the base's tokenizer", text, ids, base.encode(text, add_special_tokens=add))
             for skip in (True, False):
                 ours, theirs = (t.decode(ids, skip_special_tokens=skip) for t in (composed, base))
                 if ours != theirs:
-                    yield f"ids of {_short(text)} decode to {_short(ours)}, the base's to {_short(theirs)}"
+                    yield f"the ids of {_short(text)} decode to {_short(ours)}, with the base to {_short(theirs)}"
     for name in _ATTRIBUTES:
         if getattr(composed, name) != getattr(base, name):
-            yield f"{name} is {getattr(composed, name)}, the base's {getattr(base, name)}"
+            yield f"{name} is {getattr(composed, name)}; the base has {getattr(base, name)}"
     for name in _TOKENS:
         ours, theirs = ((getattr(t, name), getattr(t, f"{name}_id")) for t in (composed, base))
         if ours != theirs:
-            yield f"{name} is {ours}, the base's {theirs}"
+            yield f"{name} is {ours}; the base has {theirs}"
 
 
 def _control_problems(spec: SwitchSpec, composed: Any) -> Iterator[str]:
-    """Every control token must come out as one special token, at any position."""
+    """Control tokens that are not encoded as one special token in every position."""
     tokens = {spec.base_token: spec.base_token_id, **{a.token: a.token_id for a in spec.adapters}}
     for text, index in tokens.items():
         for around in (text, f"a{text}b", f" {text} {text}\n"):
             found = composed.encode(around, add_special_tokens=False).count(index)
             if found != around.count(text):
-                yield f"{text} comes out {found} times of {around!r}, not {around.count(text)} times"
+                yield f"{around!r} has {text} {around.count(text)} times, but its ids have it {found} times"
         if not composed.added_tokens_decoder[index].special:
             yield f"{text} is not a special token"
 
 
 def _specials(tokenizer: Any) -> list[str]:
-    """Texts of the tokenizer's own added tokens, alone and among words."""
+    """Texts made of the tokenizer's added tokens, alone and between words."""
     tokens = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())][:300]
     return [" ".join(tokens), "x".join(tokens), *(f"Say{text}it {text} twice\n{text}" for text in tokens[:40])]
 
@@ -110,7 +110,7 @@ def _difference(where: str, text: str, ids: Sequence[int], expected: Sequence[in
     if list(ids) == list(expected):
         return []
     at = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), len(expected))
-    return [f"{_short(text)} is read as {len(ids)} ids, by {where} as {len(expected)}; they differ from {at} on"]
+    return [f"{_short(text)} gives {len(ids)} ids, and {len(expected)} with {where}; they differ from index {at} on"]
 
 
 def _short(text: str) -> str:
@@ -118,7 +118,7 @@ def _short(text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the differences of two folders' tokenizers as JSON."""
+    """Print the differences between two folders' tokenizers as JSON."""
     print(json.dumps(differences(*map(Path, arguments))))
 
 

@@ -1,8 +1,7 @@
-"""Configs of switch models, which the transformers and vLLM backends share: the base's own, and the `switch` object.
+"""Configs of switch models, shared by the transformers and vLLM backends: the base's config plus the `switch` object.
 
-On disk `model_type` is granite_switch, so that nothing takes the model for its base. In memory it is the base's,
-because transformers and vLLM decide by it (windows, hybrids, rope). Config classes are made on demand, one for each
-base.
+On disk `model_type` is granite_switch, so that nothing mistakes the model for its base. In memory it is the base's,
+because transformers and vLLM branch on it (windows, hybrids, rope). Config classes are made on demand, one per base.
 """
 
 import copy
@@ -26,13 +25,13 @@ from granite_switch.errors import CheckpointError, SwitchError
 
 
 class SwitchConfig(PreTrainedConfig):
-    """Finds the config class by the base that `switch` names; what AutoConfig knows for `granite_switch`."""
+    """The config class that AutoConfig has for `granite_switch`; `from_dict` returns the base's own switch config."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config of the base's kind; legacy formats are read as what they amount to in format 1."""
+        """A switch config for the base that `switch` names; legacy formats are converted to format 1."""
         config_dict = _format_1(config_dict)
         return config_class(_parse(json.dumps(config_dict["switch"])).base_model_type).from_dict(config_dict, **kwargs)
 
@@ -44,25 +43,28 @@ else:
 
 
 class _Switched(_Config):
-    """What the config class of every base gains."""
+    """Mixin for the config class of any base."""
 
     switch: dict[str, Any] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.switch is not None:
-            _check_rows(self.switch_spec, self.get_text_config().vocab_size)
+        if self.switch is not None and (size := self.get_text_config().vocab_size) < (rows := self.switch_spec.rows):
+            raise CheckpointError(
+                f"config.json: vocab_size {size} is less than the {rows} rows that control tokens need",
+                hint="restore config.json, or compose the model again",
+            )
 
     @property
     def switch_spec(self) -> SwitchSpec:
         """The adapters and their tokens.
 
         Raises:
-            CheckpointError: there is no `switch`, or it is of a newer format or contradicts itself.
+            CheckpointError: there is no `switch`, or it has a newer format or contradicts itself.
         """
         if self.switch is None:
             raise CheckpointError(
-                "config.json holds no `switch`, nor the keys of a legacy format",
+                "config.json has neither a `switch` nor the keys of a legacy format",
                 hint="compose the model: granite-switch compose",
             )
         return _parse(json.dumps(self.switch))
@@ -110,7 +112,7 @@ _LISTENERS: list[Callable[[type[PreTrainedConfig]], None]] = []
 
 
 def config_class(base_model_type: str) -> type[PreTrainedConfig]:
-    """The config class of switch models of a base: `Qwen3SwitchConfig` for "qwen3".
+    """The config class of a base's switch models: `Qwen3SwitchConfig` for "qwen3".
 
     Raises:
         CheckpointError: the installed transformers does not know the base.
@@ -123,7 +125,7 @@ def config_class(base_model_type: str) -> type[PreTrainedConfig]:
 
 
 def on_config_class(listener: Callable[[type[PreTrainedConfig]], None]) -> None:
-    """Call a function with every config class that was made or will be."""
+    """Call a function with every config class, those made so far and those to come."""
     _LISTENERS.append(listener)
     for made in list(_MADE.values()):
         listener(made)
@@ -134,17 +136,17 @@ def _make(base_model_type: str) -> type[PreTrainedConfig]:
         base = CONFIG_MAPPING[base_model_type]
     except KeyError:
         raise CheckpointError(
-            f"transformers {transformers.__version__} has no model type {base_model_type!r}, the base's",
-            hint="pip install --upgrade transformers, within what this release of granite-switch takes",
+            f"transformers {transformers.__version__} does not know the base's model type, {base_model_type!r}",
+            hint="pip install --upgrade transformers, within the range that granite-switch requires",
         ) from None
     name = architecture(base.__name__)
     body = {"switch": None, "__annotations__": {"switch": dict[str, Any] | None}, "__module__": __name__}
-    body["__doc__"] = f"`{base.__name__}` and the `switch` object of config.json (docs/format.md)."
+    body["__doc__"] = f"`{base.__name__}` plus the `switch` object of config.json (docs/format.md)."
     return type(name, (_Switched, base), {**body, "__qualname__": name})
 
 
 def __getattr__(name: str) -> Any:
-    """Config classes by name, so that they can be imported and unpickled."""
+    """Config classes by name, for imports and unpickling."""
     base: Any = getattr(transformers, name.replace("Switch", "", 1), None) if name.endswith("SwitchConfig") else None
     if not hasattr(base, "model_type"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -156,16 +158,8 @@ def _format_1(config_dict: dict[str, Any]) -> dict[str, Any]:
         config_dict = legacy.format_1_config(config_dict)
     _READ.append(json.dumps(config_dict.get("switch")))
     if config_dict.get("model_type") == MODEL_TYPE and not isinstance(config_dict.get("switch"), dict):
-        raise CheckpointError("config.json: model_type granite_switch without a `switch` object or a legacy format")
+        raise CheckpointError("config.json: model_type is granite_switch, but there is no `switch` or legacy format")
     return config_dict
-
-
-def _check_rows(spec: SwitchSpec, vocab_size: int) -> None:
-    if vocab_size < spec.rows:
-        raise CheckpointError(
-            f"config.json: vocab_size {vocab_size} is less than the {spec.rows} rows that control tokens need",
-            hint="put config.json back as it was, or compose the model anew",
-        )
 
 
 @lru_cache(maxsize=8)

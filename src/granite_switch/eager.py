@@ -1,9 +1,9 @@
-"""The adapters' updates of one linear for a batch whose slots are known on the host: y += s B (A x), in few matmuls.
+"""y += s B (A x) for one linear and a batch whose slots are known on the host, in few matmuls.
 
-Tokens are grouped by slot once per forward. A group is a range of the batch, or indices where slots alternate. In a
-mixed decode step every matmul is small and its call costs more than its arithmetic, so the adapters are cut and padded
-to blocks of one rank, and one batched matmul takes all A, another all B. These copies are kept with that decode step's
-grouping and are checked against every parameter before they are used. `core.lora` is the definition.
+Tokens are grouped by slot once per forward. A group is a contiguous range of the batch, or a list of indices where
+slots alternate. In a mixed decode step call overhead dominates the small matmuls, so the adapters are split and padded
+to blocks of one rank, with one batched matmul for A and one for B. The blocks are cached with the decode step's
+grouping and checked against every parameter before use. `core.lora` is the definition.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FEW = 64  # tokens: a decode step, not a prompt
-_STEP = 8  # tokens: up to so many, one call that scales and adds saves time; it rounds otherwise than PEFT
-_MASK = 1 << 18  # elements that are read in the time of the calls that rows which pad need
-_LONG = 16  # tokens: longer runs stay ranges of the batch, since indexing copies
+FEW = 64  # tokens: a batch of up to this many is treated as a decode step
+_FUSED = 8  # tokens: up to this many, addmm (matmul, scale and add in one call) is faster; it rounds unlike PEFT
+_MASK = 1 << 18  # cost of masking padding rows, in elements read in the same time
+_LONG = 16  # batch tokens per run, from which runs stay ranges of the batch, since indexing copies
 
 
 class Pair(NamedTuple):
@@ -35,7 +35,7 @@ class Group:
 
     slot: int
     rows: slice | Tensor  # of the flattened batch; a tensor is [n] int64
-    tokens: tuple[int, ...] = ()  # the rows as integers, where they are few
+    tokens: tuple[int, ...] = ()  # the rows as integers; empty in batches of more than `FEW` tokens
 
 
 class Blocks(NamedTuple):
@@ -43,15 +43,15 @@ class Blocks(NamedTuple):
 
     a: Tensor  # [n, in, R]
     b: Tensor  # [n, R, out], scaled
-    rows: slice | Tensor  # the token of each row, [n * m] int64; a slice where row i is token start + i
-    real: Tensor | None  # [n, m, 1], 0 for rows that pad; None: no row does
+    rows: slice | Tensor  # the token of each row, [n * m] int64; a slice if they are consecutive
+    real: Tensor | None  # [n, m, 1], 0 for padding rows; None if there are none
 
 
 class Padded(NamedTuple):
-    """The blocks of one linear, None where they would not help; and the versions of the parameters in them."""
+    """The blocks of one linear, and the identity of the parameters they copy."""
 
-    key: tuple[object, ...]
-    blocks: Blocks | None
+    key: tuple[object, ...]  # data pointer and version of each A and B
+    blocks: Blocks | None  # None if padding is impossible or wasteful
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Groups:
     padded: dict[int, Padded] = field(default_factory=dict, compare=False, repr=False)  # by the id of a linear's module
 
     def to(self, device: torch.device) -> "Groups":
-        """The same on a device, without the copies."""
+        """The groups on another device, without the blocks."""
         moved = (
             Group(g.slot, g.rows if isinstance(g.rows, slice) else g.rows.to(device), g.tokens) for g in self.groups
         )
@@ -71,7 +71,7 @@ class Groups:
 
 
 def group(slots: Tensor) -> Groups:
-    """Group the tokens of a batch, [T], by slot, without slot 0. One transfer to the host."""
+    """Group the tokens of a batch, [T], by slot, without slot 0. Copies slots to the host."""
     if len(slots) <= FEW:
         return grouped(slots.tolist(), slots.device)
     values, counts = torch.unique_consecutive(slots, return_counts=True)
@@ -79,7 +79,7 @@ def group(slots: Tensor) -> Groups:
 
 
 def grouped(slots: Sequence[int], device: torch.device) -> Groups:
-    """As `group`, of slots that are on the host."""
+    """As `group`, for slots on the host."""
     values: list[int] = []
     counts: list[int] = []
     for slot in slots:
@@ -112,13 +112,13 @@ def add(x: Tensor, y: Tensor, groups: Groups, pairs: Mapping[int, Pair], owner: 
 
     Args:
         x: [T, in], the linear's input.
-        y: [T, out], its output; changed in place unless gradients are recorded.
+        y: [T, out], its output; modified in place unless gradients are recorded.
         groups: of these T tokens.
-        pairs: slot -> its update of this linear; slots without one are left alone.
-        owner: an id of the linear under which copies for mixed decode steps are kept; None: keep none.
+        pairs: slot -> its update of this linear; slots without one are skipped.
+        owner: identifies the linear in `groups.padded`; None: use no blocks.
 
     Returns:
-        y with the updates. Rows of slot 0 are what they were, bit for bit.
+        [T, out]. Rows in slot 0 equal y bit for bit.
     """
     mine = [g for g in groups.groups if g.slot in pairs]
     if torch.is_grad_enabled():
@@ -143,14 +143,14 @@ def _add_in_place(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens
     if rows.stop - rows.start < tokens:
         x, y = x[rows], y[rows]
     hidden = _linear(x, a)
-    if len(x) <= _STEP and y.dtype == b.dtype:
+    if len(x) <= _FUSED and y.dtype == b.dtype:
         y.addmm_(hidden, b.t(), alpha=scale)
     else:
         y.add_(_scaled(F.linear(hidden, b), scale).to(y.dtype))
 
 
 def _added(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens: int) -> Tensor:
-    """Out of place, for autograd."""
+    """`_add_in_place`, out of place for autograd."""
     a, b, scale = pair
     if isinstance(rows, slice):
         if rows.stop - rows.start == tokens:
@@ -168,7 +168,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _blocks(groups: Groups, mine: list[Group], pairs: Mapping[int, Pair], owner: int) -> Blocks | None:
-    """The blocks for this linear; None where they cannot be made or cost more than they save."""
+    """The blocks of this linear, cached; None if padding is impossible or wasteful."""
     own = [pairs[g.slot] for g in mine]
     key = tuple([version for a, b, _ in own for version in (a.data_ptr(), _version(a), b.data_ptr(), _version(b))])
     known = groups.padded.get(owner)
@@ -187,7 +187,7 @@ def _pad(mine: list[Group], own: list[Pair]) -> Blocks | None:
         return None
     if max(lengths) * len(own) > 2 * sum(lengths) + 32:
         return None
-    # elsewhere than on a CPU, `index_add_` sums several blocks of a token in any order, so the text could vary
+    # except on CPU, `index_add_` adds a token's blocks in any order, so results could vary: give each token one block
     sizes = {*ranks} if first.a.device.type == "cpu" else {max(ranks)}
     rank, alone = _cheapest(sizes, ranks, lengths, first.a.shape[1] + len(first.b), len(first.b))
     cut = [
@@ -217,9 +217,9 @@ def _pad(mine: list[Group], own: list[Pair]) -> Blocks | None:
 
 
 def _cheapest(sizes: set[int], ranks: list[int], lengths: list[int], width: int, out: int) -> tuple[int, bool]:
-    """The rank of a block, and whether each token has blocks of its own, so that the batched matmuls move least.
+    """The rank of a block, and whether each block has one token, so that the batched matmuls move the least memory.
 
-    Counted in elements: the blocks', each row's input, update and output, and `_MASK` for rows that pad.
+    The cost counts elements: of the blocks, of each row's input, update and output, and `_MASK` for padding rows.
     """
 
     def cost(rank: int, alone: bool) -> int:

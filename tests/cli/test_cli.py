@@ -111,14 +111,28 @@ def test_generate_refuses(options: list[str], words: str, composed: Path) -> Non
 @pytest.mark.parametrize("text", ["{", "7", '["a"]', "[" * 20_000])
 def test_documents_are_objects(text: str, tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text(text)
-    with pytest.raises(SwitchError, match=r"--document .*d\.json: is n"):
+    with pytest.raises(SwitchError, match=r"--document .*d\.json is n"):
         read_document(tmp_path / "d.json", 1)
 
 
 def test_generate_refuses_what_holds_no_adapters(base: Path, tmp_path: Path) -> None:
-    for model, words in [(base, "holds no adapters"), (tmp_path / "nowhere", "no such folder")]:
+    for model, words in [(base, "not a composed model"), (tmp_path / "nowhere", "no such folder")]:
         result = runner.invoke(app, ["generate", str(model), "-m", "Where?"])
         assert words in str(result.exception)
+
+
+def test_generate_with_another_family(tmp_path: Path) -> None:
+    from artefacts import make_adapter
+    from families import FAMILIES, make_decoder
+
+    from granite_switch import compose
+
+    base = make_decoder(tmp_path / "base", "qwen3", intermediate_size=128)
+    make_adapter(tmp_path / "first", base, targets=FAMILIES["qwen3"].targets)
+    compose(base, [tmp_path / "first"], tmp_path / "model")
+    arguments = ["generate", str(tmp_path / "model"), "-m", "Where?", "--adapter", "first", "--max-new-tokens", "2"]
+    result = runner.invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert json.loads(result.stdout)["adapter"] == "first"
 
 
 def test_a_killed_compose_leaves_nothing_and_the_next_run_cleans_up(tmp_path: Path) -> None:

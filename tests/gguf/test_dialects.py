@@ -163,7 +163,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": ROPES[-2]}, "rope_scaling: type 'llama3'"),
     ("llama", {"rope_parameters": ROPES[-1]}, "type 'longrope' .* rope_factors_long.weight"),
     ("mistral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic' .* graniteswitch; use"),
-    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention of type"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "type 'default': full_attention"),
     ("llama", {"sliding_window": 8}, "sliding_window 8"),
     ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
     ("mistral", {"sliding_window": ...}, "sliding_window 4096"),
@@ -174,7 +174,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("hybrid", {"layer_types": None}, "layer_types linear_attention"),
     ("hybrid", {"layer_types": ...}, "layer_types linear_attention"),
     ("hybrid", {"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
-    ("hybrid", {"shared_intermediate_size": 40}, "where config.json says"),
+    ("hybrid", {"shared_intermediate_size": 40}, "but config.json says"),
     ("granite", {"logits_scaling": 0}, "logits_scaling 0"),
 ]
 
@@ -227,7 +227,7 @@ def test_other_bases_are_refused(models: dict[str, Path], model_type: str, tmp_p
 def test_a_head_beside_a_tied_embedding(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["llama"], tmp_path / "model")
     edit(tmp_path / "model" / "config.json", {"tie_word_embeddings": True})
-    with pytest.raises(CheckpointError, match=r"tie_word_embeddings: .* is not the embedding"):
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings: .* differs from the embedding"):
         prepare(tmp_path / "model")
 
 
@@ -260,7 +260,7 @@ def test_a_template_that_writes_the_first_token(models: dict[str, Path], tmp_pat
     compose(base, [tmp_path / "llama" / "adapters"], model)
     plan = export(model, tmp_path / "model.gguf")
     assert not plan.vocabulary.add_bos
-    assert "not rendered has to begin" in plan.warnings[0]
+    assert "other prompts must begin" in plan.warnings[0]
     engine, tokenizer = Engine(tmp_path / "model.gguf"), PreTrainedTokenizerFast.from_pretrained(model)
     llm = Llama(str(tmp_path / "model.gguf"), n_ctx=64, verbose=False, vocab_only=True)
     template = Jinja2ChatFormatter(llm.metadata["tokenizer.chat_template"], eos_token=ROLES[0], bos_token=ROLES[0])

@@ -186,7 +186,7 @@ def small(pieces: list[tuple[str, str]], **changes: Any) -> dict[str, Any]:
         (small([("a", "b")], normalizer=None, pre_tokenizer=metaspace("always")), "prepend_scheme 'always'"),
         (small([("a", "b")], normalizer=None, pre_tokenizer=metaspace("first", split=True)), "prepend_scheme 'first'"),
         (small([("a", "b")], normalizer={"type": "NFKC"}), "normalizer NFKC"),
-        (small([("a", "b"), ("ab", "c"), ("b", "c")]), "'a' and 'bc' are no merge"),
+        (small([("a", "b"), ("ab", "c"), ("b", "c")]), "'a' and 'bc' are not a merge"),
         (small([("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")]), "alternate"),
         (
             small([("a", "b")], model={"vocab": {t: i for t, i in SMALL.items() if t != "<0x07>"}, "merges": []}),

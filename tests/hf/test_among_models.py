@@ -269,7 +269,7 @@ class TestEmbeddings:
     def test_ids_beside_embeddings_in_generate(self, model, reference):
         ids = reference.prompts["citations"]
         embedded = model.get_input_embeddings()(ids)
-        with pytest.raises(RoutingError, match="passes on no ids"):
+        with pytest.raises(RoutingError, match="passes no ids"):
             model.generate(input_ids=ids, inputs_embeds=embedded, max_new_tokens=2)
 
     def test_soft_prompts(self, own, reference):

@@ -45,8 +45,8 @@ def defined(model: nn.Module, ids: torch.Tensor, slots: list[int]) -> torch.Tens
     for row, slot in zip(ids, slots, strict=True):
         merged = copy.deepcopy(model)
         for name, module in model.named_modules():
-            if isinstance(module, Updates) and slot in module.of:
-                a, b, scale = module.of[slot]
+            if isinstance(module, Updates) and slot in module.adapters:
+                a, b, scale = module.adapters[slot]
                 weight = merged.get_submodule(name.removesuffix("_lora")).weight
                 weight.copy_(weight + scale * getattr(module, b) @ getattr(module, a))
         plain = model.model.switch.control_to_substitute[row[None]]

@@ -210,8 +210,8 @@ def _merged(reference, adapter: str | None) -> GraniteForCausalLM:
     model.load_state_dict({key: tensor for key, tensor in state.items() if "_lora" not in key})
     if adapter:
         for path, module in reference.model.named_modules():
-            if isinstance(module, Updates) and reference.spec.slot(adapter) in module.of:
-                a, b, scale = module.of[reference.spec.slot(adapter)]
+            if isinstance(module, Updates) and reference.spec.slot(adapter) in module.adapters:
+                a, b, scale = module.adapters[reference.spec.slot(adapter)]
                 linear = model.get_submodule(path.removesuffix("_lora"))
                 linear.weight.data += (scale * getattr(module, b) @ getattr(module, a)).data
     return model

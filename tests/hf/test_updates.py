@@ -35,7 +35,7 @@ def expected(module: Updates, x: torch.Tensor, slots: torch.Tensor) -> torch.Ten
     """The result of `core.lora` with a weight of zeros."""
     pairs = {
         slot: Pair(getattr(module, a).detach().float().numpy(), getattr(module, b).detach().float().numpy(), scale)
-        for slot, (a, b, scale) in module.of.items()
+        for slot, (a, b, scale) in module.adapters.items()
     }
     y = switched_linear(
         x.flatten(0, 1).float().numpy(), np.zeros((OUT, WIDTH), np.float32), slots.flatten().tolist(), pairs

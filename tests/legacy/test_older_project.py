@@ -122,7 +122,7 @@ def test_slots_alone_listing_and_errors(base: Path, library: Path, tmp_path: Pat
         ("granite_switch.composer", "GraniteSwitchComposer", "granite_switch.compose"),
         ("granite_switch.composer", "granite_dense_arch", "granite_switch.compose"),
         ("granite_switch.hf", "load_model", "AutoModelForCausalLM"),
-        ("granite_switch.hf", "MultiSwitch", "no module of its own"),
+        ("granite_switch.hf", "MultiSwitch", "routes by itself"),
         ("granite_switch.hf.switch", "create_switch", "routes by itself"),
         ("granite_switch.hf.core.lora", "SwitchedLoRALinear", "hooks"),
     ],

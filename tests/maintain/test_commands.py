@@ -34,7 +34,7 @@ def test_the_commands(base: Path, pool: Path, tmp_path: Path) -> None:
     report = json.loads(run("inspect", new, "--json"))
     assert [one["name"] for one in report["adapters"]] == ["better"]
     assert report["retired"] == ["a"]
-    assert "removed, their slots stay taken: a" in run("inspect", new, "--plot", tmp_path / "plot.png")
+    assert "removed adapters, whose slots are not reused: a" in run("inspect", new, "--plot", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").is_file()
     assert granite_switch.verify(model).names == ("a", "b")
 

@@ -130,4 +130,4 @@ def test_a_full_disk(model: Path, pool: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert lines[:3] == ["model", "exit 1", "model"]
-    assert "1 adapters, nothing wrong" in lines[-1]
+    assert "1 adapters, no problems found" in lines[-1]

@@ -66,8 +66,8 @@ def test_a_chat_through_three_adapters(page: str, browse: Callable[..., Any], mo
             assert alpha == [0]
     assert len({slot for _, slot, *_ in shown}) == 4
     seen.press("#lora input")
-    anew = seen.until(lambda: seen.texts('#figures td[data-is="anew"]'))
-    assert [int(text) for text in anew] == [prompt for prompt, *_ in expected]  # each adapter answered once
+    as_lora = seen.until(lambda: seen.texts('#figures td[data-is="as-lora"]'))
+    assert [int(text) for text in as_lora] == [prompt for prompt, *_ in expected]  # each adapter answered once
     seen.press("button.label-wrap")
     seen.picture(PICTURES / "chat.png")
     seen.press("#new")

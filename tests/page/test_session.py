@@ -64,17 +64,17 @@ def test_with_lora_semantics_only_the_same_adapters_turns_help(engine: Engine) -
         measure, last = say(session, text, adapter).measure, session.last
         ids = [spec.substitutes.get(token, token) for token in (*last.turn.ids, *last.ids)]
         shared = max((common(ids, other) for name, other in before if name == adapter), default=0)
-        assert measure.anew == measure.prompt - min(shared, measure.prompt - 1)
+        assert measure.as_lora == measure.prompt - min(shared, measure.prompt - 1)
         before.append((adapter, ids[:-1]))
-    assert measure.anew < measure.prompt  # answerability answered before
-    assert sum(e.measure.anew for e in session.exchanges) > 2 * sum(e.measure.computed for e in session.exchanges)
+    assert measure.as_lora < measure.prompt  # answerability answered before
+    assert sum(e.measure.as_lora for e in session.exchanges) > 2 * sum(e.measure.computed for e in session.exchanges)
 
 
 BAD = {
     "there is no adapter 'nobody'": ("Where does Ada live?", "nobody", SETTING),
-    "<rewrite>, which the message does not hold": ("And Hugo?", "query_rewrite", SETTING),
+    "<rewrite> on, but the message does not contain it": ("And Hugo?", "query_rewrite", SETTING),
     "the message is empty": (" \n", "base", SETTING),
-    "tokens and the model takes": ("Where does Ada live? " * 900, "base", SETTING),
+    "tokens, but the model takes": ("Where does Ada live? " * 900, "base", SETTING),
 }
 
 
@@ -143,7 +143,7 @@ def test_other_documents_are_read_and_what_was_said_is_kept(engine: Engine) -> N
     session = Session(engine)
     say(session, *TALK[0])
     exchange = say(session, "Where does Ada live?", "base", Setting(documents=("Ada lives in Quorn.",)))
-    assert "anew" in exchange.note
+    assert "computed again" in exchange.note
     assert "Quorn" in exchange.text
     assert [m["role"] for m in session.last.turn.messages] == ["user", "assistant", "user"]
     session.reset()

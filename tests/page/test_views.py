@@ -92,4 +92,4 @@ def test_figures_of_a_turn_without_counts(local: Local) -> None:
     exchange = Exchange(Ask("a", "citations"), "b", Measure(10, None, 10, 1, 0.5, 0.0))
     html = views.measures([exchange], local.files.spec, True)
     assert html.count("unknown") == 2
-    assert "Nothing" not in views.chat([exchange], local.files.spec)
+    assert "No messages" not in views.chat([exchange], local.files.spec)

@@ -60,7 +60,7 @@ def call(catalogue: Catalogue, path: str, **body: Any) -> Any:
         ({"model": "m", "chat_template_kwargs": {"adapter_name": 7}}, 400, "no adapter 7"),
         ({"model": "m", "chat_template_kwargs": {"adapter_name": "nobody"}}, 400, "query_rewrite"),
         ({"model": "m:citations", "messages": [{"role": "user", "adapter": "query_rewrite"}]}, 400, "different"),
-        ({"model": "m", "messages": [{"role": "assistant", "adapter": "citations"}]}, 400, "only what a user says"),
+        ({"model": "m", "messages": [{"role": "assistant", "adapter": "citations"}]}, 400, "only user messages"),
         ({"model": "m", "messages": [{"role": "user", "adapter": "nobody"}]}, 400, "nobody"),
         ({"model": "m", "messages": [[{"role": "user", "adapter": "citations"}]]}, 400, "batch"),
         ({"model": "m", "chat_template_kwargs": {"message_adapters": "citations"}}, 400, "list"),

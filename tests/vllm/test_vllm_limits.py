@@ -65,10 +65,10 @@ def test_cache_types_are_allowed_by_name(cpu: bool) -> None:
         ({"runner_type": "pooling"}, "--runner pooling"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"lora_config": object()}, "--enable-lora"),
-        ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculation by eagle3"),
-        ({"speculative_config": SimpleNamespace(method="draft_model")}, "speculation by draft_model"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative decoding with eagle3"),
+        ({"speculative_config": SimpleNamespace(method="draft_model")}, "speculative decoding with draft_model"),
         ({"max_model_len": 1 << 22}, "--max-model-len"),
-        ({"adapters": 4096}, "more than 4,095 adapters"),
+        ({"adapters": 4096}, "at most 4,095"),
         ({"hiding": object()}, "granite-switch upgrade OLD NEW"),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_not_ours_goes_to_the_class_that_was_there(composed
 
 @pytest.mark.parametrize("options", [{"enable_lora": True, "enable_prompt_embeds": True}, {"runner": "pooling"}])
 def test_an_engine_refuses_at_its_start(composed: Path, options: Any) -> None:
-    with pytest.raises(Exception, match=r"cannot be served like this(?s:.*)--(enable-lora|runner)"):
+    with pytest.raises(Exception, match=r"cannot be served with these settings(?s:.*)--(enable-lora|runner)"):
         start(composed, **options)
 
 
@@ -182,7 +182,7 @@ def test_a_loader_that_hands_over_no_adapters_is_refused(composed: Path) -> None
         """A loader that fills parameters without calling the model, like sharded_state."""
 
     register_model_loader("of_another_kind")(OfAnotherKind)
-    with pytest.raises(ServingError, match="--load-format of_another_kind does not hand the adapters"):
+    with pytest.raises(ServingError, match="--load-format of_another_kind does not pass the adapters"):
         start(composed, load_format="of_another_kind")
 
 

@@ -261,7 +261,7 @@ def test_what_cannot_be_served_fails_at_the_start(composed: Path, spec: SwitchSp
 
 def test_another_models_template_is_refused(composed: Path, spec: SwitchSpec) -> None:
     more = replace(spec, adapters=(*spec.adapters, replace(spec.adapters[0], name="new", token="<|new|>", token_id=5)))
-    with pytest.raises(SwitchError, match=r"does not know <\|new\|>"):
+    with pytest.raises(SwitchError, match=r"does not contain <\|new\|>"):
         AdapterModels(lambda *_: None)._prepare(application(composed, more).state)  # type: ignore[arg-type]
 
 
@@ -277,7 +277,7 @@ def test_options_are_vllms_own(options: list[str]) -> None:
         return
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("granite_switch.cli.serve._need_vllm", lambda: None)
+        patch.setattr("granite_switch.cli.serve.require", lambda *_, **__: None)
         patch.setattr("granite_switch.cli.serve._check", lambda *_: None)
         patch.setattr("os.execv", lambda _, command: seen.extend(command))
         CliRunner().invoke(commands, ["serve", "folder", *options], catch_exceptions=False)

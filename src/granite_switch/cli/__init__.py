@@ -1,6 +1,6 @@
-"""The command line: `granite-switch COMMAND`. One module for each group of commands; engines are imported lazily.
+"""The command line, `granite-switch COMMAND`: one module per group of commands; engines are imported on demand.
 
-Results go to stdout, progress and errors to stderr; exit code 0, 1 (failed) or 2 (usage).
+Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 (failed), 2 (usage).
 """
 
 import os
@@ -36,7 +36,7 @@ def _version(show: bool) -> None:
 def _options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -44,7 +44,7 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: bad input is a message and exit code 1, not a traceback."""
+    """Entry point. Bad input ends with a message and exit code 1, not a traceback."""
     calm_libraries()
     try:
         app()

@@ -1,23 +1,25 @@
-"""What every command has beside its own options: `--quiet`, and an example in its help."""
+"""Common to all commands: `--quiet`, an example in the help, and the check for optional packages."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
 from granite_switch.cli import console
+from granite_switch.errors import SwitchError
 
 START = """\
-One checkpoint, many LoRA and aLoRA adapters, switched per token. To begin with:
+One checkpoint, many LoRA and aLoRA adapters, switched per token. To get started:
 
-  granite-switch compose BASE --adapters SOURCE --output MODEL     put a base model and adapters into one checkpoint
-  granite-switch inspect MODEL                                     see what is in it
+  granite-switch compose BASE --adapters SOURCE --output MODEL     combine a base model and adapters in one checkpoint
+  granite-switch inspect MODEL                                     show its contents
   granite-switch generate MODEL --message TEXT --adapter NAME      ask one of its adapters
 
-BASE and SOURCE are folders or hub ids: ibm-granite/granite-4.0-micro, ibm-granite/granitelib-rag-r1.0.
-All commands: granite-switch --help. One of them, with an example: granite-switch COMMAND --help."""
+BASE and SOURCE are folders or hub ids, such as ibm-granite/granite-4.0-micro, ibm-granite/granitelib-rag-r1.0.
+For all commands: granite-switch --help. For one command, with an example: granite-switch COMMAND --help."""
 
 EXAMPLES: Mapping[str, str] = {
     "compose": "compose ibm-granite/granite-4.0-micro --adapters ibm-granite/granitelib-rag-r1.0 --output my-model",
@@ -37,13 +39,13 @@ EXAMPLES: Mapping[str, str] = {
     "upgrade": "upgrade old-model new-model --dry-run",
 }
 _Quiet = Annotated[
-    bool, typer.Option("--quiet", help="Errors and what was asked for only: no progress, warnings or tables.")
+    bool, typer.Option("--quiet", help="Print only errors and requested output: no progress, warnings or tables.")
 ]
-_PASSES_ON = ("serve",)  # its options are another program's
+_PASSES_ON = ("serve",)  # passes all options to another program
 
 
 def dress(app: typer.Typer) -> None:
-    """Give every command that is registered `--quiet` and its example."""
+    """Add `--quiet` and the example to every registered command."""
     for info in app.registered_commands:
         assert info.callback
         name = info.name or info.callback.__name__
@@ -56,8 +58,18 @@ def dress(app: typer.Typer) -> None:
             dress(group.typer_instance)
 
 
+def require(*modules: str, extra: str) -> None:
+    """Check that an extra's modules are installed.
+
+    Raises:
+        SwitchError: some are not.
+    """
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise SwitchError(f"not installed: {', '.join(missing)}", hint=f"pip install 'granite-switch[{extra}]'")
+
+
 def _with_quiet(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with one more option, which it does not see."""
+    """The command with the option `--quiet`, which is handled here."""
 
     @wraps(command)
     def run(*args: Any, quiet: bool, **kwargs: Any) -> Any:

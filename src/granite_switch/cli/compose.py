@@ -23,40 +23,40 @@ def register(app: typer.Typer) -> None:
 
 
 def compose(
-    base: Annotated[str, typer.Argument(help="Base model: local folder or hub id.")],
+    base: Annotated[str, typer.Argument(help="Base model: local folder or hub id.", metavar="BASE")],
     adapters: Annotated[
         list[str],
-        typer.Option("--adapters", "-a", help="PEFT adapter folder, library folder, YAML manifest or hub id; repeat."),
+        typer.Option("--adapters", "-a", help="PEFT adapter, library, YAML manifest or hub id; repeatable."),
     ],
-    more: Annotated[list[str] | None, typer.Argument(help="More adapter sources.", metavar="[SOURCE]...")] = None,
+    more: Annotated[list[str] | None, typer.Argument(help="More adapter sources.", metavar="SOURCE")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make; BASE-switch by default.")
+        Path | None, typer.Option("--output", "-o", help="Folder to create; by default BASE-switch.")
     ] = None,
-    base_name: Annotated[str, typer.Option(help="The base's folder in libraries; its own name by default.")] = "",
-    include: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to take; repeat.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to leave out; repeat.")] = None,
-    technology: Annotated[str, typer.Option(help="alora or lora, where only one is wanted.")] = "",
-    revision: Annotated[str | None, typer.Option(help="Revision of hub ids that name none (ID@REVISION).")] = None,
-    adapter_revision: Annotated[str | None, typer.Option(help="The same for those of adapters alone.")] = None,
-    generatable: Annotated[bool, typer.Option(help="Let the model generate control tokens.")] = False,
+    base_name: Annotated[str, typer.Option(help="The base's folder name in libraries; by default its own name.")] = "",
+    include: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to include; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of adapter names to exclude; repeatable.")] = None,
+    technology: Annotated[str, typer.Option(help="Only adapters of this kind: alora or lora.")] = "",
+    revision: Annotated[str | None, typer.Option(help="Revision of hub ids without one (ID@REVISION).")] = None,
+    adapter_revision: Annotated[str | None, typer.Option(help="The same, only for adapters.")] = None,
+    generatable: Annotated[bool, typer.Option(help="Allow the model to generate control tokens.")] = False,
     create_io_yaml: Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")] = False,
     place: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=prefix|suffix", help="Where a missing invocation text is written; repeat."),
+        typer.Option(metavar="NAME=prefix|suffix", help="Where to add a missing invocation text; repeatable."),
     ] = None,
-    push: Annotated[str, typer.Option(help="Hub repository to upload it to; --output can then be left out.")] = "",
-    private: Annotated[bool, typer.Option("--private", help="Make that repository private, if it is made.")] = False,
+    push: Annotated[str, typer.Option(help="Hub repository to upload to; --output is then optional.")] = "",
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="Show what the sources hold and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, the list, or what is wrong.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and exit.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Show the adapters in the sources and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, the list, or the error.")] = False,
 ) -> None:
     """Compose a base model and adapters into one checkpoint."""
     from granite_switch.compose import prepare
     from granite_switch.core.staging import check_target
 
     if technology not in ("", "lora", "alora"):
-        raise typer.BadParameter("is alora or lora", param_hint="--technology")
+        raise typer.BadParameter("must be alora or lora", param_hint="--technology")
     places = _places(place or ())
     sources = [*adapters, *(more or ())]
     if list_:
@@ -85,38 +85,40 @@ def compose(
         warn(warning)
     if output and not dry_run:
         _write(plan, output, force)
-    _report(plan, output, dry_run, as_json)
+    written = f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})"
+    report(plan, written if output or dry_run else "", as_json)
     if push and not dry_run:
         _push(plan, output, push, private)
 
 
 def _places(options: Sequence[str]) -> dict[str, str]:
-    """`--place NAME=prefix` as a mapping."""
+    """The values of `--place`, as a mapping."""
     if unclear := [option for option in options if "=" not in option]:
-        raise typer.BadParameter(f"{unclear[0]}: write NAME=prefix or NAME=suffix", param_hint="--place")
+        raise typer.BadParameter(f"{unclear[0]} must be NAME=prefix or NAME=suffix", param_hint="--place")
     return {name: where for name, _, where in (option.partition("=") for option in options)}
 
 
 def _default_output(base: str) -> Path:
-    """BASE-switch, in this folder."""
+    """BASE-switch, in the current folder."""
     from granite_switch.compose.hub import parse_ref
 
     name = Path(base).resolve().name if os.path.exists(base) else parse_ref(base).repo.split("/")[-1]
     return Path(f"{name}-switch")
 
 
-def _report(plan: "Plan", output: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Print what was composed, or would be."""
+def report(plan: "Plan", written: str, as_json: bool) -> None:
+    """Print a plan: as JSON, or as a table and a line on what was written."""
     if as_json:
-        say_json(as_dict(plan))
+        record = {"switch": plan.spec.to_dict(), "vocab_size": plan.vocab_size, "bytes": _bytes(plan)}
+        say_json({**record, "warnings": list(plan.warnings), "notes": list(plan.notes)})
         return
-    say(summary(plan))
-    if output or dry_run:
-        say(f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})")
+    say(_summary(plan))
+    if written:
+        say(written)
 
 
 def _push(plan: "Plan", output: Path | None, repository: str, private: bool) -> None:
-    """Upload the model that was written, or one that is written for it alone."""
+    """Upload the model; without an output folder, write it to a temporary one first."""
     from granite_switch.compose.push import push
 
     with TemporaryDirectory() as temporary:
@@ -135,8 +137,8 @@ def _write(plan: "Plan", output: Path, force: bool) -> None:
         write_model(plan, folder, advance)
 
 
-def summary(plan: "Plan") -> Table:
-    """The plan as a table, an adapter a row."""
+def _summary(plan: "Plan") -> Table:
+    """The plan as a table, with a row per adapter."""
     title = f"{plan.spec.base_model}: {size(plan.checkpoint.nbytes)}, vocabulary {plan.vocab_size:,}"
     table = Table(title=title, title_justify="left")
     for heading in ("slot", "adapter", "kind", "rank", "targets", "size", "control token", "acts from"):
@@ -162,19 +164,8 @@ def summary(plan: "Plan") -> Table:
     return table
 
 
-def as_dict(plan: "Plan") -> dict[str, Any]:
-    """The plan as JSON has it."""
-    return {
-        "switch": plan.spec.to_dict(),
-        "vocab_size": plan.vocab_size,
-        "bytes": _bytes(plan),
-        "warnings": list(plan.warnings),
-        "notes": list(plan.notes),
-    }
-
-
 def show_sources(sources: list[str], revision: str | None, selection: tuple[Any, ...], as_json: bool) -> None:
-    """What the sources hold, for every base and technology, and why some of it would be left out.
+    """Print the adapters in the sources, for every base and technology, and why some would be left out.
 
     Args:
         sources: of adapters.
@@ -187,7 +178,7 @@ def show_sources(sources: list[str], revision: str | None, selection: tuple[Any,
     base, base_name, *rest = selection
     found = scan(sources, revision, Selection(base_name or own_name(base, Path(base)), *rest))
     if not found:
-        raise AdapterError("the sources hold no adapter")
+        raise AdapterError("the sources contain no adapters")
     rows = [
         {
             "adapter": one.name,

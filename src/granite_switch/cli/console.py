@@ -1,4 +1,4 @@
-"""How the commands speak: results on stdout, progress and errors on stderr."""
+"""Output of the commands: results to stdout, progress and errors to stderr."""
 
 import json
 import logging
@@ -10,32 +10,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.filesize import decimal
 from rich.markup import escape
 
 from granite_switch.errors import SwitchError, shortened
 
-# what is piped into a file or another program is not folded at the width of a terminal
+# output to a file or pipe is not wrapped at the width of a terminal
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+size = decimal  # a number of bytes as text: 1.5 MB
 _state = {"quiet": False}
 
 
 def be_quiet() -> None:
-    """From here on: errors, and results that were asked for."""
+    """Print only errors and requested results from now on."""
     _state["quiet"] = True
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def calm_libraries() -> None:
-    """Keep to ourselves what libraries say when they are imported: what they could not load, what will be renamed.
-
-    Their bars of progress, downloads' too, are for a terminal.
-    """
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-        "bitsandbytes",
-    ):  # transformers imports them where they are installed
+    """Suppress libraries' import warnings (failed extensions, deprecations), and without a terminal progress bars."""
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # transformers imports them if installed
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -44,7 +39,7 @@ def calm_libraries() -> None:
 
 
 def say(what: RenderableType) -> None:
-    """Print a table, or a line that says what was done."""
+    """Print a table, or a line about what was done; nothing with `--quiet`."""
     if not _state["quiet"]:
         console.print(what, markup=False)
 
@@ -55,7 +50,7 @@ def say_json(value: Any) -> None:
 
 
 def error(problem: SwitchError) -> None:
-    """Print what is wrong, line by line, and the hint."""
+    """Print an error, its problems and its hint."""
     stderr.print(f"[bold red]error:[/] {escape(problem.message)}")
     for line in shortened(problem.problems):
         stderr.print(f"  - {escape(line)}")
@@ -70,26 +65,14 @@ def warn(text: str) -> None:
 
 
 def notes(lines: Sequence[str]) -> None:
-    """Print what was done otherwise than a user may expect."""
+    """Print notes on results that a user may not expect."""
     for line in shortened(lines if not _state["quiet"] else ()):
         stderr.print(f"[bold]note:[/] {escape(line)}")
 
 
-def size(count: int) -> str:
-    """A number of bytes for people: 1.5 MB."""
-    if count < 1000:
-        return f"{count} B"
-    value, unit = count / 1000, "kB"
-    for larger in ("MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.1f} {unit}"
-
-
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, in bytes, with the rate and the time that is left. Gives the function that advances it."""
+    """Show a progress bar in bytes on stderr; yields the function that advances it."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (

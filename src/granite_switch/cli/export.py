@@ -1,4 +1,4 @@
-"""`granite-switch export`: the model in another engine's format."""
+"""`granite-switch export`: write the model in another engine's format."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from granite_switch.gguf import Plan
 
 _LIMITS = (
-    "llama.cpp keeps one adapter per sequence, from its control token to the end; "
-    "another one, or the base, needs a new one"
+    "llama.cpp supports one adapter per sequence, from its control token to the end; "
+    "start a new sequence for another adapter or the base"
 )
 
 
@@ -24,21 +24,21 @@ def register(app: typer.Typer) -> None:
 
 
 def gguf(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to make.")],
-    outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0; the model's own by default.")] = "",
-    pre: Annotated[str, typer.Option(help="llama.cpp's pre-tokenizer, where it cannot be worked out.")] = "",
-    modelfile: Annotated[bool, typer.Option("--modelfile", help="Write Ollama's Modelfiles beside it.")] = False,
+    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to create.")],
+    outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0; by default the model's own dtype.")] = "",
+    pre: Annotated[str, typer.Option(help="llama.cpp's pre-tokenizer, if it cannot be detected.")] = "",
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="Also write Ollama Modelfiles.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
-    """Write one GGUF file for llama.cpp, with every adapter in it."""
+    """Write one GGUF file for llama.cpp, with all adapters."""
     from granite_switch.compose.sources import model_folder
     from granite_switch.core.staging import check_file, staged_file
     from granite_switch.gguf import OUTTYPES, prepare, write
 
     if outtype not in ("", *OUTTYPES):
-        raise typer.BadParameter(f"is one of {', '.join(OUTTYPES)}", param_hint="--outtype")
+        raise typer.BadParameter(f"must be one of {', '.join(OUTTYPES)}", param_hint="--outtype")
     check_file(output, force=force)
     plan = prepare(model_folder(model, revision), outtype=outtype, pre=pre)
     texts = _modelfiles(plan, output) if modelfile else {}
@@ -58,7 +58,7 @@ def gguf(
 
 
 def _modelfiles(plan: "Plan", output: Path) -> dict[Path, str]:
-    """Ollama's files beside the output: `model.Modelfile`, `model.<adapter>.Modelfile`."""
+    """Path -> text of the Ollama files next to the output: `model.Modelfile`, `model.<adapter>.Modelfile`."""
     from granite_switch.gguf.modelfile import modelfiles
 
     words = plan.vocabulary
@@ -69,5 +69,5 @@ def _modelfiles(plan: "Plan", output: Path) -> dict[Path, str]:
     texts = modelfiles(output.name, words.templates["default"], plan.spec.names, special, plan.decoder.context)
     for name in plan.spec.names:
         if name not in texts:
-            warn(f"no Modelfile for {name}: its invocation text is the user's to write")
+            warn(f"no Modelfile for {name}: the user has to write its invocation text")
     return {output.with_suffix(f".{name}.Modelfile" if name else ".Modelfile"): text for name, text in texts.items()}

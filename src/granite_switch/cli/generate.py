@@ -1,4 +1,4 @@
-"""`granite-switch generate`: one chat with one adapter, streamed, and shown token by token if asked."""
+"""`granite-switch generate`: answer one chat with one adapter, streamed, with an optional trace of the tokens."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from granite_switch.cli.command import require
 from granite_switch.cli.console import calm_libraries, console, stderr
 from granite_switch.errors import CheckpointError, SwitchError, TemplateError
 
@@ -18,23 +19,23 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")],
     message: Annotated[
-        list[str], typer.Option("--message", "-m", help="User message; repeat for user, assistant, user.")
+        list[str], typer.Option("--message", "-m", help="User message; repeat to alternate user and assistant.")
     ],
     adapter: Annotated[
-        str, typer.Option("--adapter", "-a", help="Adapter to switch to; the base by default.")
+        str, typer.Option("--adapter", "-a", help="Adapter that answers; by default the base model.")
     ] = "base",
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     document: Annotated[
-        list[Path] | None, typer.Option("--document", "-d", help="Text or JSON file; repeat.", exists=False)
+        list[Path] | None, typer.Option("--document", "-d", help="Text or JSON file; repeatable.", exists=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    device_map: Annotated[str, typer.Option(help="As transformers takes it.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    device_map: Annotated[str, typer.Option(help="transformers' device_map.")] = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Print each token in its slot's colour.")] = False,
-    trace_html: Annotated[Path | None, typer.Option(help="Write the trace as a web page.")] = None,
+    trace_html: Annotated[Path | None, typer.Option(help="Write the trace to an HTML file.")] = None,
 ) -> None:
     """Generate with one adapter of a composed model."""
     documents = [entry for number, path in enumerate(document or (), 1) for entry in read_document(path, number)]
@@ -78,36 +79,35 @@ def generate(
 
 
 def read_document(path: Path, number: int) -> list[dict[str, Any]]:
-    """A text file as one document; a JSON file as the document or the list of documents that it holds."""
+    """The documents in a file: a text file is one; a JSON file contains one or a list."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SwitchError(f"--document {path}: cannot be read as text ({error})") from None
+        raise SwitchError(f"--document {path} cannot be read as text ({error})") from None
     if path.suffix == ".json":
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise SwitchError(f"--document {path}: is not JSON ({error})") from None
+            raise SwitchError(f"--document {path} is not JSON ({error})") from None
         documents = data if isinstance(data, list) else [data]
         if not all(isinstance(entry, dict) for entry in documents):
-            raise SwitchError(f"--document {path}: is neither a JSON object nor a list of them")
+            raise SwitchError(f"--document {path} is neither a JSON object nor a list of them")
         return documents
     return [{"doc_id": str(number), "title": path.stem, "text": text.strip()}]
 
 
 def load(model: str, device_map: str) -> tuple[Any, Any]:
-    """The model and its tokenizer, through transformers' ordinary loading.
+    """A model and its tokenizer, loaded with transformers.
 
     Raises:
-        CheckpointError: there is no such model, or it holds no adapters.
+        CheckpointError: there is no such model, or it has no adapters.
     """
-    _require("transformers", "torch", "accelerate", extra="hf")
+    require("transformers", "torch", "accelerate", extra="hf")
     calm_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     import granite_switch.hf  # noqa: F401  (registers the Auto classes)
-    from granite_switch.config import GraniteSwitchConfig
     from granite_switch.core.files import inside
     from granite_switch.core.records import read_config
 
@@ -119,9 +119,10 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
         read_config(inside(Path(model), "config.json"))
     try:
         config = AutoConfig.from_pretrained(model)
-        if not isinstance(config, GraniteSwitchConfig):
+        if getattr(config, "switch", None) is None:
             raise CheckpointError(
-                f"{model}: model_type {config.model_type!r} holds no adapters", hint="granite-switch compose makes one"
+                f"{model} is not a composed model: its model_type is {config.model_type!r}",
+                hint="make one with granite-switch compose",
             )
         return (
             AutoModelForCausalLM.from_pretrained(model, config=config, device_map=device_map),
@@ -130,15 +131,15 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         if isinstance(error, SwitchError):
             raise
-        raise CheckpointError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{model} cannot be loaded ({str(error).splitlines()[0]})") from None
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]], documents: list[dict[str, Any]], adapter: str) -> Any:
-    """Render and tokenise a chat, ready for `generate`."""
+    """Render and tokenise a chat; returns the inputs for `generate`."""
     import jinja2
 
     if not tokenizer.chat_template:
-        raise TemplateError("the model has no chat template", hint="place control tokens by hand; see docs/format.md")
+        raise TemplateError("the model has no chat template", hint="place control tokens yourself (docs/format.md)")
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -150,11 +151,3 @@ def encode(tokenizer: Any, messages: list[dict[str, str]], documents: list[dict[
         )
     except jinja2.TemplateError as error:
         raise TemplateError(str(error)) from None
-
-
-def _require(*modules: str, extra: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise SwitchError(f"needs {', '.join(missing)}", hint=f"pip install 'granite-switch[{extra}]'")

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from granite_switch.cli.compose import as_dict, summary
+from granite_switch.cli.compose import report
 from granite_switch.cli.console import console, notes, say, say_json, size, warn
 from granite_switch.errors import AdapterError, CheckpointError
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 Model: TypeAlias = Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")]
 Local: TypeAlias = Annotated[Path, typer.Argument(help="Composed model: local folder.", metavar="MODEL")]
 SOURCES = "PEFT adapter folder, library folder, YAML manifest or hub id."
-Sources: TypeAlias = Annotated[list[str], typer.Argument(help=SOURCES, metavar="SOURCE...")]
+Sources: TypeAlias = Annotated[list[str], typer.Argument(help=SOURCES, metavar="SOURCE")]
 Output: TypeAlias = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder to make; by default the model is changed in place.")
+    Path | None, typer.Option("--output", "-o", help="Folder to create; by default the model is changed in place.")
 ]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace an existing folder.")]
-BaseName: TypeAlias = Annotated[str, typer.Option(help="The base's folder in libraries; its own name by default.")]
-Include: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to take; repeat.")]
-Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to leave out; repeat.")]
-Technology: TypeAlias = Annotated[str, typer.Option(help="alora or lora, where only one is wanted.")]
+BaseName: TypeAlias = Annotated[str, typer.Option(help="The base's folder name in libraries; by default its own name.")]
+Include: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to include; repeatable.")]
+Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to exclude; repeatable.")]
+Technology: TypeAlias = Annotated[str, typer.Option(help="Only adapters of this kind: alora or lora.")]
 Revision: TypeAlias = Annotated[str | None, typer.Option(help="Revision of the hub repositories.")]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or what is wrong.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or the error.")]
 CreateIoYaml: TypeAlias = Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")]
 
 
@@ -42,11 +42,11 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id; or a .gguf file.")],
+    model: Annotated[str, typer.Argument(help="Composed model: local folder, hub id or .gguf file.", metavar="MODEL")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw how strongly adapters change each projection.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Image file: how strongly adapters change each projection.")] = None,
 ) -> None:
-    """Show what is in a composed model."""
+    """Show the contents of a composed model."""
     from granite_switch.compose.inspect import inspect as look
     from granite_switch.compose.inspect import plot as draw
     from granite_switch.compose.inspect import strengths
@@ -65,11 +65,11 @@ def inspect(
             json.dumps({"legacy_format": number, "notes": lines}) if as_json else "\n".join(lines), markup=False
         )
         return
-    report = look(folder)
+    found = look(folder)
     if as_json:
-        say_json(report.to_dict())
+        say_json(found.to_dict())
     else:
-        _show(report)
+        _show(found)
     if plot:
         draw(strengths(folder), plot)
         if not as_json:
@@ -79,47 +79,50 @@ def inspect(
 def verify(
     model: Model,
     against: Annotated[
-        list[str] | None, typer.Option(help="Source of adapters, or the base model: compare with PEFT; repeat.")
+        list[str] | None, typer.Option(help="Adapter source or base model for a comparison with PEFT; repeatable.")
     ] = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Read every weight: digests, NaN, control tokens' rows.")
+        bool, typer.Option("--deep", help="Also read all weights: digests, NaN, control tokens' rows.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="With --against: float32, bfloat16 or float16.")] = "float32",
     base_name: BaseName = "",
     technology: Technology = "",
     revision: Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: what was compared, or what is wrong.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the comparisons, or the error.")] = False,
 ) -> None:
-    """Check a composed model's files, and compare it with PEFT."""
+    """Check a composed model's files; with --against, also compare its logits with PEFT's."""
     from granite_switch.compose.sources import model_folder
     from granite_switch.compose.verify import verify as check
 
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter("is float32, bfloat16 or float16", param_hint="--dtype")
+        raise typer.BadParameter("must be float32, bfloat16 or float16", param_hint="--dtype")
     folder = model_folder(model, revision)
     spec = check(folder, deep=deep)
     results: list[Any] = []
     if not as_json:
-        say(f"{model}: {len(spec.active)} adapters, nothing wrong")
+        say(f"{model}: {len(spec.active)} adapters, no problems found")
     if against:
         base, adapters = _matched(spec, against, base_name, technology, revision)
         results = _compare(folder, adapters, base, dtype)
         if not as_json:
             say(_comparison(results, dtype))
         if wrong := [one.name for one in results if not one.within]:
-            raise CheckpointError(f"{folder}: differs from PEFT: {', '.join(wrong)}", hint="are these its sources?")
+            raise CheckpointError(
+                f"{folder} differs from PEFT in {', '.join(wrong)}",
+                hint="is --against what the model was composed from?",
+            )
     if as_json:
         say_json({"adapters": list(spec.names), "compared": [asdict(one) for one in results]})
 
 
 def add(
     model: Model,
-    sources: Annotated[list[str] | None, typer.Argument(help=SOURCES, metavar="[SOURCE]...")] = None,
-    new: Annotated[str, typer.Option(help="Name of an empty adapter to train in the model, in place of sources.")] = "",
+    sources: Annotated[list[str] | None, typer.Argument(help=SOURCES, metavar="SOURCE")] = None,
+    new: Annotated[str, typer.Option(help="Instead of sources: name of a new, zero adapter to train.")] = "",
     rank: Annotated[int, typer.Option(help="With --new: the rank.")] = 16,
-    alpha: Annotated[float | None, typer.Option(help="With --new: lora_alpha; twice the rank by default.")] = None,
-    targets: Annotated[str, typer.Option(help="With --new: linears, as q_proj,v_proj; the attention's.")] = "",
-    invocation: Annotated[str, typer.Option(help="With --new: the text from which it acts (aLoRA).")] = "",
+    alpha: Annotated[float | None, typer.Option(help="With --new: lora_alpha; by default twice the rank.")] = None,
+    targets: Annotated[str, typer.Option(help="With --new: linears (q_proj,v_proj); by default attention's.")] = "",
+    invocation: Annotated[str, typer.Option(help="With --new: invocation text, for an aLoRA.")] = "",
     output: Output = None,
     base_name: BaseName = "",
     include: Include = None,
@@ -130,11 +133,11 @@ def add(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Add adapters. Slots and token ids of the others stay."""
+    """Add adapters. The others keep their slots and token ids."""
     from granite_switch.compose import edit, slot
 
     if bool(new) == bool(sources):
-        raise typer.BadParameter("give sources of adapters, or --new NAME", param_hint="SOURCE")
+        raise typer.BadParameter("give either adapter sources or --new NAME", param_hint="SOURCE")
     if new:
         names = [name.strip() for name in targets.split(",") if name.strip()]
         settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": names, "invocation": invocation}
@@ -157,7 +160,7 @@ def update(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Replace adapters by others of the same name. Slots and token ids stay."""
+    """Replace adapters by others of the same name. They keep their slots and token ids."""
     from granite_switch.compose import edit
 
     selection = _selection(base_name, include, exclude, technology, revision)
@@ -166,12 +169,12 @@ def update(
 
 def remove(
     model: Model,
-    names: Annotated[list[str], typer.Argument(help="Names of adapters.", metavar="NAME...")],
+    names: Annotated[list[str], typer.Argument(help="Names of adapters.", metavar="NAME")],
     output: Output = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Remove adapters. Their slots and tokens stay taken."""
+    """Remove adapters. Their slots and token ids are not reused."""
     from granite_switch.compose import edit
 
     _changed(edit.remove(model, names, output=output, force=force), output or model, as_json)
@@ -179,13 +182,13 @@ def remove(
 
 def rename(
     model: Model,
-    old: Annotated[str, typer.Argument(help="The adapter's name.")],
-    new: Annotated[str, typer.Argument(help="Its new name.")],
+    old: Annotated[str, typer.Argument(help="The adapter's name.", metavar="OLD")],
+    new: Annotated[str, typer.Argument(help="Its new name.", metavar="NEW")],
     output: Output = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Rename an adapter. Its slot and token id stay."""
+    """Rename an adapter. It keeps its slot and token id."""
     from granite_switch.compose import edit
 
     _changed(edit.rename(model, old, new, output=output, force=force), output or model, as_json)
@@ -193,11 +196,11 @@ def rename(
 
 def extract(
     model: Model,
-    name: Annotated[str, typer.Argument(help="The adapter's name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+    name: Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
     force: Force = False,
 ) -> None:
-    """Write an adapter as PEFT has it."""
+    """Write an adapter as a PEFT adapter folder."""
     from granite_switch.compose.extract import extract as take
 
     say(f"written: {take(model, name, output, force=force)}")
@@ -205,10 +208,10 @@ def extract(
 
 def push(
     model: Local,
-    repo: Annotated[str, typer.Argument(help="Hub repository: owner/name.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it private, if it is made.")] = False,
+    repo: Annotated[str, typer.Argument(help="Hub repository: owner/name.", metavar="REPO")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
-    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "",
+    message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "",
 ) -> None:
     """Verify a composed model and upload it to the hub."""
     from granite_switch.compose.push import push as upload
@@ -221,7 +224,7 @@ def _selection(
     base_name: str, include: list[str] | None, exclude: list[str] | None, technology: str, revision: str | None
 ) -> dict[str, Any]:
     if technology not in ("", "lora", "alora"):
-        raise typer.BadParameter("is alora or lora", param_hint="--technology")
+        raise typer.BadParameter("must be alora or lora", param_hint="--technology")
     return {
         "base_name": base_name,
         "include": include or (),
@@ -235,11 +238,7 @@ def _changed(plan: "Plan", where: str | Path, as_json: bool) -> None:
     notes(plan.notes)
     for warning in plan.warnings:
         warn(warning)
-    if as_json:
-        say_json(as_dict(plan))
-        return
-    say(summary(plan))
-    say(f"written: {where}")
+    report(plan, f"written: {where}", as_json)
 
 
 def _show(report: "Report") -> None:
@@ -275,16 +274,12 @@ def _show(report: "Report") -> None:
         )
     say(table)
     if report.retired:
-        say(f"removed, their slots stay taken: {', '.join(report.retired)}")
+        say(f"removed adapters, whose slots are not reused: {', '.join(report.retired)}")
 
 
 def _inspect_gguf(path: Path, as_json: bool) -> None:
-    try:
-        from granite_switch.gguf.inspect import describe
-    except ImportError:
-        raise CheckpointError(
-            f"{path}: reading GGUF needs the gguf package", hint="pip install granite-switch[gguf]"
-        ) from None
+    from granite_switch.gguf.inspect import describe
+
     record = describe(path)
     if as_json:
         say_json(record)
@@ -308,23 +303,23 @@ def _cell(value: Any) -> str:
 def _matched(
     spec: "SwitchSpec", sources: list[str], base_name: str, technology: str, revision: str | None
 ) -> tuple[Path | None, dict[str, Path]]:
-    """The base among the sources, and the folder of each adapter: by name, or where it was renamed by its hash."""
+    """The base among the sources, and adapter -> folder, matched by name, or by hash if it was renamed."""
     from granite_switch.compose.sources import Selection, discover
     from granite_switch.core.checkpoint import sha256
 
     bases = [Path(source) for source in sources if (Path(source) / "config.json").is_file()]
     rest = [source for source in sources if Path(source) not in bases]
     if not rest:
-        raise AdapterError("--against: names no adapters", hint="give the sources that the model was composed from")
+        raise AdapterError("--against names no adapters", hint="pass the sources that the model was composed from")
     name = base_name or spec.base_model.rstrip("/").split("/")[-1]
     found = {one.name: one.folder for one in discover(rest, Selection(name, technology=technology), revision).found}
     hashes = {sha256(folder / "adapter_model.safetensors"): folder for folder in found.values()}
     matched = {a.name: found.get(a.name) or hashes.get(a.sha256) for a in spec.active}
     if missing := [name for name, folder in matched.items() if folder is None]:
-        warn(f"not compared, since no source has them: {', '.join(missing)}")
+        warn(f"not compared, because no source has them: {', '.join(missing)}")
     result = {name: folder for name, folder in matched.items() if folder}
     if not result:
-        raise AdapterError("--against: the sources hold none of the model's adapters", hint=", ".join(found))
+        raise AdapterError("--against has none of the model's adapters", hint=f"it has {', '.join(found)}")
     return (bases[0] if bases else None), result
 
 
@@ -336,18 +331,20 @@ def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: 
     except ImportError as error:
         raise CheckpointError(
             f"--against needs torch, transformers and peft ({error.name} is missing)",
-            hint="pip install granite-switch[hf] peft",
+            hint="pip install 'granite-switch[hf]' peft",
         ) from None
     if problems := differences(start_proof(folder, base)):
         raise CheckpointError(
-            f"{folder}: its tokenizer is not read as the base's", problems=problems[:8], hint="compose the model anew"
+            f"{folder}: transformers reads its tokenizer differently from the base's",
+            problems=problems[:8],
+            hint="compose the model again",
         )
     return list(compare(folder, adapters, base, dtype))
 
 
 def _comparison(results: list[Any], dtype: str) -> Table:
-    table = Table(title=f"composed against PEFT, {dtype}", title_justify="left")
-    for heading in ("adapter", "largest difference", "largest logit", "adapter moves logits by", ""):
+    table = Table(title=f"composed model against PEFT, {dtype}", title_justify="left")
+    for heading in ("adapter", "largest difference", "largest logit", "adapter's effect on logits", ""):
         table.add_column(heading, overflow="fold")
     for one in results:
         effect = f"{one.effect:.3g}" if one.name != "base" else ""

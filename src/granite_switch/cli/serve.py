@@ -1,14 +1,14 @@
-"""`granite-switch serve`, vLLM's server with every adapter as a model, and `granite-switch check`."""
+"""`granite-switch serve`: vLLM's server with every adapter as a model; and `granite-switch check`."""
 
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from granite_switch.cli.command import require
 from granite_switch.errors import ServingError
 from granite_switch.vllm import check
 
@@ -30,14 +30,14 @@ def serve(
         ),
     ],
 ) -> None:
-    """Start vLLM's OpenAI server, with every adapter as a model: MODEL:ADAPTER.
+    """Start vLLM's OpenAI server, with every adapter as a model, MODEL:ADAPTER.
 
-    All options are vLLM's own: `vllm serve --help` lists them.
+    All options are passed to vLLM; `vllm serve --help` lists them.
     """
     model, *options = arguments
     if model.startswith("-"):
-        raise typer.BadParameter("the model comes first, then vLLM's options", param_hint="MODEL")
-    _need_vllm()
+        raise typer.BadParameter("put the model before vLLM's options", param_hint="MODEL")
+    require("vllm", extra="vllm")
     _check(model, options)
     command = command_line(model, options)
     sys.stdout.flush()
@@ -45,23 +45,18 @@ def serve(
 
 
 def command_line(model: str, options: list[str]) -> list[str]:
-    """What starts the server. Ours is the innermost of several middlewares, so that others see what clients see."""
+    """The command that starts the server. Our middleware is the innermost, so that others see what clients see."""
     try:
         distribution("vllm")
-    except PackageNotFoundError:  # vLLM's own command asks for the metadata of this distribution; the CPU's is another
+    except PackageNotFoundError:  # vLLM's command needs this distribution's metadata; the CPU build has another name
         start = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
     else:
         start = ["-m", "vllm.entrypoints.cli.main", "serve", model]
     return [sys.executable, *start, "--middleware", _MIDDLEWARE, *options]
 
 
-def _need_vllm() -> None:
-    if find_spec("vllm") is None:
-        raise ServingError("vLLM is not installed here", hint="pip install 'granite-switch[vllm]'")
-
-
 def _check(model: str, options: list[str]) -> None:
-    """Refuse what the middleware would refuse, before the engine starts."""
+    """Raise the errors that the middleware would raise, before the engine starts."""
     from granite_switch.core.files import inside
     from granite_switch.core.legacy import UPGRADE, legacy_format
     from granite_switch.core.records import read_config
@@ -70,15 +65,18 @@ def _check(model: str, options: list[str]) -> None:
     if os.path.isdir(model):
         config = read_config(inside(Path(model), "config.json"))
         if legacy_format(config):
-            raise ServingError(f"{model}: is of an older format, which vLLM serves without this command", hint=UPGRADE)
+            raise ServingError(
+                f"{model} has a legacy format, which this command does not serve (`vllm serve` takes formats 2 and 3)",
+                hint=UPGRADE,
+            )
         if "switch" not in config:
-            raise ServingError(f"{model}: is not a composed model", hint="compose it: granite-switch compose")
+            raise ServingError(f"{model} is not a composed model", hint="make one with granite-switch compose")
     if (value := _option(options, "--chat-template")) and (problem := template_problem(template_text(value))):
         raise ServingError(f"--chat-template {problem}")
 
 
 def _option(options: list[str], name: str) -> str:
-    """The value of one of vLLM's options; empty where it is not given."""
+    """The value of one of vLLM's options; empty if it is not given."""
     for word, following in zip(options, [*options, ""][1:], strict=True):
         key, equals, value = word.partition("=")
         if key.replace("_", "-") == name:

@@ -1,4 +1,4 @@
-"""Show where each token of a sequence was routed: in the terminal, or as a page of its own."""
+"""Show the slot of each token of a sequence, in the terminal or as an HTML page."""
 
 import html
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from rich.text import Text
 from granite_switch.core import routing
 from granite_switch.core.spec import SwitchSpec
 
-# terminal and page colours by slot; the base is plain, adapters go round
+# colours of adapters' slots in the terminal and on pages, reused in turn; the base has none
 _TERMINAL = ("cyan", "magenta", "green", "yellow", "blue", "red")
 INK = "#111111"
 _PAGE = ("#b3e5fc", "#f8bbd0", "#c8e6c9", "#fff59d", "#d1c4e9", "#ffccbc", "#b2dfdb", "#ffe0b2")
@@ -32,10 +32,10 @@ def trace(sequence: Sequence[int], prompt: int, spec: SwitchSpec, decode: Callab
     """Each token with its slot.
 
     Args:
-        sequence: token ids, the prompt's and the generated ones.
-        prompt: how many of them are the prompt.
+        sequence: token ids of the prompt and the generated text.
+        prompt: length of the prompt.
         spec: the adapters.
-        decode: text of one token.
+        decode: token id -> text.
     """
     controls = spec.control_slots
     slots = routing.slots(sequence, controls)
@@ -46,7 +46,7 @@ def trace(sequence: Sequence[int], prompt: int, spec: SwitchSpec, decode: Callab
 
 
 def show(tokens: Sequence[Token], spec: SwitchSpec, console: Console) -> None:
-    """Print the sequence in its slots' colours, and a legend. Control tokens are reversed, what was generated bold."""
+    """Print the sequence in its slots' colours, and a legend. Control tokens are inverted, generated ones bold."""
     text = Text()
     for token in tokens:
         style = _style(token.slot)
@@ -63,23 +63,23 @@ def show(tokens: Sequence[Token], spec: SwitchSpec, console: Console) -> None:
 
 
 def page(tokens: Sequence[Token], spec: SwitchSpec) -> str:
-    """The same as one self-contained HTML page."""
+    """The trace as a self-contained HTML page."""
     return _HTML.format(style=style(len(spec.adapters)), trace=fragment(tokens, spec))
 
 
 def fragment(tokens: Sequence[Token], spec: SwitchSpec, cached: int = 0) -> str:
-    """The same as a part of a page that holds `style`. Each run of a slot begins with the slot's name.
+    """The trace as an HTML fragment for a page with the CSS of `style`. Each run of a slot begins with its name.
 
     Args:
         tokens, spec: as for `show`.
-        cached: so many tokens, from the start, came out of a cache; the end of them is marked.
+        cached: length of the prefix that was read from the cache; its end is marked.
     """
     names = ["base", *(adapter.name for adapter in spec.adapters)]
     places = enumerate(tokens)
     runs = []
     for (slot, _), run in groupby(places, lambda place: (place[1].slot, place[0] < cached)):
         first, *rest = run
-        mark = '<b class="cache">\u2191 from the cache, \u2193 computed</b>' if cached and first[0] == cached else ""
+        mark = '<b class="cache">\u2191 cached, \u2193 computed</b>' if cached and first[0] == cached else ""
         label = f'<b class="slot">{slot} {html.escape(names[slot])}</b>'
         runs.append(
             f'{mark}<span class="s{slot}" data-slot="{slot}">{label}{"".join(map(_span, (first, *rest)))}</span>'
@@ -95,13 +95,13 @@ def fragment(tokens: Sequence[Token], spec: SwitchSpec, cached: int = 0) -> str:
 
 
 def style(slots: int) -> str:
-    """The CSS of `fragment`: dark text on a light colour for each slot, whatever the page's own colours are."""
+    """The CSS of `fragment`: dark text on a light colour for each slot, whatever the page's colours are."""
     colours = (f".s{slot}{{background:{colour(slot)};color:{INK}}}" for slot in range(1, slots + 1))
     return _STYLE + "".join(colours)
 
 
 def colour(slot: int) -> str:
-    """The background of an adapter's slot; text on it is `INK`."""
+    """The background colour of an adapter's slot; text on it is `INK`."""
     return _PAGE[(slot - 1) % len(_PAGE)]
 
 

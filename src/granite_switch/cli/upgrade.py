@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from granite_switch.cli.compose import as_dict, summary
-from granite_switch.cli.console import progress, say, say_json, size
+from granite_switch.cli.compose import report
+from granite_switch.cli.console import progress, size
 
 
 def register(app: typer.Typer) -> None:
@@ -15,13 +15,13 @@ def register(app: typer.Typer) -> None:
 
 
 def upgrade(
-    old: Annotated[str, typer.Argument(help="Checkpoint in a legacy format: local folder or hub id.")],
-    new: Annotated[Path, typer.Argument(help="Folder to make.")],
+    old: Annotated[str, typer.Argument(help="Checkpoint in a legacy format: local folder or hub id.", metavar="OLD")],
+    new: Annotated[Path, typer.Argument(help="Folder to create.", metavar="NEW")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or what is wrong.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or the error.")] = False,
 ) -> None:
-    """Rewrite a checkpoint in a legacy format as format 1."""
+    """Convert a checkpoint from a legacy format to format 1."""
     from granite_switch.compose.sources import model_folder
     from granite_switch.compose.upgrade import prepare
     from granite_switch.compose.write import write_model
@@ -34,8 +34,4 @@ def upgrade(
     if not dry_run:
         with staged(new, force=force) as folder, progress("upgrading", total) as advance:
             write_model(plan, folder, advance)
-    if as_json:
-        say_json(as_dict(plan))
-        return
-    say(summary(plan))
-    say(f"{'would be written' if dry_run else 'written'}: {new} ({size(total)})")
+    report(plan, f"{'would be written' if dry_run else 'written'}: {new} ({size(total)})", as_json)

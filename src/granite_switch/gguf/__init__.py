@@ -1,4 +1,4 @@
-"""llama.cpp: one GGUF file with the base and every adapter, for its `graniteswitch` architecture."""
+"""Export to llama.cpp: one GGUF file of the `graniteswitch` architecture, with the base and every adapter."""
 
 from collections.abc import Callable
 from os import PathLike
@@ -28,21 +28,18 @@ def export(
     force: bool = False,
     on_bytes: Callable[[int], Any] | None = None,
 ) -> Plan:
-    """Write a composed model as one GGUF file.
+    """Write a composed model as one GGUF file and return the plan that was written.
 
     Args:
         model: folder of a composed model, or of one in legacy format 2 or 3.
         output: the file; it appears only when it is complete.
-        outtype: one of f32, f16, bf16, q8_0; the model's own dtype by default.
-        pre: llama.cpp's name of the pre-tokenizer; worked out by default.
+        outtype: f32, f16, bf16 or q8_0; the model's own dtype by default.
+        pre: llama.cpp's name of the pre-tokenizer; detected by default.
         force: replace an existing file.
-        on_bytes: called with the number of bytes after each piece that is written.
-
-    Returns:
-        What was written.
+        on_bytes: called after each piece with the number of bytes written.
 
     Raises:
-        CheckpointError: with all that keeps the model from being exported.
+        CheckpointError: the model cannot be exported; lists all reasons.
     """
     plan = prepare(model, outtype=outtype, pre=pre)
     with staged_file(Path(output), force=force) as path:

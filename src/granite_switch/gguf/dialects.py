@@ -1,8 +1,8 @@
-"""Which bases llama.cpp's `graniteswitch` computes, and what each calls the parts of Granite's decoder.
+"""The bases that llama.cpp's `graniteswitch` can run, and their names for the parts of Granite's decoder.
 
-The engine computes one decoder. A base is taken by the `model_type` of its config.json if it computes the same under
-other names. Every key that changes what it computes is read here, with transformers' default, and refused by name where
-the engine computes something else.
+The engine implements one decoder, Granite's. A base can be exported if its `model_type` is listed here, because it
+computes the same under other names. Every config key that changes the computation is read here, with transformers'
+default, and refused by name if the engine does not support its value.
 """
 
 import math
@@ -67,12 +67,12 @@ class EngineConfig(Record):
 
 @dataclass(frozen=True)
 class Row:
-    """One of the engine's matrices, and the linear whose rows it is. A linear of several rows is cut in their order."""
+    """One of the engine's matrices and its linear in the base. Entries with the same linear split its rows in order."""
 
-    stem: str  # llama.cpp's tensor name, for the adapters: `attn_q`
-    path: str  # the linear's path below its decoder layer: `self_attn.q_proj`
+    stem: str  # llama.cpp's tensor name for the adapters: `attn_q`
+    path: str  # the linear's path within its decoder layer: `self_attn.q_proj`
     outputs: str  # a key of `Decoder.sizes`
-    inputs: str
+    inputs: str  # likewise
 
 
 _ATTENTION = (
@@ -96,7 +96,7 @@ _SHARED = (
 FUSED = ("attn_q", "attn_k", "attn_v")  # one matrix in the engine, `attn_qkv`
 ROTARY = ("attn_q", "attn_k")
 
-# key -> what transformers' config class has where config.json leaves it out
+# key -> transformers' default if config.json omits it
 _DEFAULTS: Mapping[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -115,25 +115,25 @@ _MULTIPLIERS: Mapping[str, Any] = {
     "residual_multiplier": 1.0,
     "attention_multiplier": 1.0,
 }
-# key -> (the values that the engine computes, what it does)
+# key -> (supported values, reason)
 _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_act": (("silu", "swish"), "llama.cpp computes silu"),
+    "hidden_act": (("silu", "swish"), "llama.cpp's architecture supports only silu"),
     "attention_bias": ((False, None), "llama.cpp's architecture has no biases"),
     "mlp_bias": ((False, None), "llama.cpp's architecture has no biases"),
-    "sliding_window": ((None,), "llama.cpp's architecture has no window (absent, Mistral has one of 4096)"),
-    "attention_chunk_size": ((None,), "llama.cpp's architecture has no chunks"),
-    "num_local_experts": ((0,), "llama.cpp's architecture has no experts (absent, it is 8)"),
-    "position_embedding_type": (("rope", "nope", None), "llama.cpp computes rope, or no positions"),
+    "sliding_window": ((None,), "llama.cpp's architecture has no sliding window (Mistral's default is 4096)"),
+    "attention_chunk_size": ((None,), "llama.cpp's architecture has no chunked attention"),
+    "num_local_experts": ((0,), "llama.cpp's architecture has no experts (the default is 8)"),
+    "position_embedding_type": (("rope", "nope", None), "llama.cpp's architecture supports only rope and nope"),
 }
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one `model_type` says what Granite's decoder is."""
+    """One `model_type`'s names for Granite's decoder."""
 
     rows: tuple[Row, ...] = _PLAIN
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # all keys that are read, and transformers' defaults
-    mlp: str = "intermediate_size"  # the key with the width of the MLP
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # every key that is read -> transformers' default
+    mlp: str = "intermediate_size"  # the key of the MLP's width
 
 
 DIALECTS: Mapping[str, Dialect] = {
@@ -165,7 +165,7 @@ _ATTENTION_LAYERS = {"attention", "full_attention"}
 
 @dataclass(frozen=True)
 class Decoder:
-    """What the engine is told of a base, whatever the base calls it."""
+    """A base's decoder, in the engine's terms."""
 
     rows: tuple[Row, ...]
     layers: int
@@ -174,7 +174,7 @@ class Decoder:
     mlp: int
     heads: int
     kv_heads: int
-    head: int  # size of each
+    head: int  # head size
     context: int
     epsilon: float
     tied: bool
@@ -192,16 +192,16 @@ class Decoder:
         return {"hidden": self.hidden, "query": query, "key": key, "mlp": self.mlp}
 
     def shape(self, row: Row) -> tuple[int, int]:
-        """(out, in) of one of the engine's matrices."""
+        """(out, in) of a matrix."""
         return self.sizes[row.outputs], self.sizes[row.inputs]
 
     def start(self, row: Row) -> int:
-        """The row of its linear at which a matrix begins."""
+        """The first row of a matrix in its linear."""
         before = self.rows[: self.rows.index(row)]
         return sum(self.shape(other)[0] for other in before if other.path == row.path)
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear of the base, by path."""
+        """Path -> (out, in) of every linear of the base."""
         result: dict[str, tuple[int, int]] = {}
         for layer in range(self.layers):
             for row in self.rows:
@@ -212,25 +212,25 @@ class Decoder:
 
 
 def linear(layer: int, row: Row) -> str:
-    """The path of the linear of a row."""
+    """The path of a matrix's linear in one decoder layer."""
     return f"model.layers.{layer}.{row.path}"
 
 
 def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, list[str]]:
-    """What a config.json describes, and what of it the engine does not compute.
+    """The decoder that a config describes, and reasons why the engine cannot run it.
 
     Args:
         config: config.json.
-        model_type: the base's own.
+        model_type: the base's.
 
     Raises:
-        CheckpointError: the `model_type` is none of `DIALECTS`, or keys are missing or wrong.
+        CheckpointError: `model_type` is not in `DIALECTS`, or keys are missing or wrong.
     """
     dialect = DIALECTS.get(model_type)
     if not dialect:
         raise CheckpointError(
-            f"model_type {model_type!r}: llama.cpp's architecture graniteswitch does not compute it",
-            hint=f"it computes {', '.join(DIALECTS)}; run this model in transformers or vLLM",
+            f"model_type {model_type!r} is not supported by llama.cpp's architecture graniteswitch",
+            hint=f"it supports {', '.join(DIALECTS)}; run this model in transformers or vLLM",
         )
     checked(EngineConfig, config, "config.json")
     keys = {key: config.get(key, default) for key, default in dialect.defaults.items()}
@@ -269,25 +269,25 @@ def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, l
 
 
 def _problems(keys: Mapping[str, Any], config: Mapping[str, Any], dialect: Dialect) -> Iterator[str]:
-    """Values of keys with which the base computes something else than the engine."""
+    """Config values that the engine does not support."""
     for key, (allowed, reason) in _FIXED.items():
         if key in keys and keys[key] not in allowed:
             yield f"{key} {keys[key]!r}: {reason}"
     for key in _MULTIPLIERS:
         if key in keys and not keys[key]:
-            yield f"{key} {keys[key]!r}: llama.cpp takes it for 1"
+            yield f"{key} {keys[key]!r}: llama.cpp treats it as 1"
     if config.get("quantization_config"):
         yield (
-            "quantization_config: the base is quantised; compose from the base in full precision and choose "
+            "quantization_config: the base is quantised; compose with the unquantised base and export with "
             "--outtype q8_0"
         )
     types = config.get("layer_types") or config.get("layers_block_type") or dialect.defaults["layer_types"] or ()
     if other := sorted({*map(str, types)} - _ATTENTION_LAYERS):
-        yield f"layer_types {', '.join(other)}: llama.cpp's architecture has layers of full attention only"
+        yield f"layer_types {', '.join(other)}: llama.cpp's architecture has only full attention layers"
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rotary embeddings' parameters, from the key that transformers prefers."""
+    """The RoPE parameters, from the key that transformers prefers."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
@@ -301,10 +301,10 @@ _ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "ori
 
 
 def rope_scaling(config: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """`rope.scaling.*` for a config's rotary embeddings, as transformers' modeling_rope_utils defines them.
+    """The `rope.scaling.*` keys for a config's RoPE parameters, as defined in transformers' modeling_rope_utils.
 
     Raises:
-        ValueError: llama.cpp cannot compute them in this architecture.
+        ValueError: llama.cpp's architecture does not support the parameters.
     """
     rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -317,9 +317,9 @@ def rope_scaling(config: Mapping[str, Any], context: int) -> dict[str, Any]:
     if unknown := sorted(
         {key for key, value in rope.items() if value is not None} - {*_ROPE_ALWAYS, *_ROPE_KEYS[kind]}
     ):
-        raise ValueError(f"{', '.join(unknown)} of type {kind!r} is unknown")
+        raise ValueError(f"unknown keys for type {kind!r}: {', '.join(unknown)}")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
-        raise ValueError("partial_rotary_factor: llama.cpp's architecture turns whole heads")
+        raise ValueError("partial_rotary_factor: llama.cpp's architecture rotates whole heads")
     if kind == "default":
         return {}
     if kind == "linear" and not rope.get("factor"):
@@ -327,14 +327,16 @@ def rope_scaling(config: Mapping[str, Any], context: int) -> dict[str, Any]:
     if kind == "linear":
         return {"type": "linear", "factor": float(rope["factor"])}
     if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)) != (32, 1, True):
-        raise ValueError("llama.cpp reads no beta_fast, beta_slow and truncate for yarn here")
+        raise ValueError(
+            "llama.cpp's architecture supports only the defaults of yarn's beta_fast, beta_slow and truncate"
+        )
     original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or context
     factor = float(rope.get("factor") or context / original)
     usual, own = _mscale(factor), rope.get("attention_factor")
     if own is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         own = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
     result = {"type": "yarn", "factor": factor, "original_context_length": original}
-    return result if own is None else {**result, "attn_factor": own / usual}  # on top of yarn's own
+    return result if own is None else {**result, "attn_factor": own / usual}  # llama.cpp multiplies by the usual one
 
 
 def _mscale(factor: float, mscale: float = 1.0) -> float:

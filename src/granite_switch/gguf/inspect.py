@@ -1,4 +1,4 @@
-"""What a GGUF file of the `graniteswitch` architecture says of itself, also one that another converter wrote."""
+"""Summarise a `graniteswitch` GGUF file, including files from other converters."""
 
 import json
 import os
@@ -32,19 +32,19 @@ class Keys(Record):
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The file's adapters and what carries them, ready for JSON.
+    """A summary of a GGUF file's model and adapters, in JSON types.
 
     Args:
         path: a GGUF file.
 
     Returns:
         `file`, `bytes`, `architecture`, `base_model`, `outtype`, `pre_tokenizer`, `layers`, `context`, `vocab_size`,
-        `lora_rank` (to which all are padded), `adapter_bytes` (of their stacks), and `adapters`: one record each with
-        `slot`, `name`, `control_token`, `token_id`, `substitute`, `substitute_token_id`, and from files of this
-        project `technology`, `rank`, `alpha`, `target_modules`, `invocation_text`, `source`, `sha256`, `io_config`.
+        `lora_rank` (to which all adapters are padded), `adapter_bytes` (padded), and `adapters`, a list of records with
+        `slot`, `name`, `control_token`, `token_id`, `substitute`, `substitute_token_id`, and if this project wrote the
+        file `technology`, `rank`, `alpha`, `target_modules`, `invocation_text`, `source`, `sha256`, `io_config`.
 
     Raises:
-        CheckpointError: no GGUF file, one of another architecture, or with keys that are wrong.
+        CheckpointError: it is not a GGUF file, has another architecture, or has wrong keys.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
@@ -52,8 +52,8 @@ def describe(path: Path) -> dict[str, Any]:
     architecture = fields.get("general.architecture")
     if architecture != ARCH:
         raise CheckpointError(
-            f"{path}: holds no adapters: its architecture is {architecture!r}, not {ARCH!r}",
-            hint="granite-switch export gguf MODEL --output FILE writes one that does",
+            f"{path} has no adapters: its architecture is {architecture!r}, not {ARCH!r}",
+            hint="export one that has: granite-switch export gguf MODEL --output FILE",
         )
     keys = checked(Keys, fields, path)
     spec = _spec(path, keys)
@@ -90,7 +90,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
         reader = _Reader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
     except Exception as error:  # of a damaged file the library raises whatever its steps do
-        raise CheckpointError(f"{path}: is not a GGUF file, or is cut off ({str(error)[:200]})") from None
+        raise CheckpointError(f"{path} is not a GGUF file, or is truncated ({str(error)[:200]})") from None
 
 
 def _spec(path: Path, keys: Keys) -> SwitchSpec | None:

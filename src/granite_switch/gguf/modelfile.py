@@ -1,8 +1,8 @@
-"""Ollama's Modelfile for an exported file: one for the base and one for each adapter, over the same weights.
+"""Ollama Modelfiles for an exported file: one for the base and one for each adapter, all with the same weights.
 
-Ollama renders prompts with a Go template of its own and cannot be told an adapter's name, so what the chat template
-renders for one turn is probed with marks and written down. An adapter whose invocation text the user has to write
-gets none.
+Ollama renders prompts with a Go template, to which no adapter name can be passed. So each Modelfile has a Go template
+for one adapter, derived from what the chat template renders for one turn of marker texts. An adapter whose invocation
+text the user has to write gets no Modelfile.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ _SYSTEM, _USER, _ANSWER, _NEXT = "switch-system", "switch-user", "switch-answer"
 def modelfiles(
     file: str, template: str, adapters: tuple[str, ...], special_tokens: Mapping[str, str], context: int
 ) -> dict[str, str]:
-    """The texts by adapter name; "" is the base's.
+    """Adapter name -> text of its Modelfile; the base's name is "".
 
     Args:
-        file: the GGUF file, as seen from the Modelfile.
+        file: the GGUF file's path, relative to the Modelfile.
         template: the composed chat template.
         adapters: names.
-        special_tokens: bos_token and the like, as the template sees them.
-        context: tokens that the model was trained for.
+        special_tokens: bos_token and the like, as passed to the template.
+        context: the model's context length, in tokens.
     """
     result = {}
     for name in ("", *adapters):
@@ -41,10 +41,10 @@ def modelfiles(
 
 
 def _go_template(template: str, variables: Mapping[str, str]) -> str:
-    """One turn, with and without a system prompt; what closes an answer follows it.
+    """The Go template for one turn, with and without a system prompt, including the text that ends an answer.
 
     Raises:
-        TemplateError: the chat template refuses, or changes what users write.
+        TemplateError: the chat template refuses the turn, or changes users' text.
     """
     user = {"role": "user", "content": _USER}
     with_system = _between(
@@ -63,11 +63,11 @@ def _go_template(template: str, variables: Mapping[str, str]) -> str:
 
 
 def _between(text: str, marks: tuple[str, ...]) -> list[str]:
-    """The pieces of a text around marks that occur in it once and in order."""
+    """The pieces of a text between marks, each of which must occur once, in order."""
     pieces = []
     for mark in marks:
         before, found, text = text.partition(mark)
         if not found or mark in text or "{{" in before or '"""' in before:
-            raise TemplateError("the chat template cannot be written as one of Ollama's")
+            raise TemplateError("the chat template cannot be written as an Ollama template")
         pieces.append(before)
     return [*pieces, text]

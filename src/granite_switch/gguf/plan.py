@@ -1,7 +1,7 @@
-"""Read and check everything about an export before a byte is written.
+"""Plan an export: read and check everything before a byte is written.
 
-What the engine does not check is checked here: src/models/granite-switch.cpp loads duplicate or unknown control tokens
-without a word.
+This includes checks that the engine lacks: src/models/granite-switch.cpp loads duplicate or unknown control tokens
+without an error.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,15 +23,15 @@ from granite_switch.gguf.pretokenizer import NAMES, detect
 from granite_switch.gguf.tensors import EMBEDDING, HEAD, TYPES, Target, expected, max_rank, same, targets
 from granite_switch.gguf.vocabulary import Vocabulary, vocabulary
 
-MOST_ADAPTERS = MOST_RANKS = 4096
+MOST_ADAPTERS = MOST_RANK = 4096
 OUTTYPES = tuple(TYPES)
-_UNUSED = ".rotary_emb.inv_freq"  # a table that old checkpoints hold and that follows from the config
+_UNUSED = ".rotary_emb.inv_freq"  # stored in old checkpoints, but derived from the config
 _OWN = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An export that can be written."""
+    """A checked export, ready to write."""
 
     decoder: Decoder
     spec: SwitchSpec
@@ -44,24 +44,24 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors."""
+        """Size of all tensors."""
         return sum(target.nbytes for target in self.targets)
 
 
 def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> Plan:
-    """Read and check everything, and write nothing.
+    """Plan an export without writing anything.
 
     Args:
         model: folder of a composed model, or of one in legacy format 2 or 3.
         outtype: one of `OUTTYPES`; the model's own dtype by default.
-        pre: llama.cpp's name of the pre-tokenizer; worked out by default.
+        pre: llama.cpp's name of the pre-tokenizer; detected by default.
 
     Raises:
-        CheckpointError: with all that keeps the model from being exported.
+        CheckpointError: the model cannot be exported; lists all reasons.
     """
     folder = Path(model)
     if outtype not in ("", *OUTTYPES):
-        raise CheckpointError(f"outtype {outtype!r} is none of {', '.join(OUTTYPES)}")
+        raise CheckpointError(f"outtype {outtype!r} is not one of {', '.join(OUTTYPES)}")
     config, spec, tensors = _read(folder)
     decoder, problems = read_decoder(config, spec.base_model_type)
     problems += [*_switch_problems(decoder, spec), *_tensor_problems(decoder, spec, tensors)]
@@ -70,7 +70,7 @@ def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> 
         words, more, warnings = vocabulary(tokenizer, decoder.vocab_size, spec, _end_tokens(folder, config))
         problems += more
     if problems:
-        raise CheckpointError(f"{folder}: cannot be exported to llama.cpp", problems=problems)
+        raise CheckpointError(f"{folder} cannot be exported to llama.cpp", problems=problems)
     outtype = outtype or _OWN[tensors[EMBEDDING].dtype]
     pre, doubt = _pre(folder, detect(tokenizer.data), pre)
     return Plan(
@@ -86,38 +86,39 @@ def prepare(model: str | PathLike[str], *, outtype: str = "", pre: str = "") -> 
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], SwitchSpec, Mapping[str, Tensor]]:
-    """config.json, its switch and the tensors under format 1's names; of legacy formats too."""
+    """config.json, its `switch`, and the tensors under format 1's names; also for legacy formats."""
     config = read_config(inside(folder, "config.json"))
     if legacy.legacy_format(config):
         old = legacy.read(folder)
         if old.spec.hiding:
             raise CheckpointError(
-                f"{folder}: is in legacy format 1, which hides control tokens; the GGUF export needs substitutes",
-                hint=f"{legacy.UPGRADE}, and export NEW",
+                f"{folder} has legacy format 1, which hides control tokens; the GGUF export needs substitutes",
+                hint=f"{legacy.UPGRADE}, then export NEW",
             )
         return dict(old.config), _with_technologies(folder, old.spec), old.tensors
     if config["model_type"] != MODEL_TYPE or "switch" not in config:
         raise CheckpointError(
-            f"{folder}: is not a composed model",
-            hint="granite-switch compose makes one; llama.cpp's own convert_hf_to_gguf.py exports plain Granite",
+            f"{folder} is not a composed model",
+            hint="make one with granite-switch compose; to export plain Granite, use llama.cpp's convert_hf_to_gguf.py",
         )
     return config, SwitchSpec.from_dict(config["switch"]), Checkpoint(folder).tensors
 
 
 def _with_technologies(folder: Path, spec: SwitchSpec) -> SwitchSpec:
-    """Older configs do not say which adapters are aLoRA; adapter_index.json does."""
+    """Set each adapter's technology from adapter_index.json, which legacy configs do not contain."""
     kinds = {record.adapter_name: record.technology for record in read_adapter_index(folder).adapters}
     adapters = tuple(replace(a, technology=kinds.get(a.name) or a.technology) for a in spec.adapters)
     return replace(spec, adapters=adapters)
 
 
 def _switch_problems(decoder: Decoder, spec: SwitchSpec) -> Iterator[str]:
-    """What the engine would load without a word, or fail on later."""
+    """Problems that the engine would not report, or only when it runs."""
     size, rank = decoder.vocab_size, max_rank(spec)
     if not spec.active:
-        yield "it has no adapters: export the base itself with llama.cpp's convert_hf_to_gguf.py"
-    if len(spec.active) > MOST_ADAPTERS or rank > MOST_RANKS:
-        yield f"{len(spec.active)} adapters of rank up to {rank}; llama.cpp takes {MOST_ADAPTERS} of {MOST_RANKS}"
+        yield "it has no adapters; export the base with llama.cpp's convert_hf_to_gguf.py"
+    if len(spec.active) > MOST_ADAPTERS or rank > MOST_RANK:
+        most = f"llama.cpp supports at most {MOST_ADAPTERS} of rank {MOST_RANK}"
+        yield f"{len(spec.active)} adapters of rank up to {rank}; {most}"
     ids = [adapter.token_id for adapter in spec.active]
     for adapter in spec.active:
         for what, token in (("control token", adapter.token_id), ("substitute", adapter.substitute_token_id)):
@@ -135,13 +136,13 @@ def _tensor_problems(decoder: Decoder, spec: SwitchSpec, tensors: Mapping[str, T
         problems += [f"{adapter.name}: llama.cpp's architecture has no adapters on {path}" for path in elsewhere]
     for name, tensor in tensors.items():
         if name in wanted and tensor.shape != wanted[name]:
-            problems.append(f"{name}: {list(tensor.shape)}, where config.json says {list(wanted[name])}")
+            problems.append(f"{name}: shape {list(tensor.shape)}, but config.json says {list(wanted[name])}")
         elif name in wanted and tensor.dtype not in _OWN:
-            problems.append(f"{name}: dtype {tensor.dtype}; {', '.join(_OWN)} can be exported")
+            problems.append(f"{name}: dtype {tensor.dtype}; only {', '.join(_OWN)} can be exported")
         elif name not in wanted and name != HEAD and not name.endswith(_UNUSED):
             problems.append(f"{name}: llama.cpp's architecture has no such tensor")
     if decoder.tied and HEAD in tensors and not same(tensors[HEAD], tensors[EMBEDDING]):
-        problems.append("tie_word_embeddings: config.json says true, and lm_head.weight is not the embedding")
+        problems.append("tie_word_embeddings: config.json says true, but lm_head.weight differs from the embedding")
     return problems[:20]
 
 
@@ -158,10 +159,10 @@ def _pre(folder: Path, detected: str | None, chosen: str) -> tuple[str, list[str
     if not chosen and not detected:
         raise CheckpointError(
             f"{folder}: no pre-tokenizer of llama.cpp is known to split text as this tokenizer does",
-            hint="say with --pre which one does, one of " + ", ".join(NAMES),
+            hint="pass --pre with the one that does: " + ", ".join(NAMES),
         )
     if chosen and detected and chosen != detected:
-        return chosen, [f"--pre {chosen}: the tokenizer splits text as {detected} does"]
+        return chosen, [f"--pre {chosen}: but the tokenizer splits text as {detected} does"]
     return chosen or str(detected), []
 
 

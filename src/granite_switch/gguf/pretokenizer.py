@@ -1,8 +1,8 @@
-"""Which of llama.cpp's pre-tokenizers splits text as a tokenizer.json does.
+"""Find llama.cpp's pre-tokenizer that splits text as a tokenizer.json does.
 
-llama.cpp has no regular expressions from the file: `tokenizer.ggml.pre` names one of those in its source
-(src/llama-vocab.cpp). A name is given here only where its expressions are the tokenizer's own; the tests hold each row
-against the engine. Everything else is asked for.
+A GGUF file contains no regular expressions: `tokenizer.ggml.pre` names a set of them in src/llama-vocab.cpp. A name is
+returned only if its expressions equal the tokenizer's; the tests compare each row with the engine. For all others the
+user has to pass `--pre`.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CL100K = _WORDS + r"|\p{N}{1,3}" + _REST
 QWEN2 = _WORDS + r"|\p{N}" + _REST
 
-# (expressions, the model's ignore_merges) -> name
+# (expressions, ignore_merges) -> name
 KNOWN: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGIT, GPT2), False): "refact",
@@ -26,7 +26,7 @@ KNOWN: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((QWEN2,), False): "qwen2",
 }
 
-# other spellings of the same: possessive where there is nothing to give back, `[\r\n]` once after a greedy `\s*`
+# equivalent spellings: possessive quantifiers that never backtrack, one `[\r\n]` after a greedy `\s*`
 _SUFFIXES = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
 _POSSESSIVE = r"|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 _GPT2_REST = r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -39,7 +39,7 @@ SPELLINGS: Mapping[str, str] = {
     r"(?:'s|'t|'re|'ve|'m|'ll|'d)" + _GPT2_REST: GPT2,
 }
 
-# what `--pre` takes: the names of byte-level BPE in llama.cpp 0c1e57098
+# values of `--pre`: the byte-level BPE pre-tokenizers of llama.cpp 0c1e57098
 NAMES = """
 a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx deepseek-coder
 deepseek-llm deepseek-r1-qwen deepseek-v3 exaone exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gigachat glm4
@@ -52,7 +52,7 @@ spark2_5 stablelm2 starcoder superbpe talkie tekken tiny_aya trillion ufakzeka v
 
 
 def detect(tokenizer: Mapping[str, Any]) -> str | None:
-    """The pre-tokenizer's name in llama.cpp; None where none of those known is the same.
+    """The pre-tokenizer's name in llama.cpp; None if no known one is equivalent.
 
     Args:
         tokenizer: tokenizer.json.
@@ -67,7 +67,7 @@ def detect(tokenizer: Mapping[str, Any]) -> str | None:
 
 
 def splits(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The expressions that split text one after the other, before bytes are mapped; None for any other structure."""
+    """The expressions that split text in turn, before the byte-level mapping; None for any other structure."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     *before, last = steps or [{}]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
@@ -85,6 +85,6 @@ def _expression(step: Mapping[str, Any]) -> str | None:
         return DIGIT
     if step.get("type") != "Split" or "Regex" not in step.get("pattern", {}):
         return None
-    # what matches is a piece of its own, or what does not match is dropped (and everything matches)
+    # each match is a piece; or the text between matches is dropped, of which there is none
     kept = (step.get("behavior"), bool(step.get("invert")))
     return str(step["pattern"]["Regex"]) if kept in (("Isolated", False), ("Removed", True)) else None

@@ -1,8 +1,8 @@
-"""Every tensor of the GGUF file: its name, type and shape, and how its rows come from the checkpoint's.
+"""Every tensor of the GGUF file: its name, type and shape, and how its rows are computed from the checkpoint's.
 
-llama.cpp wants q, k and v fused, their rows ordered for interleaved rotary embeddings, and one stack of adapters for
-each projection: slot 0 all zeros, then each adapter padded to the largest rank, with its scaling in B.
-Rows pass in pieces, so memory is that of a piece, and of a whole matrix only for q and k.
+llama.cpp expects q, k and v fused, with rows ordered for interleaved rotary embeddings, and one stack of adapters for
+each matrix: slot 0 is zero, then each adapter is padded to the largest rank and scaled in B. Rows are streamed in
+pieces, so peak memory is one piece, or one matrix for q, k and v.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,9 +37,9 @@ class Target:
     """A tensor of the GGUF file."""
 
     name: str
-    shape: tuple[int, ...]  # as torch has it: the reverse of ggml's
+    shape: tuple[int, ...]  # in torch's order, the reverse of ggml's
     type: GGMLQuantizationType
-    pieces: Callable[[], Iterable[Array]]  # its values as matrices of whole rows, in order
+    pieces: Callable[[], Iterable[Array]]  # its values as blocks of whole rows, in order
 
     @property
     def nbytes(self) -> int:
@@ -47,33 +47,33 @@ class Target:
         return int(np.prod(self.shape, dtype=np.int64)) // block * size
 
     def encoded(self) -> Iterator[bytes]:
-        """Its bytes, piece by piece.
+        """The tensor's bytes, piece by piece.
 
         Raises:
-            CheckpointError: a value is too large for float16.
+            CheckpointError: a value overflows float16.
         """
         for piece in self.pieces():
             with np.errstate(over="ignore"):
                 data = quantize(piece, self.type)
             if self.type is GGMLQuantizationType.F16 and np.isinf(data).any():
-                raise CheckpointError(f"{self.name}: values above 65,504, float16's largest", hint="use --outtype bf16")
+                raise CheckpointError(f"{self.name}: values overflow float16 (65,504)", hint="use --outtype bf16")
             yield data.tobytes()
 
 
 def targets(decoder: Decoder, spec: SwitchSpec, tensors: Mapping[str, Tensor], outtype: str) -> Iterator[Target]:
-    """Every tensor of the file, in its order.
+    """Every tensor of the file, in file order.
 
     Args:
-        decoder: of the base.
+        decoder: the base's.
         spec: config.json's `switch`.
         tensors: the checkpoint's, by name.
-        outtype: a key of `TYPES`, for all that is not a norm.
+        outtype: a key of `TYPES`, for all tensors except norms.
     """
     shape = tensors[EMBEDDING].shape
     kind = _type(outtype, shape[-1])
-    # llama.cpp embeds substitutes, so control tokens' own rows are free where the embedding is the head as well
-    quiet = spec.suppressed if decoder.tied else ()
-    yield Target("token_embd.weight", shape, kind, partial(_suppressed, tensors[EMBEDDING], quiet))
+    # llama.cpp embeds substitutes, so in a tied embedding the control tokens' rows serve only as the head's
+    suppressed = spec.suppressed if decoder.tied else ()
+    yield Target("token_embd.weight", shape, kind, partial(_suppressed, tensors[EMBEDDING], suppressed))
     if not decoder.tied:
         yield Target("output.weight", shape, kind, partial(_suppressed, tensors[HEAD], spec.suppressed))
     yield _vector("output_norm", tensors["model.norm.weight"])
@@ -91,7 +91,7 @@ def targets(decoder: Decoder, spec: SwitchSpec, tensors: Mapping[str, Tensor], o
 
 
 def expected(decoder: Decoder, spec: SwitchSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the checkpoint that the file holds."""
+    """Name -> shape of every checkpoint tensor that the export needs."""
     hidden, linears = decoder.hidden, decoder.linears()
     result: dict[str, tuple[int, ...]] = {EMBEDDING: (decoder.vocab_size, hidden), "model.norm.weight": (hidden,)}
     if not decoder.tied:
@@ -116,18 +116,18 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def interleaved(rows: Array, heads: int) -> Array:
-    """The rows of a q or k projection for llama.cpp's rotary embeddings, which pair neighbours and not halves.
+    """The rows of a q or k projection, reordered for llama.cpp's RoPE, which pairs neighbouring rows instead of halves.
 
     Args:
-        rows: [heads * head_dim, ...], each head's as transformers has them.
-        heads: of this projection.
+        rows: [heads * head_dim, ...], each head in transformers' order.
+        heads: the projection's number of heads.
     """
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _type(outtype: str, width: int) -> GGMLQuantizationType:
-    """Rows that are no whole number of blocks stay float16, as llama.cpp's own converter has it."""
+    """The type of a tensor: float16 if its rows are not a whole number of blocks, as in llama.cpp's own converter."""
     kind = TYPES[outtype]
     return kind if width % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
 
@@ -158,7 +158,7 @@ def _adapters(
 ) -> Iterator[Target]:
     """The stacks A [slots, rank, in] and B [slots, out, rank] of one matrix.
 
-    Matrices cut from one linear have its adapters' A each, and their own rows of B.
+    Matrices that share a linear each get all of A and their own rows of B.
     """
     out, width = decoder.shape(row)
     rank, slots, path, start = max_rank(spec), len(spec.active) + 1, linear(layer, row), decoder.start(row)
@@ -185,7 +185,7 @@ def _for_rotary(row: Row, values: Array, decoder: Decoder) -> Array:
 
 
 def _suppressed(tensor: Tensor, tokens: Iterable[int]) -> Iterator[Array]:
-    """The rows with zeros for some tokens: as the head, their logits are 0, and not those of the substitutes."""
+    """The rows, with zeros for some tokens, so that their logits are 0 instead of their substitutes'."""
     start = 0
     for piece in _rows(tensor):
         for token in tokens:
@@ -196,7 +196,7 @@ def _suppressed(tensor: Tensor, tokens: Iterable[int]) -> Iterator[Array]:
 
 
 def _rows(tensor: Tensor) -> Iterator[Array]:
-    """A matrix in pieces of whole rows."""
+    """A matrix as float32, in pieces of whole rows."""
     rows, width = tensor.shape
     step, size = max(1, PIECE // (4 * width)), tensor.nbytes // rows
     for start in range(0, rows, step):
@@ -205,7 +205,7 @@ def _rows(tensor: Tensor) -> Iterator[Array]:
 
 
 def _cut(tensor: Tensor, row: Row, decoder: Decoder) -> Tensor:
-    """The rows of a linear's weight that are one of the engine's matrices."""
+    """The rows of a linear's weight that belong to one matrix."""
     start = decoder.start(row)
     result: Tensor = tensor[(slice(start, start + decoder.shape(row)[0]),)]
     return result

@@ -1,4 +1,4 @@
-"""The tokenizer as llama.cpp keeps it: a list of texts and their kinds, merges, and which ids are special."""
+"""Convert the tokenizer to llama.cpp's: token texts and types, merges or scores, and special ids."""
 
 import json
 from collections import Counter
@@ -15,18 +15,18 @@ from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import TemplateError
 from granite_switch.gguf import sentencepiece
 
-_NO_BOS = "the chat template writes {}: llama.cpp is told to add none, and a prompt not rendered has to begin with it"
+_NO_BOS = "the chat template writes {}, so llama.cpp is told not to add it; other prompts must begin with it"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What goes under `tokenizer.*`."""
+    """The `tokenizer.*` keys."""
 
     model: str  # llama.cpp's name of the algorithm: gpt2 (byte-level BPE) or llama (BPE with byte fallback)
     tokens: Sequence[str]  # by id
-    types: Sequence[int]  # by id, of `gguf.TokenType`
-    merges: Sequence[str]  # of gpt2
-    scores: Sequence[float]  # of llama, by id
+    types: Sequence[int]  # `gguf.TokenType`, by id
+    merges: Sequence[str]  # gpt2 only
+    scores: Sequence[float]  # llama only, by id
     space_prefix: bool
     special: Mapping[str, int]  # bos, eos, eot, ... -> id
     add_bos: bool
@@ -37,16 +37,13 @@ class Vocabulary:
 def vocabulary(
     tokenizer: BaseTokenizer, size: int, spec: SwitchSpec, end_tokens: Sequence[int] = ()
 ) -> tuple[Vocabulary, list[str], list[str]]:
-    """Turn a tokenizer into llama.cpp's.
+    """llama.cpp's vocabulary for a tokenizer, reasons why it cannot be exported, and warnings.
 
     Args:
-        tokenizer: of the composed model.
-        size: of the vocabulary, rows without a token included.
-        spec: whose control tokens are marked as such.
-        end_tokens: more ids that end an answer.
-
-    Returns:
-        The vocabulary, what makes it impossible to export, and what will differ.
+        tokenizer: the composed model's.
+        size: of the vocabulary, including rows without a token.
+        spec: its control tokens get the type CONTROL.
+        end_tokens: further ids that end an answer.
     """
     data, known = tokenizer.data, tokenizer.tokens
     problems = list(_problems(tokenizer, known, size, spec))
@@ -62,7 +59,7 @@ def vocabulary(
     for index in spec.control_slots:
         if 0 <= index < size:
             types[index] = int(TokenType.CONTROL)
-    problems += [f"two tokens are written {text!r}" for text, count in Counter(tokens).items() if count > 1]
+    problems += [f"two tokens have the text {text!r}" for text, count in Counter(tokens).items() if count > 1]
     texts = {key.removesuffix("_token"): text for key, text in tokenizer.special_tokens.items()}
     special = {name: known[text] for name, text in texts.items() if name != "cls" and known.get(text, size) < size}
     problems += [f"eos_token_id {i} is not in the vocabulary of {size}" for i in end_tokens if i >= size]
@@ -70,7 +67,7 @@ def vocabulary(
     special |= dict(zip(("eos", "eot", "eom"), ends, strict=False))
     add_bos, add_eos, warnings = _added_around(data, special)
     if add_bos and _template_writes(tokenizer, tokens[special["bos"]]):
-        # llama.cpp would put it before a LoRA's control token too, which is in its place
+        # llama.cpp would also add it before a LoRA's control token, which replaces it
         add_bos = False
         warnings.append(_NO_BOS.format(tokens[special["bos"]]))
     space_prefix, more = (sentencepiece.prefix(data) if pieces else None) or (False, [])
@@ -81,7 +78,7 @@ def vocabulary(
         )
     for token in added.values():
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            warnings.append(f"{token['content']!r}: llama.cpp does not strip or look for word ends around it")
+            warnings.append(f"{token['content']!r}: llama.cpp ignores lstrip, rstrip and single_word")
     made = Vocabulary(
         model="llama" if pieces else "gpt2",
         tokens=tokens,
@@ -102,18 +99,18 @@ def _problems(tokenizer: BaseTokenizer, known: Mapping[str, int], size: int, spe
     decoder = (tokenizer.data.get("decoder") or {}).get("type")
     if not sentencepiece.is_sentencepiece(tokenizer.data) and (kind != "BPE" or decoder != "ByteLevel"):
         yield (
-            f"the tokenizer is {kind} with decoder {decoder}; byte-level BPE and BPE with byte fallback can be exported"
+            f"the tokenizer is {kind} with decoder {decoder}; only byte-level BPE and BPE with byte fallback can be "
+            "exported"
         )
     if known and max(known.values()) >= size:
-        yield f"the tokenizer has ids up to {max(known.values())}, the embedding {size} rows"
-    names = {token: adapter.token for adapter in spec.active for token in [adapter.token_id]}
-    for index, text in names.items():
-        if known.get(text) != index:
-            yield f"the tokenizer has {text!r} as {known.get(text)}, config.json as {index}"
+        yield f"the tokenizer has ids up to {max(known.values())}, but the embedding has {size} rows"
+    for adapter in spec.active:
+        if (found := known.get(adapter.token)) != adapter.token_id:
+            yield f"{adapter.token!r} is token {found} in the tokenizer, but {adapter.token_id} in config.json"
 
 
 def _kinds(data: Mapping[str, Any]) -> dict[str, int]:
-    """The kinds that only BPE with byte fallback has."""
+    """Token types that only BPE with byte fallback has, by text."""
     kinds = dict.fromkeys(sentencepiece.byte_tokens(), int(TokenType.BYTE))
     unknown = data["model"].get("unk_token")
     return {**kinds, unknown: int(TokenType.UNKNOWN)} if unknown else kinds
@@ -126,12 +123,12 @@ def _kind(added: Mapping[str, Any] | None) -> int:
 
 
 def _merge(pair: str | Sequence[str]) -> str:
-    """llama.cpp splits a merge at its first space, so spaces inside are written as byte-level BPE writes them."""
+    """A merge as text. llama.cpp splits it at the first space, so other spaces are written as in byte-level BPE."""
     return pair if isinstance(pair, str) else " ".join(part.replace(" ", "Ġ") for part in pair)
 
 
 def _added_around(data: Mapping[str, Any], special: Mapping[str, int]) -> tuple[bool, bool, list[str]]:
-    """Whether the tokenizer puts its beginning-of-sequence and end-of-sequence tokens around a text, by trying."""
+    """Whether the tokenizer adds its bos and its eos token to a text, found by encoding one; and warnings."""
     tokenizer = Tokenizer.from_str(json.dumps(data))
     inner = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
@@ -140,7 +137,7 @@ def _added_around(data: Mapping[str, Any], special: Mapping[str, int]) -> tuple[
             around = [*_one(special.get("bos") if add_bos else None), *inner]
             if whole == [*around, *_one(special.get("eos") if add_eos else None)]:
                 return add_bos, add_eos, []
-    return False, False, ["the tokenizer puts special tokens around a text that llama.cpp cannot add"]
+    return False, False, ["the tokenizer adds special tokens to a text that llama.cpp cannot add"]
 
 
 def _template_writes(tokenizer: BaseTokenizer, text: str) -> bool:

@@ -1,8 +1,7 @@
-"""Stream a planned export into a GGUF file: llama.cpp's keys, our own, and the tensors piece by piece."""
+"""Stream a planned export to a GGUF file: llama.cpp's keys, our own keys, and the tensors piece by piece."""
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from granite_switch.gguf.tensors import max_rank
 from granite_switch.gguf.vocabulary import Vocabulary
 
 ARCH = "graniteswitch"
-ROUTER_GAIN = 15.0  # llama.cpp's default: another token's weight against the control token's is e^-30
+ROUTER_GAIN = 15.0  # llama.cpp's default: any other token has e^-30 of the control token's weight
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
@@ -24,12 +23,12 @@ _FILE_TYPES = {
 
 
 def write(plan: Plan, path: Path, on_bytes: Callable[[int], Any] | None = None) -> None:
-    """Stream the file.
+    """Write the file.
 
     Args:
-        plan: what to write.
-        path: where, replacing what is there.
-        on_bytes: called with the number of bytes after each piece.
+        plan: the export.
+        path: the file, which is replaced if it exists.
+        on_bytes: called after each piece with the number of bytes written.
     """
     writer = GGUFWriter(path, ARCH)
     _general(writer, plan)
@@ -80,7 +79,7 @@ def _hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
         kind = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}[type(value)]
         writer.add_key_value(f"{ARCH}.rope.scaling.{key}", value, kind)
     if not decoder.positions:
-        writer.add_bool(f"{ARCH}.rope.scaling.finetuned", False)  # how the engine is told to turn nothing
+        writer.add_bool(f"{ARCH}.rope.scaling.finetuned", False)  # tells the engine not to rotate
     writer.add_attention_scale(decoder.attention_scale)
     writer.add_embedding_scale(decoder.embedding_scale)
     writer.add_residual_scale(decoder.residual_scale)
@@ -93,7 +92,7 @@ def _hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
 
 
 def write_words(writer: GGUFWriter, words: Vocabulary, pre: str) -> None:
-    """The keys of the tokenizer."""
+    """Write the tokenizer's keys."""
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(words.tokens)
@@ -121,15 +120,10 @@ def _tokenizer(writer: GGUFWriter, plan: Plan) -> None:
 
 
 def _own_keys(writer: GGUFWriter, plan: Plan) -> None:
-    """What llama.cpp has no keys for: the file says itself what it holds. The engine ignores them."""
+    """Write metadata that llama.cpp has no keys for and ignores."""
     adapters = plan.spec.active
     writer.add_string("granite_switch.switch", json.dumps(plan.spec.to_dict(), ensure_ascii=False, sort_keys=True))
     writer.add_array("granite_switch.adapters.names", [a.name for a in adapters])
     writer.add_array("granite_switch.adapters.technologies", [a.technology for a in adapters])
-    writer.add_array("granite_switch.adapters.ranks", [_rank(plan, a.name) for a in adapters])
+    writer.add_array("granite_switch.adapters.ranks", [max(a.ranks.values(), default=0) for a in adapters])
     writer.add_array("granite_switch.adapters.io_configs", [plan.io_configs[a.name] for a in adapters])
-
-
-def _rank(plan: Plan, name: str) -> int:
-    adapter = plan.spec.adapter(name)
-    return max_rank(replace(plan.spec, adapters=(adapter,)))

@@ -1,4 +1,4 @@
-"""The transformers backend: importing it registers the Auto classes."""
+"""The transformers backend. Importing it registers switch models with the Auto classes."""
 
 from typing import Any
 
@@ -24,14 +24,14 @@ config.on_config_class(models.register)
 
 _OLD = {
     "load_model": "use transformers' AutoModelForCausalLM.from_pretrained",
-    "MultiSwitch": "the switch has no module of its own any more",
+    "MultiSwitch": "the model routes by itself",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Classes of any base by name: `GraniteSwitchForCausalLM`, `Qwen3SwitchConfig`."""
+    """Switch classes of any base, by name: `GraniteSwitchForCausalLM`, `Qwen3SwitchConfig`."""
     if name in _OLD:
-        raise ImportError(f"{name} was of granite-switch up to 0.1.1; {_OLD[name]} (docs/migrate.md)")
+        raise ImportError(f"{name} was removed after granite-switch 0.1.1; {_OLD[name]} (docs/migrate.md)")
     found = getattr(config if name.endswith("Config") else models, name, None) if "Switch" in name else None
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A forward's arguments: read as the base names them, refused where nobody takes them, shown to tools as the base's."""
+"""A forward's arguments: named as in the base, rejected if nothing takes them, with the base's signature for tools."""
 
 import inspect
 from typing import Any
@@ -7,24 +7,24 @@ from granite_switch.hf.releases import CACHE_NAMES
 
 
 class Arguments:
-    """Reads a forward's arguments as the base names them."""
+    """Mixin that names and checks the arguments of a model's forward."""
 
     _parameters_of_base: tuple[str, ...]
     _cache_name: str
     _accepted: frozenset[str]
 
     def accepted_arguments(self) -> frozenset[str]:
-        """Names of the arguments that some part of the model takes."""
+        """Names of the arguments that any part of the model takes."""
         return self._accepted
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name, the cache under the name that this release has for it.
+        """All arguments by name, the cache under the name that the base's forward uses.
 
         Raises:
             TypeError: an argument is given twice, or no part of the model takes it.
         """
-        if len(args) > len(self._parameters_of_base):
-            raise TypeError(f"{type(self).__name__}.forward: {len(args)} positional arguments")
+        if len(args) > (most := len(self._parameters_of_base)):
+            raise TypeError(f"{type(self).__name__}.forward: {len(args)} positional arguments, at most {most} expected")
         for name, value in zip(self._parameters_of_base, args, strict=False):
             if name in kwargs:
                 raise TypeError(f"{type(self).__name__}.forward: {name!r} is given twice")
@@ -46,7 +46,7 @@ class Arguments:
 
 
 def with_signature(forward: Any, base: Any) -> Any:
-    """A forward that tools see with the parameters of the base's, and `base_only`."""
+    """`forward`, for inspection with the base's signature plus `base_only`."""
 
     def switched(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
@@ -58,13 +58,13 @@ def with_signature(forward: Any, base: Any) -> Any:
     switched.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore[attr-defined]
     switched.__name__, switched.__qualname__ = "forward", "forward"
     switched.__annotations__ = {**getattr(base, "__annotations__", {}), "base_only": bool}
-    switched.__doc__ = """As the base's.
+    switched.__doc__ = """As the base's forward.
 
     Args:
-        base_only: with `inputs_embeds`, from which no control token can be read: all tokens are the base's.
+        base_only: run `inputs_embeds` without `input_ids` on the base model: embeddings show no control tokens.
 
     Raises:
-        RoutingError: `inputs_embeds` without token ids and without `base_only`.
-        TypeError: an argument that no part of the model takes.
+        RoutingError: neither `input_ids` nor `inputs_embeds` with `base_only` are given.
+        TypeError: no part of the model takes an argument.
     """
     return switched

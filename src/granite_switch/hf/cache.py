@@ -1,7 +1,7 @@
-"""The slot and the token of every cached position, kept in one more layer of the model's own KV cache.
+"""The slot and token of every cached position, stored in an extra layer of the model's own KV cache.
 
-Whatever is done to the cache is done to both: beam reordering, cropping, repeating, selecting, resetting. Only legacy
-format 1 asks for the tokens, to know which it hides.
+So beam reordering, cropping, repeating, selecting and resetting the cache apply to them too. Only legacy format 1 needs
+the tokens, to decide which to hide.
 """
 
 import weakref
@@ -21,10 +21,10 @@ else:
 
 
 class _Slots(_Layer):
-    """What both kinds of layer share: slots are stored as keys and tokens as values, each [B, 1, S, 1] int64."""
+    """Common to both kinds of slot layer: keys hold slots and values hold tokens, each [B, 1, S, 1] int64."""
 
     cache: Any = None  # a weak reference: a strong one would be a cycle, which keeps every cache alive until gc
-    keys: Tensor  # from the first `append` on
+    keys: Tensor  # set by the first `append`
     values: Tensor
     decode: tuple[list[int], Groups] | None = None  # slots of the latest decode step, and their grouping
 
@@ -33,48 +33,48 @@ class _Slots(_Layer):
         self.update(slots[:, None, :, None], tokens[:, None, :, None])
 
     def groups(self, slots: Tensor) -> Groups:
-        """The grouping of a decode step's slots, [B]: the previous step's if they are equal, with its padded copies."""
+        """Group a decode step's slots, [B]. Memoised: for the same slots as the last step, the same `Groups`."""
         values = slots.tolist()
         if self.decode is None or self.decode[0] != values:
             self.decode = values, grouped(values, slots.device)
         return self.decode[1]
 
     def prefetch(self) -> None:
-        """Offloaded caches fetch the layer after the last one ahead of time: that is the first, not this one."""
+        """An offloaded cache prefetches the layer after the last: that must be the first, not this one."""
         cache = self.cache and self.cache()
         if cache is not None:
             cache.layers[0].prefetch()
 
     def offload(self) -> None:
-        """Nothing: slots are a few bytes and stay."""
+        """Do nothing: slots are a few bytes and stay on the device."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("cache", "decode")}
 
 
 class DynamicSlotLayer(_Slots, DynamicLayer):
-    """Slots beside a cache that grows."""
+    """The slots of a cache that grows."""
 
     def last(self) -> Tensor | None:
         """Slot of the last cached position, [B]; None if nothing is cached."""
         return self.keys[:, 0, -1, 0] if self.get_seq_length() else None
 
     def with_new(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Every cached token and the new ones, [B, K], before those are appended."""
+        """The cached tokens followed by the new ones, [B, K]; does not append them."""
         return torch.cat([self.values[:, 0, :, 0], tokens], 1) if self.get_seq_length() else tokens
 
 
 class StaticSlotLayer(_Slots, StaticLayer):
-    """Slots beside a cache of fixed size."""
+    """The slots of a cache of fixed size."""
 
     def last(self) -> Tensor | None:
-        """Slot of the last cached position, [B]. Of fixed shape: nothing cached reads as a zero."""
+        """Slot of the last cached position, [B]; None before the first `append`, 0 after a reset."""
         if not self.is_initialized:
             return None
         return self.keys[:, 0, :, 0].index_select(1, (self.cumulative_length - 1).clamp(min=0).view(1))[:, 0]
 
     def with_new(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The token of every position of the cache, [B, max_cache_len], the new ones filled in."""
+        """The token at every position of the cache, [B, max_cache_len], with the new ones filled in; not appended."""
         seen = self.values[:, 0, :, 0] if self.is_initialized else tokens.new_zeros(len(tokens), self.max_cache_len)
         return seen.index_copy(1, positions, tokens)
 
@@ -83,37 +83,37 @@ SlotLayer = DynamicSlotLayer | StaticSlotLayer
 
 
 def find_slots(cache: Cache | None) -> SlotLayer | None:
-    """The cache's layer of slots; None where it has not met a switch model yet."""
+    """The cache's slot layer; None if no switch model has used the cache yet."""
     for layer in reversed(getattr(cache, "layers", ())):
         if isinstance(layer, (DynamicSlotLayer, StaticSlotLayer)):
-            layer.cache = weakref.ref(cache)  # a copy of a cache still refers to the original
+            layer.cache = weakref.ref(cache)  # in a copied cache the layer still refers to the original
             return layer
     return None
 
 
 def add_slots(cache: Any, model_layers: int, batch: int, before: int, device: torch.device) -> SlotLayer:
-    """Append a layer of slots after the model's own layers. What was cached before is the base's: its slots are 0.
+    """Append a slot layer after the model's own layers and return it. Positions cached before get slot 0.
 
     Args:
-        cache: that a forward of the model has filled or will fill.
-        model_layers: how many layers of it are the model's.
-        batch: sequences in it.
-        before: positions that were cached before this model met it.
+        cache: a cache that the model fills.
+        model_layers: number of the model's own layers in it.
+        batch: number of sequences.
+        before: number of positions cached before this model used the cache.
         device: of the input.
 
     Raises:
-        RoutingError: it is not a cache of layers.
+        RoutingError: the cache has no layers.
     """
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise RoutingError(
-            f"this model keeps its past in a {type(cache).__name__}, which has no place for the slots",
+            f"this model's cache is a {type(cache).__name__}, which cannot store slots",
             hint="use_cache=False, or a transformers cache such as DynamicCache(config=model.config)",
         )
     while len(cache.layers) < model_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     whole = [one for one in cache.layers if isinstance(one, StaticLayer) and not getattr(one, "is_sliding", False)]
     layer: Any = StaticSlotLayer(whole[0].max_cache_len) if whole else DynamicSlotLayer()
-    # masks are sized by the first layer that is sliding, or the first that is not: neither may be this one
+    # transformers sizes masks by the first sliding and the first full layer: this must be neither
     layer.is_sliding = bool(cache.layers) and getattr(cache.layers[0], "is_sliding", False)
     layer.cache = weakref.ref(cache)
     cache.layers.append(layer)

@@ -1,4 +1,4 @@
-"""A conversation run in transformers, on one KV cache."""
+"""A conversation in transformers, with one KV cache."""
 
 from dataclasses import dataclass
 from os import PathLike
@@ -14,7 +14,7 @@ from granite_switch.conversation import Turn
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered, and to what."""
+    """An answer, and the turn it belongs to."""
 
     text: str
     ids: tuple[int, ...]
@@ -22,11 +22,11 @@ class Reply:
 
 
 class Conversation(conversation.Conversation):
-    """Turns with adapters over one history and one cache. What a turn shares with the cache is not computed again.
+    """Turns with adapters over one history and one KV cache; a turn's cached prefix is not computed again.
 
     Args:
         model: a switch model.
-        source: its folder; where it was loaded from by default.
+        source: the model's folder; by default the one it was loaded from.
         options: as for `granite_switch.Conversation`.
     """
 
@@ -44,16 +44,16 @@ class Conversation(conversation.Conversation):
         aside: bool = False,
         **options: Any,
     ) -> Reply:
-        """Ask, generate, record.
+        """Ask, generate and record the answer.
 
         Args:
             text, adapter, keep, aside: as for `ask`.
-            options: of `generate`; greedy unless `do_sample` is given.
+            options: for `generate`; decoding is greedy unless `do_sample` is given.
         """
         turn = self.ask(text, adapter, keep=keep, aside=aside)
         try:
             several = any(options.get(name, 1) != 1 for name in ("num_beams", "num_return_sequences"))
-            self._fit(0 if several else turn.reused)  # the cache has one row
+            self._fit(0 if several else turn.reused)  # the cache holds one sequence
             ids = torch.tensor([turn.ids], device=self.model.device)
             output = self.model.generate(
                 ids,
@@ -62,34 +62,34 @@ class Conversation(conversation.Conversation):
                 **{"do_sample": False, **options},
             )
             new = tuple(output[0, len(turn.ids) :].tolist())
-        except BaseException:  # Ctrl-C, memory, a streamer: the layers of the cache can be of different lengths
+        except BaseException:  # Ctrl-C, out of memory, a streamer's error: the cache's layers may differ in length
             self.withdraw()
             self._start()
             raise
         answer = self.answer(new)
-        self._computed = [(*turn.ids, *new)[: _length(self._cache)]]  # one cache holds one sequence
+        self._computed = [(*turn.ids, *new)[: _length(self._cache)]]
         return Reply(answer, new, turn)
 
     def _start(self) -> None:
         self._cache, self._computed = DynamicCache(config=self.model.config), []
 
     def _fit(self, length: int) -> None:
-        """Bring the cache back to so many positions, or start another where it cannot be brought back."""
+        """Crop the cache to this many positions, or start a new one if it cannot be cropped."""
         surplus = _length(self._cache) - length
         if not length or surplus < 0:
             return self._start()
         try:
             if surplus:
                 self._cache.crop(-surplus)
-        except (RuntimeError, ValueError):  # a window has dropped what would be needed
+        except (RuntimeError, ValueError):  # a sliding window has dropped positions that are needed
             return self._start()
         return None if _length(self._cache) == length else self._start()
 
 
 def _length(cache: DynamicCache) -> int:
-    """How many positions of one sequence every layer holds; 0 where they differ, or hold a state instead.
+    """How many positions of one sequence every layer holds; 0 if layers differ, or if one holds a recurrent state.
 
-    A state (Mamba, linear attention) cannot be brought back, and some models continue it for one token only.
+    A state (Mamba, linear attention) cannot be cropped, and some models extend it by only one token at a time.
     """
     lengths = set()
     for layer in cache.layers:

@@ -1,6 +1,6 @@
-"""Of granite-switch up to 0.1.1; importing it says what there is instead."""
+"""A module of granite-switch up to 0.1.1; importing it names the replacement."""
 
 raise ImportError(
-    "granite_switch.hf.core was of granite-switch up to 0.1.1. SwitchedLoRALinear is gone: linears stay what they are "
-    "in the base, and hooks add the updates (docs/migrate.md)"
+    "granite_switch.hf.core was removed after granite-switch 0.1.1. SwitchedLoRALinear has no replacement: "
+    "linears stay the base's, and hooks add the updates (docs/migrate.md)"
 )

@@ -1,8 +1,8 @@
-"""Checkpoints in legacy formats in transformers: their tensors by format 1's names, and legacy format 1's hiding.
+"""Legacy formats in transformers: tensors under format 1's names, and the token hiding of legacy format 1.
 
-Loading hands transformers a state dict of lazy slices, so that to quantisers, device maps and tensor parallelism an old
-checkpoint is one of format 1. Converters of transformers' own would give them q, k and v in one piece, and some
-quantisers take only the first.
+Loading passes transformers a state dict of lazy slices, so that quantisers, device maps and tensor parallelism see a
+format 1 checkpoint. transformers' own weight converters would pass q, k and v to quantisers together, and some use only
+the first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ from granite_switch.errors import CheckpointError
 
 
 class Hiding(nn.Module):
-    """Legacy format 1: which keys a query does not see, and the positions that hidden tokens do not count for.
+    """Legacy format 1: which keys each query cannot see, and positions that skip hidden tokens.
 
-    Its tables follow from the config: non-persistent, as `Switch`'s.
+    The tables are derived from the config and non-persistent, as in `Switch`.
 
     Args:
-        spec: with `hiding`.
+        spec: one with `hiding`.
         vocab_size: V.
     """
 
@@ -40,14 +40,14 @@ class Hiding(nn.Module):
         self.resize(vocab_size, None)
 
     def resize(self, vocab_size: int, device: torch.device | None) -> None:
-        """Make the table of tokens anew for another size of the vocabulary."""
+        """Rebuild the token table for another vocabulary size."""
         table = torch.zeros(vocab_size, len(self.rules.groups), dtype=torch.bool, device=device)
         self.register_buffer("token_to_group_mask", table, persistent=False)
         self.fill()
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write what the config says into the tables."""
+        """Fill the tables from the config."""
         self.token_to_group_mask.zero_()
         self.adapter_hiding_matrix.zero_()
         for group, tokens in enumerate(self.rules.groups):
@@ -58,18 +58,19 @@ class Hiding(nn.Module):
                 self.adapter_hiding_matrix[slot, group] = True
 
     def forward(self, seen: Tensor, new: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is hidden from whom.
+        """Which groups of tokens are hidden from each query, and by how much to shift positions.
 
         Args:
-            seen: [B, K] int64, the tokens of every cached position, the new ones among them.
-            new: [S] int64, the indices of the new ones.
-            slots: [B, S] int64, of the new ones.
+            seen: [B, K] int64, the token at every cached position, new tokens included.
+            new: [S] int64, the indices of the new tokens.
+            slots: [B, S] int64, of the new tokens.
 
         Returns:
-            Groups as bits, [B, K] int64: those that each new token's adapter hides and it is itself not in (a query
-            always sees its own group), and those that each token is in. And [B, S] int64, what each new token's
-            position is to be less by: the tokens that its adapter hides, and one where an adapter is on in any case,
-            as the program that made these checkpoints has it.
+            suppressed: [B, K] int64, bits of the groups that each new token's adapter hides, without the token's own
+                groups, which a query always sees.
+            members: [B, K] int64, bits of the groups that each token is in.
+            gaps: [B, S] int64, to subtract from each new token's position: the number of tokens its adapter hides so
+                far, and at least 1 in an adapter's slot, as in the program that made these checkpoints.
         """
         bits = 1 << torch.arange(self.token_to_group_mask.shape[1], device=seen.device)
         members = (self.token_to_group_mask[seen] * bits).sum(-1)
@@ -89,18 +90,18 @@ def masked(
     attention_mask: Any,
     kwargs: dict[str, Any],
 ) -> Any:
-    """The causal mask without the hidden keys, as the attention in use takes it.
+    """The causal mask without hidden keys, in the form that the attention implementation takes.
 
     Args:
-        config: names the attention.
-        suppressed: [B, K] int64, the groups that a query does not see, as bits.
-        members: [B, K] int64, the groups that a key is in, as bits.
+        config: names the attention implementation.
+        suppressed: [B, K] int64, bits of the groups that a query does not see.
+        members: [B, K] int64, bits of the groups that a key is in.
         new: [S] int64, the positions of the queries.
-        attention_mask: of padding [B, K], or one that is finished [B, 1, S, K].
-        kwargs: more of `create_causal_mask`: the cache, without the new tokens, `inputs_embeds`, `position_ids`.
+        attention_mask: a padding mask [B, K], or a complete one [B, 1, S, K].
+        kwargs: for `create_causal_mask`: the cache, without the new tokens, `inputs_embeds`, `position_ids`.
 
     Raises:
-        CheckpointError: the attention in use takes no mask.
+        CheckpointError: the attention implementation takes no mask.
     """
     if "flash" in config._attn_implementation:
         raise CheckpointError(
@@ -122,17 +123,14 @@ def masked(
 def state_dict_of(
     config: Any, state_dict: Mapping[str, Any] | None, files: Sequence[str] | None
 ) -> Mapping[str, Any] | None:
-    """A state dict under format 1's names, where the checkpoint is in a legacy format.
+    """Lazy slices of a legacy checkpoint's tensors under format 1's names; `state_dict` if there is nothing to convert.
 
     Args:
         config: the model's.
-        state_dict: as given to `from_pretrained`, or None.
+        state_dict: as passed to `from_pretrained`, or None.
         files: the checkpoint's, or None.
-
-    Returns:
-        Lazy slices of its tensors; `state_dict` itself where there is nothing to convert.
     """
-    if config.switch_spec.base_model_type != "granite":  # all that legacy formats hold
+    if config.switch_spec.base_model_type != "granite":  # legacy formats hold no other base
         return state_dict
     if state_dict is None:
         if not files or not all(str(file).endswith(".safetensors") for file in files):
@@ -149,7 +147,7 @@ def state_dict_of(
 
 
 class _Source:
-    """A tensor in a file; what is sliced from it is read later."""
+    """A tensor in a file; slicing it reads nothing."""
 
     def __init__(self, file: Any, name: str) -> None:
         self.file, self.name = file, name
@@ -159,7 +157,7 @@ class _Source:
 
 
 class _Slice:
-    """A part of a tensor in a file, read when it is indexed, as safetensors' own slices are."""
+    """A part of a tensor in a file; indexing reads it, as with safetensors' own slices."""
 
     def __init__(self, file: Any, name: str, part: Any) -> None:
         self.file, self.name, self.part = file, name, part

@@ -1,8 +1,8 @@
-"""Loading the adapters' own files.
+"""Load adapter files without transformers' cost per tensor.
 
-Transformers compiles a regular expression for each tensor and expands the device map twice. For the base's few large
-tensors that is nothing; of an adapter's hundreds of small ones it is most of the time. So where loading is a matter of
-reading and placing, adapters' files are read here, and everything else is left to transformers.
+transformers compiles a regular expression for each tensor and expands the device map twice, which for the hundreds of
+small tensors of an adapter takes most of the loading time. Where loading means only reading and placing tensors,
+adapter files are read here. transformers loads everything else.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from granite_switch.core.layout import parse_key
 
 
 def load_adapters(model: PreTrainedModel, files: Sequence[str], load_config: Any) -> tuple[list[str], set[str]]:
-    """Load every file that holds nothing but tensors of the model's adapters.
+    """Load every file that holds only tensors of the model's adapters.
 
     Args:
         model: with its parameters on the meta device.
@@ -26,9 +26,9 @@ def load_adapters(model: PreTrainedModel, files: Sequence[str], load_config: Any
         load_config: transformers' `LoadStateDictConfig`.
 
     Returns:
-        The files that transformers is to load, and the names of the parameters that are loaded. With a quantiser,
-        tensor parallelism, disk offload, `dtype_plan` or ZeRO 3, and of files with a tensor that is unexpected or has
-        another shape, transformers loads everything, and reports what is wrong.
+        The files left to transformers, and the names of the loaded parameters. Left to transformers are files with an
+        unexpected tensor or shape, which it reports; and all files with a quantiser, tensor parallelism, disk offload,
+        `dtype_plan` or ZeRO 3.
     """
     devices = load_config.device_map or {"": "cpu"}
     plain = not (load_config.hf_quantizer or load_config.device_mesh or load_config.dtype_plan)
@@ -53,19 +53,19 @@ def load_adapters(model: PreTrainedModel, files: Sequence[str], load_config: Any
                 module, _, attribute = name.rpartition(".")
                 value = opened.get_tensor(key).to(devices[name], parameters[name].dtype)
                 parameter = nn.Parameter(value)
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else it is initialised again
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or it would be re-initialised
                 setattr(modules[module], attribute, parameter)
     return left, loaded
 
 
 def _names(file: str, parameters: dict[str, nn.Parameter]) -> dict[str, str] | None:
-    """The parameter of each tensor in a file; None if not every tensor is one of an adapter, of that shape."""
+    """Tensor name -> parameter name, for a file; None if any tensor is not an adapter's or has another shape."""
     names = {}
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118  (no mapping)
             if parse_key(key) is None:
                 return None
-            name = key if key in parameters else key.removeprefix("model.")  # of the model without a head
+            name = key if key in parameters else key.removeprefix("model.")  # in a model without a head
             parameter = parameters.get(name)
             if parameter is None or list(parameter.shape) != opened.get_slice(key).get_shape():
                 return None

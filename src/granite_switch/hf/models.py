@@ -1,8 +1,8 @@
-"""Switch models: a subclass made from any `...ForCausalLM` of transformers and from its decoder.
+"""Switch models: subclasses made from any `...ForCausalLM` of transformers and from its decoder.
 
-The decoder's forward reads the slots from the token ids, replaces control tokens by their substitutes and calls the
-base's forward with everything else as it came; the linears' updates join by hooks (`hf.updates`). The class with a head
-adds what concerns logits and labels. Classes are made on demand, and found again by name when they are unpickled.
+The decoder's forward reads the slots from the token ids, replaces control tokens with their substitutes and calls the
+base's forward with all other arguments unchanged; hooks add the linears' updates (`hf.updates`). The class with a head
+handles logits and labels. Classes are made on demand, and looked up by name when they are unpickled.
 """
 
 import os
@@ -45,7 +45,7 @@ from granite_switch.hf.updates import Site, Updates, add_updates, wrap_layers
 
 _MARGIN = 128.0  # below a row's largest logit: exp(-128) is 0 in float32, and no arithmetic on logits overflows
 
-if TYPE_CHECKING:  # what the made classes have after these
+if TYPE_CHECKING:  # the base's classes follow these in the subclasses' MRO
 
     class _Model(PreTrainedModel):
         pass
@@ -58,9 +58,9 @@ else:
 
 
 class SwitchPreTrainedModel(_Model):
-    """What all switch models share: initialisation, loading, saving."""
+    """Common to all switch models: initialisation, loading, saving."""
 
-    # older checkpoints hold them; here they are derived from the config
+    # older checkpoints store these; here they are derived from the config
     _keys_to_ignore_on_load_unexpected = [
         r"(^|\.)adapter_token_ids$",
         r"(^|\.)token_to_group_mask$",
@@ -69,7 +69,7 @@ class SwitchPreTrainedModel(_Model):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: transformers converts the checkpoints of its own models alone, and the base is one of them."""
+        """False: transformers converts checkpoints only for its own models, and the base is one."""
         return False
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class SwitchPreTrainedModel(_Model):
     def _load_pretrained_model(
         model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers'; a legacy format's tensors go by format 1's names, and adapters' files are read here."""
+        """As transformers', with a legacy format's tensors renamed to format 1, and adapter files read directly."""
         state_dict = state_dict_of(model.config, state_dict, checkpoint_files)
         loaded: set[str] = set()
         if state_dict is None and checkpoint_files:
@@ -112,25 +112,25 @@ class SwitchPreTrainedModel(_Model):
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, which would be random",
                 problems=missing[:10],
-                hint="`granite-switch verify` says what is wrong with its files",
+                hint="check the files: granite-switch verify",
             )
         return info, offloaded
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the model as a format-1 checkpoint; as `PreTrainedModel.save_pretrained`."""
+        """Write a format 1 checkpoint. Arguments as for `PreTrainedModel.save_pretrained`."""
         save_switch_model(self, save_directory, super().save_pretrained, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As `PreTrainedModel.resize_token_embeddings`; rows for control tokens cannot be taken away.
+        """As `PreTrainedModel.resize_token_embeddings`; also resizes the switch's tables.
 
         Raises:
-            CheckpointError: fewer rows than the control tokens need.
+            CheckpointError: `new_num_tokens` is less than the rows that control tokens need.
         """
         spec: SwitchSpec = self.config.switch_spec
         if new_num_tokens is not None and new_num_tokens < spec.rows:
             raise CheckpointError(
                 f"resize_token_embeddings({new_num_tokens}): control tokens need {spec.rows} rows",
-                hint="`granite-switch remove` takes adapters out of a model",
+                hint="to remove adapters: granite-switch remove",
             )
         embedding: Any = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         rows = embedding.weight.shape[0]
@@ -141,34 +141,34 @@ class SwitchPreTrainedModel(_Model):
 
 
 class SwitchDecoder(Arguments, _Model):
-    """A decoder with a switch in front and updates beside its linears."""
+    """A decoder that routes its input and adds updates to its linears."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._install(f"{self.base_model_prefix}.")
 
     def _install(self, prefix: str) -> None:
-        """Give the decoder its switch and updates.
+        """Add the switch and the updates to the decoder.
 
         Args:
-            prefix: what paths in the checkpoint have before the decoder's own.
+            prefix: prefix of the checkpoint's paths that the decoder's own paths lack.
         """
         spec = self.config.switch_spec
         size = self.config.get_text_config().vocab_size
         self.switch = Switch(spec, size)
         self.hiding = Hiding(spec, size) if spec.hiding else None
         self.switch_scope = Scope()
-        self.switch_sites: list[Site] = add_updates(self, spec, prefix)
-        wrap_layers(self, self.switch_sites, self.switch_scope)
+        self.switch_sites: list[Site] = add_updates(self, spec, prefix, self.switch_scope)
+        wrap_layers(self, self.switch_sites)
         add_plans(self, self.switch_sites)
         record_outputs(self)
         self._accepted = accepted_arguments(self)
         self.attach_adapters()
 
     def attach_adapters(self) -> None:
-        """Put the hooks on the linears that are there now. Every forward does it; before `torch.compile`, call it."""
+        """Hook the current linears. Every forward does this; call it yourself before `torch.compile`."""
         for site in self.switch_sites:
-            site.attach(self.switch_scope)
+            site.attach()
 
     def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
         kwargs = self._arguments(args, kwargs)
@@ -206,7 +206,7 @@ class SwitchDecoder(Arguments, _Model):
         return outputs
 
     def _hide(self, hiding: Hiding, ids: Tensor, slots: Tensor, layer: Any, kwargs: dict[str, Any]) -> None:
-        """Legacy format 1: an attention mask without the keys that adapters hide, and positions without their gaps."""
+        """Legacy format 1: mask the keys that adapters hide, and close the gaps they leave in the positions."""
         cache = kwargs.get(self._cache_name)
         past = 0 if cache is None else cache.get_seq_length()
         new = torch.arange(slots.shape[1], device=slots.device) + past
@@ -239,13 +239,13 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         add_plans(self, decoder.switch_sites, f"{self.base_model_prefix}.")
         record_outputs(self)
         self._accepted = accepted_arguments(self)
-        decoder._accepted |= self._accepted  # the base passes on what it does not take itself
+        decoder._accepted |= self._accepted  # the base's forward passes arguments through to the decoder
         self.substitutes = spec.substitutes
         self.suppressed = tuple(ranges(spec.suppressed))
 
     @property
     def loss_function(self) -> Any:
-        """The base's loss, on logits in which control tokens have no share."""
+        """The base's loss function, applied to logits with control tokens suppressed."""
         base = super().loss_function
 
         def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -271,7 +271,7 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         outputs = super().forward(**kwargs)
         if with_loss and not self._loss_seen:
             raise RoutingError(
-                f"{type(self).__name__} computes its loss by itself, with the logits of control tokens in it",
+                f"{type(self).__name__} computes its own loss, which includes the logits of control tokens",
                 hint="pass no labels and compute the loss from the logits",
             )
         if not with_loss:
@@ -279,9 +279,9 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         return outputs
 
     def _suppress(self, logits: Tensor) -> Tensor:
-        """Put the logits of control tokens, in place, so far below the largest that their probability is 0.
+        """Set control tokens' logits, in place, so far below the largest that their probability is 0.
 
-        Not -inf: guidance, label smoothing and distillation compute with all logits.
+        Not -inf: guidance, label smoothing and distillation do arithmetic on all logits.
         """
         if self.suppressed:
             with torch.no_grad():
@@ -291,14 +291,14 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         return logits
 
     def _substituted(self, labels: Tensor) -> Tensor:
-        """Labels in which a control token counts as its substitute, which is what the model is to predict there."""
+        """Labels with control tokens replaced by their substitutes, which the model should predict there."""
         substituted = labels
         for token, substitute in self.substitutes.items():
             substituted = substituted.masked_fill(labels == token, substitute)
         return substituted
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """As transformers', and no processor that samples sees a control token. Guidance compares logits before it."""
+        """As transformers', with `Suppress` first, or second after guidance, which needs finite logits."""
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
         if self.suppressed:
             guided = bool(processors) and type(processors[0]).__name__.startswith("UnbatchedClassifierFreeGuidance")
@@ -306,21 +306,21 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         return processors
 
     def create_masks_for_generate(self, attention_mask: Any, **kwargs: Any) -> Any:
-        """As transformers', which makes a static cache's masks ahead; where tokens are hidden, `forward` makes them."""
+        """As transformers', which builds a static cache's masks in advance. In legacy format 1 `forward` does."""
         if decoder_of(self).hiding is not None:
             return attention_mask
         base = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
         return base(attention_mask=attention_mask, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """What `generate_batch` starts with.
+        """Entry point of `generate_batch`, which is not supported.
 
         Raises:
-            RoutingError: always. Its paged cache has no place for the slots of what is cached.
+            RoutingError: always. A paged cache cannot store the slots of cached positions.
         """
         raise RoutingError(
-            "`generate_batch` keeps a paged cache, which has no place for the adapters that are on",
-            hint="use `generate`, which takes batches of any mix, or serve the model with vLLM (docs/serving.md)",
+            "`generate_batch` uses a paged cache, which cannot store the adapter of each cached position",
+            hint="use `generate`, which takes mixed batches, or serve the model with vLLM (docs/serving.md)",
         )
 
 
@@ -356,7 +356,7 @@ def _made(base: type[Any], part: type[Any], more: tuple[type, ...]) -> type[PreT
 
 
 def register(config: type[Any]) -> None:
-    """Have the Auto classes find the models of a config class that `granite_switch.config` made."""
+    """Register the models of a config class from `granite_switch.config` with the Auto classes."""
     base = next(c for c in config.__mro__ if c.__module__.startswith("transformers.models"))
     for auto, make in ((AutoModel, decoder_class), (AutoModelForCausalLM, causal_class)):
         if base in auto._model_mapping:
@@ -365,7 +365,7 @@ def register(config: type[Any]) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Classes by name, so that they can be imported and unpickled."""
+    """Switch models by class name, for imports and unpickling."""
     base = getattr(transformers, name.replace("Switch", "", 1), None) if "Switch" in name else None
     if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -375,22 +375,22 @@ def __getattr__(name: str) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """The decoder of a switch model; itself if it has no head."""
+    """The decoder of a switch model; the model itself if it has no head."""
     return model if isinstance(model, SwitchDecoder) else model.base_model
 
 
 def _cache_of(outputs: Any, name: str) -> Any:
-    """The cache that a base's forward made and gives back."""
+    """The cache in a base's outputs; None if there is none."""
     if isinstance(outputs, ModelOutput):
         return outputs.get(name)
     return next((one for one in outputs if isinstance(one, Cache)), None)
 
 
 def _cached(past: Any) -> int:
-    """How many positions a cache holds that has not met a switch model; 0 where it does not count them."""
+    """The length of a cache without a slot layer; 0 if it does not count positions."""
     try:
         return int(past.get_seq_length())
-    except ValueError:  # a cache of recurrent states alone
+    except ValueError:  # only recurrent states
         return 0
 
 
@@ -398,7 +398,7 @@ def _no_ids(embeds: bool) -> RoutingError:
     if not embeds:
         return RoutingError("neither input_ids nor inputs_embeds were given", hint="pass input_ids")
     return RoutingError(
-        "control tokens are read from `input_ids`, and this forward has `inputs_embeds` alone (`generate` with both "
-        "passes on no ids in its first step, nor does prompt tuning)",
-        hint="pass input_ids alone, or base_only=True if every token of the embeddings is meant for the base model",
+        "control tokens are read from `input_ids`, but this forward got only `inputs_embeds` (`generate` with both "
+        "passes no ids in its first step, and prompt tuning passes none)",
+        hint="pass input_ids alone, or base_only=True to run all of inputs_embeds on the base model",
     )

@@ -1,8 +1,8 @@
-"""Tensor parallel: how the adapters are split beside linears that the base's own plan splits.
+"""Tensor parallelism: shard the adapters of linears that the base's own plan shards.
 
-Column-wise (q, k, v, gate, up) a process holds some rows of W, and so the same rows of B; every process has the whole
-A. Row-wise (o, down) it holds some columns of W and sees that part of the input, so it holds those columns of A and
-A x is summed over the processes: rank values for each token, before B.
+Column-wise (q, k, v, gate, up), a process holds some rows of W and the same rows of B; A is replicated. Row-wise (o,
+down), it holds some columns of W and the matching part of the input, so it holds those columns of A, and an all-reduce
+sums A x before B: `rank` values per token.
 """
 
 import re
@@ -19,7 +19,7 @@ from granite_switch.core.layout import SUFFIX
 from granite_switch.errors import RoutingError
 from granite_switch.hf.updates import Site
 
-# how a linear is split -> how its adapters are; None: whole on every process, as the linear's input and output are
+# the linear's style -> its adapters' style; None: A and B are replicated, since the linear's input and output are whole
 _STYLES = {
     "colwise": "switch_colwise",
     "rowwise": "switch_rowwise",
@@ -29,12 +29,12 @@ _STYLES = {
 
 
 def add_plans(model: Any, sites: Iterable[Site], prefix: str = "") -> None:
-    """Extend a model's tensor-parallel plan by its adapters, linear by linear.
+    """Add the adapters to a model's tensor-parallel plan.
 
     Args:
-        model: with the base's plan.
+        model: has the base's plan.
         sites: its linears with adapters.
-        prefix: what the plan's names have before the sites' paths.
+        prefix: prefix of the plan's names that the sites' paths lack.
     """
     plan = model._tp_plan or {}
     for site in sites:
@@ -45,12 +45,12 @@ def add_plans(model: Any, sites: Iterable[Site], prefix: str = "") -> None:
 
 
 class _Split(TensorParallelLayer):
-    """Splits one of A and B, and lets the module work on its own part.
+    """Shards A or B, and lets the module compute with its local shard.
 
     Args:
         matrix: "A" or "B".
-        dim: the dimension to split.
-        reduce: what happens to A x, given a process group.
+        dim: the dimension to shard.
+        reduce: applied to A x, with the process group as `group`.
     """
 
     def __init__(self, matrix: str, dim: int, reduce: Callable[..., Tensor]) -> None:
@@ -73,7 +73,7 @@ class _Split(TensorParallelLayer):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the processes; each has the gradient of it already."""
+    """All-reduce forward, identity backward: every process already has the sum's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -87,7 +87,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """The same on every process; each has a part of the gradient."""
+    """Identity forward, all-reduce backward: every process has part of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -108,12 +108,12 @@ def _sum_gradient(x: Tensor, group: Any) -> Tensor:
 
 
 class _Refused(TensorParallelLayer):
-    """Of a linear that is split in a way whose adapters nobody has worked out."""
+    """The style for adapters of a linear whose own style is not supported."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
         raise RoutingError(
-            f"the base's tensor-parallel plan splits a linear with adapters ({param}) in a way that they cannot follow",
-            hint=f"tp_plan: adapters can follow {', '.join(_STYLES)}",
+            f"the base's tensor-parallel plan shards a linear with adapters ({param}) in an unsupported style",
+            hint=f"tp_plan: the supported styles are {', '.join(_STYLES)}",
         )
 
 

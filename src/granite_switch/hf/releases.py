@@ -1,4 +1,4 @@
-"""Differences between the releases of transformers that this package takes; nothing else names a release."""
+"""Differences between the supported releases of transformers; no other module depends on a release."""
 
 import inspect
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs, _f
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-# 5.24 renamed the forward argument and the output `past_key_values` to `cache`; the old name ends with 5.40
+# 5.24 renamed the forward argument and the output `past_key_values` to `cache`; 5.40 drops the old name
 CACHE_NAMES = ("cache", "past_key_values")
 
-# arguments that every forward takes without naming them
+# arguments that a forward may take through **kwargs
 _EVERYWHERE = {
     "return_dict",
     "use_cache",
@@ -30,30 +30,26 @@ _EVERYWHERE = {
 
 
 def cache_name(parameters: Iterable[str]) -> str:
-    """What the base's forward calls its cache.
-
-    Args:
-        parameters: names of the forward's parameters.
-    """
+    """The name of the cache among the parameter names of a base's forward."""
     return next((name for name in CACHE_NAMES if name in set(parameters)), CACHE_NAMES[-1])
 
 
 def record_outputs(model: PreTrainedModel) -> None:
-    """Register what `output_hidden_states` and the like record, after the model's class was replaced."""
+    """Register the outputs that `output_hidden_states` and the like record, after the model's class was replaced."""
     registry: Any = _CAN_RECORD_REGISTRY
-    plain = type(registry) is dict  # up to 5.23; since then the registry makes the key of the model
+    plain = type(registry) is dict  # up to 5.23; later releases derive the key from the model
     registry[str(type(model)) if plain else model] = model._can_record_outputs
 
 
 def share_conversions(base: type, made: type) -> None:
-    """Convert a switch model's checkpoint as its base's, where transformers does that by the name of the class."""
+    """Give a switch model its base's checkpoint conversions, which transformers registers by class name."""
     known = get_checkpoint_conversion_mapping(base.__name__)
     if known is not None:
         register_checkpoint_conversion_mapping(made.__name__, known, overwrite=True)
 
 
 def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
-    """Every argument that the forward of some module of the model, its attention or its loss takes by name."""
+    """Names of the arguments that the forward of any module of the model, its attention or its loss takes."""
     functions = [type(module).forward for module in model.modules()] + [_flash_attention_forward, ForCausalLMLoss]
     names: set[str] = set(_EVERYWHERE)
     for function in dict.fromkeys(functions):
@@ -64,7 +60,7 @@ def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
 
 
 def parameter_names(function: Any) -> tuple[str, ...]:
-    """The names of a function's parameters, `self` and the variable ones left out."""
+    """The names of a function's parameters, without `self`, `*args` and `**kwargs`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -1,6 +1,6 @@
-"""Which adapter acts on which token, worked out once per forward; the layers receive the finished plan.
+"""Which adapter acts on which token, computed once per forward and passed to the layers as a `Routing`.
 
-`core.routing` is the definition; here it is a cumulative maximum on tensors.
+`core.routing` is the definition; here it is a cumulative maximum over positions.
 """
 
 from contextvars import ContextVar
@@ -15,10 +15,10 @@ from granite_switch.eager import Groups, group
 
 
 class Switch(nn.Module):
-    """Look-up tables from token to slot and from token to substitute.
+    """Lookup tables: token id to slot, and token id to substitute.
 
-    They are derived from the config and so are no part of a checkpoint: no loader has to fill them. They are in a
-    module of their own because accelerate plans no place for the buffers of a module that it splits.
+    The tables are derived from the config, so they are not in the checkpoint. They have a module of their own because
+    accelerate assigns no device to the buffers of a module that it splits.
 
     Args:
         spec: the adapters and their tokens.
@@ -35,7 +35,7 @@ class Switch(nn.Module):
         self.resize(vocab_size, None)
 
     def resize(self, vocab_size: int, device: torch.device | None) -> None:
-        """Make the tables anew for another size of the vocabulary."""
+        """Rebuild the tables for another vocabulary size."""
         for name, size in [
             ("adapter_token_ids", len(self.spec.adapters)),
             ("control_to_slot", vocab_size),
@@ -46,7 +46,7 @@ class Switch(nn.Module):
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Write what the config says into the tables; models are built on the meta device, which leaves them empty."""
+        """Fill the tables from the config; a model built on the meta device has them empty."""
         self.adapter_token_ids.copy_(torch.tensor([adapter.token_id for adapter in self.spec.adapters]))
         self.control_to_slot.fill_(-1)
         self.control_to_substitute.copy_(torch.arange(len(self.control_to_substitute)))
@@ -55,15 +55,9 @@ class Switch(nn.Module):
             self.control_to_substitute[token] = self.spec.substitutes[token]
 
     def forward(self, input_ids: Tensor, initial: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Slots and embedded tokens.
+        """The slot of each token, and the tokens with control tokens substituted; both [B, S] int64.
 
-        Args:
-            input_ids: [B, S] int64.
-            initial: [B] int64, the slots in force before; None for 0.
-            starts: [B, S] bool, where a packed sequence begins; None: nowhere.
-
-        Returns:
-            The slot of each token, [B, S] int64, and the tokens with substitutes in the place of control tokens.
+        Arguments as for `slots_of`.
         """
         return slots_of(input_ids, self.control_to_slot, initial, starts), self.control_to_substitute[input_ids]
 
@@ -71,16 +65,13 @@ class Switch(nn.Module):
 def slots_of(
     input_ids: Tensor, control_to_slot: Tensor, initial: Tensor | None, starts: Tensor | None = None
 ) -> Tensor:
-    """The slot of each token: that of the latest control token at or before it in its sequence.
+    """The slot of each token, [B, S] int64: that of the latest control token at or before it in its sequence.
 
     Args:
         input_ids: [B, S] int64.
-        control_to_slot: [V] int64, the slot that a token switches to, -1 where it is no control token.
-        initial: [B] int64, the slots in force before; None for 0.
-        starts: [B, S] bool, where a packed sequence begins at slot 0; None: nowhere.
-
-    Returns:
-        [B, S] int64.
+        control_to_slot: [V] int64, the slot that a token switches to; -1 if it is not a control token.
+        initial: [B] int64, the slot in force before the first token; None for 0.
+        starts: [B, S] bool, true where a packed sequence begins, in slot 0; None if there are none.
     """
     switches = control_to_slot[input_ids]
     if starts is not None:
@@ -95,10 +86,11 @@ def slots_of(
 
 
 def sequence_starts(kwargs: dict[str, Any], like: Tensor) -> Tensor | None:
-    """Where packed sequences begin, [B, S] bool, in a forward without mask and past; None where it cannot be packed.
+    """Where packed sequences begin, [B, S] bool, in a forward without a cache; None if the input is not packed.
 
     Args:
-        kwargs: of the forward; `position_ids` that do not go up by one, and `cu_seq_lens_q`, mark a new sequence.
+        kwargs: the forward's arguments. A sequence begins where `position_ids` do not increase by one, and at the
+            offsets in `cu_seq_lens_q`. An input with an attention mask is not packed.
         like: [B, S], the input.
     """
     if kwargs.get("attention_mask") is not None or like.shape[1] < 2:
@@ -117,15 +109,15 @@ def sequence_starts(kwargs: dict[str, Any], like: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Routing:
-    """The slots of a batch and, outside of compiled graphs, its tokens grouped by slot.
+    """The slots of a batch and, outside compiled graphs, its tokens grouped by slot.
 
-    accelerate moves it from device to device along with the hidden states, by `to`.
+    accelerate calls `to` to move it between devices with the hidden states.
     """
 
     slots: Tensor  # [B, S] int64
-    groups: Groups | None  # None: not known on the host
-    decode: bool = False  # a decode step, whose grouping outlives the forward
-    called: set[str] = field(default_factory=set)  # paths of the linears whose updates were asked for
+    groups: Groups | None  # None in compiled graphs, where the host does not know the slots
+    decode: bool = False  # a decode step; its grouping is reused while the slots stay the same
+    called: set[str] = field(default_factory=set)  # paths of the linears whose hook ran
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Routing":
         slots = self.slots.to(device, non_blocking=non_blocking)
@@ -136,11 +128,11 @@ class Routing:
 
 
 def route(slots: Tensor, past: Any = None) -> Routing:
-    """Group a batch's tokens by slot. One transfer to the host; none inside a compiled graph.
+    """Group a batch's tokens by slot. Copies slots to the host, except in a compiled graph.
 
     Args:
         slots: [B, S] int64.
-        past: the cache's layer of slots, which keeps the grouping of a decode step.
+        past: the cache's slot layer, which memoises the grouping of decode steps.
     """
     if torch.compiler.is_compiling():
         return Routing(slots, None)
@@ -152,10 +144,10 @@ def route(slots: Tensor, past: Any = None) -> Routing:
 
 
 class Scope:
-    """Hands the routing of the current forward to layers and linears, which know nothing else of it.
+    """Passes the routing of the current forward to layers and linears.
 
-    A context variable, so that threads do not meet; `torch.compile` cannot trace one, so an attribute inside compiled
-    graphs.
+    It is a context variable, so that threads do not interfere, and an attribute inside compiled graphs, where
+    `torch.compile` cannot trace a context variable.
     """
 
     _current: ContextVar[Routing | None] = ContextVar("granite_switch_routing", default=None)
@@ -167,7 +159,7 @@ class Scope:
         return self.traced if torch.compiler.is_compiling() else self._current.get()
 
     def enter(self, routing: Routing | None) -> Any:
-        """Set the routing; gives what `leave` needs."""
+        """Set the routing; returns the argument for `leave`."""
         if torch.compiler.is_compiling():
             before, self.traced = self.traced, routing
             return before

@@ -1,7 +1,7 @@
-"""`save_pretrained` as format 1: the base's tensors as transformers shards them, each adapter in a file of its own.
+"""`save_pretrained` in format 1: the base's tensors as transformers shards them, and a file for each adapter.
 
-transformers writes first, whatever the model went through (quantised, offloaded, sharded); then the adapters' tensors
-are moved from its shards into their files.
+transformers writes first, because it handles quantised, offloaded and sharded models; then the adapters' tensors are
+moved from its shards into their own files.
 """
 
 import json
@@ -40,13 +40,13 @@ _FLOATS = {"F32", "F16", "BF16"}
 
 
 def save_switch_model(model: Any, folder: Any, save: Callable[..., None], **options: Any) -> None:
-    """Write a model as a format-1 checkpoint.
+    """Write a model as a format 1 checkpoint.
 
     Args:
         model: a switch model.
-        folder: where to.
+        folder: the folder to write.
         save: transformers' own `save_pretrained`, bound to the model.
-        options: of transformers' `save_pretrained`.
+        options: for `save`; the hub's are used here.
     """
     push = options.pop("push_to_hub", False)
     hub = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
@@ -64,20 +64,20 @@ def save_switch_model(model: Any, folder: Any, save: Callable[..., None], **opti
 
 
 def _push(folder: Path, hub: dict[str, Any]) -> None:
-    """Upload a saved model. `private` and `token` are of the repository, the rest is of the commit."""
+    """Upload a saved model. `private` and `token` concern the repository, the other options the commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=hub.pop("token", None))
     name, private = hub.pop("repo_id", None) or folder.resolve().name, hub.pop("private", None)
     repository = api.create_repo(name, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repository).private:
-        raise OutputError(f"{repository}: private=True, and the repository is public", hint="choose another name")
+        raise OutputError(f"{repository}: private=True, but the repository is public", hint="choose another name")
     hub.setdefault("commit_message", "Upload Granite Switch model")
     api.upload_folder(repo_id=repository, folder_path=folder, **hub)
 
 
 def _split(folder: Path, spec: SwitchSpec, source: Path, rows: int) -> None:
-    """Move the adapters' tensors out of transformers' shards."""
+    """Move the adapters' tensors and the embeddings from transformers' shards to their own files."""
     checkpoint = Checkpoint(folder)
     found = vocabulary(checkpoint.tensors, rows)
     vocabulary_names = found.names if found else ()
@@ -121,9 +121,9 @@ def _split(folder: Path, spec: SwitchSpec, source: Path, rows: int) -> None:
 
 
 def _record(folder: Path, adapters: dict[str, dict[str, Tensor]]) -> None:
-    """Where an adapter was trained further, it is no longer its source's: record its own digest.
+    """Record the digests of adapters that were trained further, and drop the digests of their sources.
 
-    A model that came from the hub names the module there; here it stands beside the weights.
+    Also point `auto_map` to the module in this folder; in a model loaded from the hub it points to the hub.
     """
     config = read_json(folder / "config.json") | AUTO_MAP
     for adapter in config["switch"]["adapters"]:
@@ -135,7 +135,7 @@ def _record(folder: Path, adapters: dict[str, dict[str, Tensor]]) -> None:
 
 
 def _unchanged(original: Path, tensors: dict[AdapterTensor, Tensor]) -> bool:
-    """Whether a file holds these tensors, perhaps in a wider dtype than the model was loaded in."""
+    """Whether a file holds these tensors, up to rounding to the dtype that the model was loaded in."""
     header, _ = read_header(original)
     if header.keys() != {key.key for key in tensors}:
         return False
@@ -153,7 +153,7 @@ def _unchanged(original: Path, tensors: dict[AdapterTensor, Tensor]) -> bool:
 
 
 def _rounded(tensor: Tensor, dtype: str) -> Any:
-    """A tensor's values as the given dtype holds them, in float32."""
+    """A tensor's values rounded to a dtype, as float32."""
     import torch
 
     kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
@@ -161,7 +161,7 @@ def _rounded(tensor: Tensor, dtype: str) -> Any:
 
 
 def _copy_companions(source: Path, target: Path, spec: SwitchSpec) -> None:
-    """The small files with the adapters' names, where the folder of weights has them."""
+    """Copy adapter_index.json and the io.yaml files, if the source has them."""
     for name in ("adapter_index.json", *(f"io_configs/{adapter}/io.yaml" for adapter in spec.names)):
         if (path := inside(source, name)).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

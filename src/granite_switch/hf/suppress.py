@@ -1,4 +1,4 @@
-"""Tokens that cannot be generated, as `generate` knows them."""
+"""A logits processor for tokens that must not be generated."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,7 +7,7 @@ from transformers.generation import LogitsProcessor
 
 
 class Suppress(LogitsProcessor):
-    """Gives tokens a score of -inf."""
+    """Sets the scores of tokens to -inf."""
 
     def __init__(self, tokens: tuple[slice, ...]) -> None:
         self.tokens = tokens
@@ -20,7 +20,7 @@ class Suppress(LogitsProcessor):
 
 
 def ranges(tokens: Iterable[int]) -> Iterator[slice]:
-    """Token ids as slices; control tokens are nearly always one."""
+    """Token ids as slices of consecutive ids; control tokens are nearly always one slice."""
     start = last = -2
     for token in sorted(tokens):
         if token != last + 1:

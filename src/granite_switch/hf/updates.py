@@ -1,9 +1,9 @@
-"""The adapters' updates beside the linears of a decoder, whatever decoder it is.
+"""Low-rank updates added to the linears of any decoder.
 
-One module is registered beside each linear that adapters target; a forward hook on the linear calls it. So the linear
-stays as the base made it, for quantisers, tensor parallelism and offloading. A and B are direct parameters of the
-module that uses them in its own call, because accelerate loads offloaded weights when a module is called. Hooks are
-checked at every forward: a quantiser that replaces a linear removes its hook. `core.lora` is the definition.
+An `Updates` module is registered next to each linear that adapters target, and a forward hook on the linear calls it.
+The linear itself is unchanged, so quantisers, tensor parallelism and offloading handle it as usual. A and B are direct
+parameters of `Updates`, because accelerate loads offloaded weights when the module that owns them is called. Every
+forward checks the hooks: a quantiser that replaces a linear drops its hook. `core.lora` is the definition.
 """
 
 import math
@@ -23,30 +23,29 @@ from granite_switch.hf.routing import Routing, Scope
 
 
 class Updates(nn.Module):
-    """All adapters' A and B for one linear.
+    """A and B of every adapter for one linear.
 
     Args:
         spec: the adapters.
         linear: the linear's path in the checkpoint.
-        out, width: of the linear.
+        out, width: the linear's output and input sizes.
     """
 
     def __init__(self, spec: SwitchSpec, linear: str, out: int, width: int) -> None:
         super().__init__()
-        # set where the linear is split over processes: what is to be done with A x
-        self.reduce: Callable[[Tensor], Tensor] | None = None
-        self.of: dict[int, tuple[str, str, float]] = {}  # slot -> names of A and B, scale
+        self.reduce: Callable[[Tensor], Tensor] | None = None  # applied to A x under tensor parallelism
+        self.adapters: dict[int, tuple[str, str, float]] = {}  # slot -> names of A and B, scale
         for slot, adapter in enumerate(spec.adapters, 1):
             if rank := adapter.ranks.get(linear):
                 a, b = (AdapterTensor(adapter.name, linear, matrix).parameter for matrix in "AB")
                 self.register_parameter(a, nn.Parameter(torch.empty(rank, width)))
                 self.register_parameter(b, nn.Parameter(torch.empty(out, rank)))
-                self.of[slot] = (a, b, adapter.scale_of(linear))
+                self.adapters[slot] = (a, b, adapter.scale_of(linear))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A new adapter changes nothing: A as PEFT draws it (`LoraLayer.reset_lora_parameters`), B zero."""
-        for a, b, _ in self.of.values():
+        """Initialise every adapter to a zero update: A as in PEFT's `LoraLayer.reset_lora_parameters`, B zero."""
+        for a, b, _ in self.adapters.values():
             nn.init.kaiming_uniform_(getattr(self, a), a=math.sqrt(5))
             nn.init.zeros_(getattr(self, b))
 
@@ -55,20 +54,20 @@ class Updates(nn.Module):
 
         Args:
             x: [..., in], the linear's input.
-            y: [..., out], its output; changed in place where no gradient is recorded.
-            routing: the batch's slots.
+            y: [..., out], its output; may be modified in place when no gradients are recorded.
+            routing: the slots of the batch.
 
         Returns:
-            y with the updates. Tokens of slot 0 are what they were, bit for bit.
+            [..., out]. Rows in slot 0 equal y bit for bit.
 
         Raises:
-            RoutingError: the linear is not given the tokens of the batch one by one.
+            RoutingError: the input does not have one row per token of the batch.
         """
         flat, out = x.flatten(0, -2), y.flatten(0, -2)
         if len(flat) != routing.slots.numel():
             raise RoutingError(
-                f"a linear with adapters is given {len(flat)} rows where the batch has {routing.slots.numel()} tokens",
-                hint="this linear does not see every token once, as an expert's; adapters cannot target it",
+                f"a linear with adapters got {len(flat)} rows for a batch of {routing.slots.numel()} tokens",
+                hint="it does not see every token exactly once (an expert, for example); adapters cannot target it",
             )
         if routing.groups is None or torch.compiler.is_compiling():
             return self._fixed(flat, out, routing.slots.flatten()).view(y.shape)
@@ -77,31 +76,31 @@ class Updates(nn.Module):
         if routing.groups.groups:
             pairs = self._pairs(routing.groups)
             if self.reduce is None:
-                keep = routing.decode and not hasattr(self, "_hf_hook")  # an offloaded module keeps no copies
+                keep = routing.decode and not hasattr(self, "_hf_hook")  # offloaded modules cache no blocks
                 out = eager.add(flat, out, routing.groups, pairs, id(self) if keep else None)
             else:
                 out = self._reduced(flat, out, routing.groups, pairs)
         return out.view(y.shape)
 
     def _pairs(self, groups: eager.Groups) -> dict[int, eager.Pair]:
-        """The parameters, as they are now, of the adapters in the batch that update this linear."""
+        """The current parameters of the batch's adapters, by slot, without those that do not update this linear."""
         pairs: dict[int, eager.Pair] = {}
-        held = self._parameters  # a module's own lookup of attributes costs several times as much
+        parameters = self._parameters  # nn.Module.__getattr__ is several times slower
         for one in groups.groups:
-            if one.slot in self.of and one.slot not in pairs:
-                a, b, scale = self.of[one.slot]
-                pairs[one.slot] = eager.Pair(held[a], held[b], scale)  # type: ignore[arg-type]
+            if one.slot in self.adapters and one.slot not in pairs:
+                a, b, scale = self.adapters[one.slot]
+                pairs[one.slot] = eager.Pair(parameters[a], parameters[b], scale)  # type: ignore[arg-type]
         return pairs
 
     def _fixed(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
-        """With shapes that do not depend on the routing: each adapter acts on all tokens, and what is not its is 0."""
-        for slot, (a, b, scale) in self.of.items():
+        """Add the updates with shapes that do not depend on the routing: every adapter runs on all tokens, masked."""
+        for slot, (a, b, scale) in self.adapters.items():
             hidden = torch.where((slots == slot)[:, None], self._low_rank(x, getattr(self, a)) * scale, 0)
             y = y + F.linear(hidden, getattr(self, b)).to(y.dtype)
         return y
 
     def _reduced(self, x: Tensor, y: Tensor, groups: eager.Groups, pairs: dict[int, eager.Pair]) -> Tensor:
-        """Where A x is to be summed over processes, for every adapter of the batch in the same order."""
+        """Add the updates under tensor parallelism. All processes reduce for the adapters in the same order."""
         for one in groups.groups:
             if one.slot in pairs:
                 a, b, scale = pairs[one.slot]
@@ -113,23 +112,23 @@ class Updates(nn.Module):
         return y
 
     def _low_rank(self, x: Tensor, a: Tensor) -> Tensor:
-        """x A^T, in A's dtype."""
+        """A x, in A's dtype: [T, in] to [T, r]."""
         hidden = F.linear(x.to(a.dtype), a)
         return hidden if self.reduce is None else self.reduce(hidden)
 
     def _with_unused(self, y: Tensor, groups: eager.Groups) -> Tensor:
-        """Let trainable adapters that no token of the batch has take part, with gradients of zero.
+        """Return y, connected to the trainable adapters that no token uses, so that they get zero gradients.
 
-        Otherwise DDP waits for them, and FSDP2 mixes up the gradients of adapters of equal shapes.
+        Otherwise DDP waits for their gradients, and FSDP2 mixes up the gradients of adapters of equal shape.
         """
         used = {one.slot for one in groups.groups}
-        parameters = [getattr(self, name) for slot, names in self.of.items() if slot not in used for name in names[:2]]
-        trainable = [p for p in parameters if p.requires_grad]
+        unused = [names[:2] for slot, names in self.adapters.items() if slot not in used]
+        trainable = [p for names in unused for name in names if (p := getattr(self, name)).requires_grad]
         return _Unused.apply(y, *trainable) if trainable else y
 
 
 class _Unused(torch.autograd.Function):
-    """The identity of its first argument; the others get gradients of zero."""
+    """Identity on the first argument; zero gradients for the others."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
@@ -141,73 +140,64 @@ class _Unused(torch.autograd.Function):
         return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
-class Hook:
-    """The forward hook of one linear."""
-
-    def __init__(self, site: "Site", scope: Scope) -> None:
-        self.site, self.scope = site, scope
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        routing = self.scope.get()
-        if routing is None:
-            raise RoutingError(
-                f"{self.site.path} was called outside the model's forward, where no slot is known",
-                hint="call the model, or its decoder; a layer by itself cannot tell which adapter acts",
-            )
-        routing.called.add(self.site.path)
-        if routing.groups is not None and not routing.groups.groups and not torch.is_grad_enabled():
-            return None
-        if not args or not isinstance(output, Tensor):
-            raise RoutingError(f"{self.site.path} is not called as a linear is, with one tensor; adapters need that")
-        return self.site.updates(args[0], output, routing)
-
-
 class Site:
-    """One linear with its updates, and the hook that joins them."""
+    """A linear, its `Updates`, and the forward hook that connects them."""
 
-    def __init__(self, path: str, parent: nn.Module, name: str) -> None:
-        self.path, self.parent, self.name = path, parent, name
+    def __init__(self, path: str, parent: nn.Module, name: str, scope: Scope) -> None:
+        self.path, self.parent, self.name, self.scope = path, parent, name, scope
         self.hooked: nn.Module | None = None
         self.handle: Any = None
 
-    @property
-    def updates(self) -> Updates:
-        return self.parent._modules[self.name + SUFFIX]  # type: ignore[return-value]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The hook: return the linear's output with the updates added."""
+        routing = self.scope.get()
+        if routing is None:
+            raise RoutingError(
+                f"{self.path} was called outside the model's forward, so its tokens have no slots",
+                hint="call the model or its decoder, not a layer alone",
+            )
+        routing.called.add(self.path)
+        if routing.groups is not None and not routing.groups.groups and not torch.is_grad_enabled():
+            return None
+        if not args or not isinstance(output, Tensor):
+            raise RoutingError(f"{self.path}: adapters need a linear that maps one positional tensor to a tensor")
+        return self.parent._modules[self.name + SUFFIX](args[0], output, routing)  # type: ignore[misc]
 
-    def attach(self, scope: Scope) -> None:
-        """Put the hook on the linear that is there now."""
+    def attach(self) -> None:
+        """Hook the linear that currently has this path, unless it is hooked already."""
         linear = self.parent._modules.get(self.name)
         if linear is self.hooked:
             return
         if linear is None:
             raise RoutingError(
-                f"{self.path} is gone from the model, and its adapters with it",
-                hint="load the model anew; a module that replaces several linears by one cannot carry adapters",
+                f"{self.path} is no longer in the model, so its adapters would do nothing",
+                hint="reload the model; a module that fuses several linears into one cannot have adapters",
             )
         if self.handle is not None:
             self.handle.remove()
-        self.handle = linear.register_forward_hook(Hook(self, scope))
+        self.handle = linear.register_forward_hook(self)
         self.hooked = linear
 
     def check(self) -> None:
-        """For compiled graphs, in which nothing can be attached."""
+        """Raise if the linear was replaced after `attach`; hooks cannot be attached inside a compiled graph."""
         if self.parent._modules.get(self.name) is not self.hooked:
             raise RoutingError(
-                f"{self.path} was replaced, and its adapters are not attached to what is there now",
-                hint="run one forward, or call attach_adapters() of the decoder, before compiling",
+                f"{self.path} was replaced, and its adapters are not attached to the new module",
+                hint="before compiling, run one forward or call the decoder's attach_adapters()",
             )
 
 
-def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str) -> list[Site]:
-    """Register an `Updates` beside every linear that an adapter targets.
+def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str, scope: Scope) -> list[Site]:
+    """Register an `Updates` next to every linear that an adapter targets; return a site for each.
 
     Args:
-        model: holds the linears.
+        model: the module that contains the linears.
         spec: the adapters.
-        prefix: what paths in the checkpoint have before the model's own.
+        prefix: prefix of the checkpoint's paths that the model's own paths lack.
+        scope: passes the routing to the hooks.
 
     Raises:
-        CheckpointError: with every target that the model has no linear for.
+        CheckpointError: the model lacks targeted linears; lists them.
     """
     modules = dict(model.named_modules())
     sites, missing = [], []
@@ -216,22 +206,22 @@ def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str) -> list[Site]:
         module = modules.get(path) if path else None
         out, width = getattr(module, "out_features", None), getattr(module, "in_features", None)
         if path is None or out is None or width is None:
-            missing.append(f"{linear}: {type(module).__name__ if module else 'no module of this path'}")
+            missing.append(f"{linear}: {type(module).__name__ if module else 'no such module'}")
             continue
         parent, _, name = path.rpartition(".")
         modules[parent].register_module(name + SUFFIX, Updates(spec, linear, out, width))
-        sites.append(Site(path, modules[parent], name))
+        sites.append(Site(path, modules[parent], name, scope))
     if missing:
         raise CheckpointError(
             f"adapters target linears that {type(model).__name__} does not have",
             problems=[*missing[:10], *([f"and {len(missing) - 10} more"] if len(missing) > 10 else [])],
-            hint="the checkpoint's `switch` is of another base; compose the model anew",
+            hint="config.json's `switch` was made for another base; compose the model again",
         )
     return sites
 
 
 def _resolve(path: str, modules: dict[str, nn.Module]) -> str | None:
-    """A path of the checkpoint as the module's: equal, or the only one with the same end from its layers on."""
+    """The module path for a checkpoint path: the same, or else the only one that ends alike from `layers.N` on."""
     if path in modules:
         return path
     parts = path.split(".")
@@ -248,14 +238,14 @@ else:
 
 
 class Layer(_Module):
-    """What a decoder layer gains: it takes the routing as an argument, so that recomputation has its own again.
+    """Mixin for a decoder layer: passes the routing as an argument, so that recomputation gets it again.
 
-    The argument is added where the layer is called and taken off where its forward runs: gradient checkpointing repeats
-    the forward with the arguments of the first run, long after the model's forward has ended.
+    `__call__` adds the argument and `forward` removes it. Gradient checkpointing reruns `forward` with its original
+    arguments, long after the model's forward has returned.
     """
 
     switch_scope: Scope
-    switch_paths: set[str]  # of the linears with adapters in this layer
+    switch_paths: set[str]  # paths of this layer's linears that have adapters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.switch_scope.get()
@@ -273,9 +263,9 @@ class Layer(_Module):
             return output
         if left_out := self.switch_paths - switch_routing.called:
             raise RoutingError(
-                f"{type(self).__name__} ran without calling linears that have adapters, so they did nothing",
+                f"{type(self).__name__} ran without calling linears that have adapters, so the adapters did nothing",
                 problems=sorted(left_out),
-                hint="a fused kernel replaces them; load the model without it (use_kernels, Liger, Mamba's)",
+                hint="a fused kernel bypasses them; load the model without it (use_kernels, Liger, Mamba kernels)",
             )
         return output
 
@@ -286,7 +276,7 @@ class Layer(_Module):
 
 @cache
 def layer_class(base: type[Any]) -> type[nn.Module]:
-    """A decoder layer's class with what `Layer` adds. It keeps the base's name, which placing and wrapping go by."""
+    """The `Layer` subclass of a decoder layer's class, under the same name: device maps and FSDP match on it."""
     return type(base.__name__, (Layer, base), {"__module__": __name__, "__qualname__": base.__name__})
 
 
@@ -295,8 +285,8 @@ def _new_layer(base: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def wrap_layers(model: nn.Module, sites: list[Site], scope: Scope) -> None:
-    """Make a `Layer` of every decoder layer that holds one of the sites."""
+def wrap_layers(model: nn.Module, sites: list[Site]) -> None:
+    """Turn every decoder layer that contains a site into a `Layer`."""
     for site in sites:
         parts = site.path.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
@@ -305,5 +295,5 @@ def wrap_layers(model: nn.Module, sites: list[Site], scope: Scope) -> None:
         layer: Any = model.get_submodule(".".join(parts[: at + 1]))
         if not isinstance(layer, Layer):
             layer.__class__ = layer_class(layer.__class__)
-            layer.switch_scope, layer.switch_paths = scope, set()
+            layer.switch_scope, layer.switch_paths = site.scope, set()
         layer.switch_paths.add(site.path)

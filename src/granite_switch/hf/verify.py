@@ -1,4 +1,4 @@
-"""Compare a composed model with PEFT: each adapter on its source's own weights, the same prompts, all logits."""
+"""Compare a composed model with PEFT: for each adapter, all logits of built-in prompts, from the source's weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import SwitchError
 
-# largest difference of a logit, as a share of the largest logit
+# largest allowed difference of a logit, relative to the largest logit
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 _CHATS: Sequence[Sequence[Mapping[str, str]]] = (
@@ -33,19 +33,19 @@ _CHATS: Sequence[Sequence[Mapping[str, str]]] = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One adapter, composed against PEFT; "base": the switch model without one against the plain base."""
+    """One adapter, composed against PEFT; "base" compares the switch model without an adapter with the plain base."""
 
     name: str
     difference: float  # the largest of any logit
-    largest: float  # logit, in absolute value
-    effect: float  # how far the adapter moves a logit from the base's: what would be missing if it did nothing
-    within: bool  # the tolerance of the dtype
+    largest: float  # the largest absolute logit
+    effect: float  # the largest change of a logit that PEFT's adapter causes; not 0 if it does anything
+    within: bool  # whether the difference is within the dtype's tolerance
 
 
 def compare(
     model: Path, adapters: Mapping[str, Path], base: Path | None = None, dtype: str = "float32"
 ) -> list[Comparison]:
-    """Compare adapters of a composed model with PEFT.
+    """Compare adapters of a composed model with PEFT; the first result is the base.
 
     Args:
         model: the composed model's folder.
@@ -54,7 +54,7 @@ def compare(
         dtype: to compute in: float32, bfloat16 or float16.
 
     Raises:
-        SwitchError: peft is missing, or there is no chat template to make prompts with.
+        SwitchError: peft is missing, or the model has no chat template to render prompts with.
     """
     try:
         from peft import PeftModel
@@ -65,7 +65,7 @@ def compare(
     try:
         switch = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map="auto").eval()
         spec: SwitchSpec = switch.config.switch_spec
-        size = min(spec.control_slots)  # control tokens can have a row here and none there
+        size = min(spec.control_slots)  # the base may have no rows for control tokens
         wanted = {name: _prompts(model, spec, spec.adapter(name)) for name in adapters}
         plain = _prompts(model, spec, None)
         composed = {name: [_logits(switch, ids) for ids in prompts] for name, prompts in wanted.items()}
@@ -86,11 +86,11 @@ def compare(
 
 
 def _prompts(model: Path, spec: SwitchSpec, adapter: AdapterSpec | None) -> list[list[int]]:
-    """Token ids of the built-in prompts, with the adapter's control token."""
+    """The built-in prompts as token ids, with the adapter's control token."""
     tokenizer = read_tokenizer(model)
     template = tokenizer.templates.get("default")
     if template is None:
-        raise SwitchError(f"{model}: there is no chat template to make prompts with")
+        raise SwitchError(f"{model} has no chat template to render prompts with")
     library: Tokenizer = tokenizer.library
     result = []
     for chat in _CHATS:
@@ -106,7 +106,7 @@ def _prompts(model: Path, spec: SwitchSpec, adapter: AdapterSpec | None) -> list
 
 
 def _base(model: Path, base: Path | None, dtype: str) -> Any:
-    """The plain base, of the base's own folder or of the composed model's tensors."""
+    """The plain base, loaded from its own folder or from the composed model's tensors."""
     if base:
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map="auto").eval()
     config, spec = read_model(model)
@@ -116,7 +116,7 @@ def _base(model: Path, base: Path | None, dtype: str) -> Any:
 
 
 def _logits(model: Any, ids: list[int]) -> torch.Tensor:
-    """[tokens, vocabulary] in float32 on the CPU."""
+    """The logits of one prompt: [T, V] float32 on the CPU."""
     with torch.no_grad():
         return model(torch.tensor([ids], device=model.device)).logits[0].float().cpu()
 

@@ -1,5 +1,5 @@
-"""`granite-switch play`: a page on this machine to try a model on. The extra `play` brings what it needs (Gradio).
+"""`granite-switch play`: a local web page to try a model. The extra `play` installs its requirements (Gradio, httpx).
 
-`session` is a conversation with what was measured of it, `views` says it in HTML, `page` binds both to Gradio; `local`
-and `remote` are the two engines. Only `page` imports Gradio, only `local` imports torch.
+`session` is one browser's conversation with its measurements, `views` renders it as HTML, and `page` binds both to
+Gradio. `local` and `remote` are the two engines. Only `page` imports Gradio, and only `local` imports torch.
 """

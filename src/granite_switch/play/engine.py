@@ -1,4 +1,4 @@
-"""What answers: the model in this process (`local`) or a server that holds it (`remote`). This is what both have."""
+"""The interface of the engines: the model in this process (`local`), or a server that has it (`remote`)."""
 
 import json
 from collections.abc import Callable, Generator, Sequence
@@ -17,7 +17,7 @@ from granite_switch.errors import SwitchError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen."""
+    """Sampling parameters."""
 
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
@@ -26,70 +26,70 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Setting:
-    """The text before the first message."""
+    """The system prompt and documents of a conversation."""
 
     system: str = ""
     documents: tuple[str, ...] = ()
 
     def options(self) -> dict[str, Any]:
-        """As `Conversation` takes them."""
+        """The arguments for `Conversation`."""
         documents = [{"doc_id": str(number), "text": text} for number, text in enumerate(self.documents, 1)]
         return {"system": self.system, "documents": documents or None}
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One message, and which adapter is to answer it."""
+    """A message, and the adapter that answers it."""
 
     text: str
     adapter: str = "base"
-    keep: bool = True  # the ids that were sent before; else the conversation is rendered anew
+    keep: bool = True  # continue from the ids sent so far; else render the conversation again
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered, and what it took."""
+    """An answer and its measurements."""
 
     turn: Turn
     ids: tuple[int, ...]
     text: str
-    cached: int | None  # tokens of the prompt out of the cache; None: the server does not say
+    cached: int | None  # prompt tokens read from the cache; None if the server does not report them
     first: float  # seconds to the first token
-    seconds: float  # to the last one
+    seconds: float  # seconds to the last token
 
 
 class Engine(Protocol):
     """Runs conversations."""
 
     files: "Model"
-    place: str  # for people: where the answers come from
-    limit: int  # tokens of prompt and answer
+    place: str  # where answers come from, as shown to the user
+    limit: int  # most tokens of prompt and answer together
 
     def conversation(self, setting: Setting) -> Conversation:
-        """A new one."""
+        """A new conversation."""
 
     def stream(
         self, talk: Conversation, ask: Ask, sampling: Sampling, stop: Event
     ) -> Generator[str | Answer, None, None]:
-        """The text so far, again and again, and at last the answer, which the conversation then holds.
+        """Yield the text so far after each update, and at the end the answer, which is then part of the conversation.
 
         Raises:
-            SwitchError: the turn cannot be asked or answered; the conversation is as it was.
+            SwitchError: the turn cannot be asked or answered; the conversation is unchanged.
         """
 
     def batch(self, turns: Sequence[Turn], sampling: Sampling, stop: Event) -> list[tuple[int, ...]]:
-        """Answers to several turns at once, as token ids."""
+        """The answers to several turns, computed together, as token ids."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a composed model's small files say, which is all that a page needs beside an engine."""
+    """What the page reads from a composed model's small files."""
 
     folder: Path
     spec: SwitchSpec
     limit: int  # the longest sequence, from max_position_embeddings
-    decode: Callable[[Sequence[int]], str]  # without special tokens
-    token: Callable[[int], str]
+    decode: Callable[[Sequence[int]], str]  # ids to text, without special tokens
+    token: Callable[[int], str]  # one id to text
 
     @classmethod
     def read(cls, folder: Path) -> "Model":
@@ -105,21 +105,21 @@ class Model:
 
 
 def fitting(turn: Turn, limit: int) -> Turn:
-    """The turn.
+    """Return the turn.
 
     Raises:
         SwitchError: its prompt leaves no room for an answer.
     """
     if len(turn.ids) >= limit:
         raise SwitchError(
-            f"the prompt has {len(turn.ids):,} tokens and the model takes {limit:,}, answer included",
+            f"the prompt has {len(turn.ids):,} tokens, but the model takes {limit:,} including the answer",
             hint="shorten the message or the documents, or start a new conversation",
         )
     return turn
 
 
 def sentence(body: str) -> str:
-    """What an error's body says, in the forms that servers use."""
+    """The message in an error response's body, in any of the forms that servers use."""
     try:
         data = json.loads(body)
     except ValueError:

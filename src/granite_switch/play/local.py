@@ -1,4 +1,4 @@
-"""The model in this process, in transformers. One conversation computes at a time; others wait their turn."""
+"""The engine in this process, with transformers. It serves one conversation at a time; others wait."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -22,8 +22,8 @@ class Local:
     """The engine in this process.
 
     Args:
-        model: a switch model, loaded.
-        files: of its folder.
+        model: a loaded switch model.
+        files: its folder's files.
     """
 
     def __init__(self, model: Any, files: Model) -> None:
@@ -31,7 +31,7 @@ class Local:
         self.limit = files.limit
         self.place = f"transformers, on {model.device}"
         self._lock = Lock()
-        self._embedded = 0  # tokens that the model was given, since the last turn began
+        self._embedded = 0  # tokens that the model has read since the turn began
         model.get_input_embeddings().register_forward_hook(self._count)
 
     def _count(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
@@ -44,7 +44,7 @@ class Local:
     def stream(
         self, talk: Conversation, ask: Ask, sampling: Sampling, stop: Event
     ) -> Generator[str | Answer, None, None]:
-        """As `Engine.stream`. Whoever stops reading stops the model."""
+        """As `Engine.stream`. Closing the generator stops the model."""
         assert isinstance(talk, _Bounded)
         with self._alone(stop):
             self._embedded = 0
@@ -61,7 +61,7 @@ class Local:
         yield Answer(reply.turn, reply.ids, reply.text, cached, run.first, run.seconds)
 
     def batch(self, turns: Sequence[Turn], sampling: Sampling, stop: Event) -> list[tuple[int, ...]]:
-        """As `Engine.batch`: one batch, padded on the left."""
+        """As `Engine.batch`, in one batch, padded on the left."""
         config = self.model.generation_config
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         pad = config.pad_token_id if config.pad_token_id is not None else ends[0] or 0
@@ -90,7 +90,7 @@ class Local:
 
 
 class _Bounded(Cached):
-    """Refuses a turn that leaves no room for an answer."""
+    """A conversation that refuses turns without room for an answer."""
 
     def __init__(self, model: Any, files: Model, setting: Setting) -> None:
         super().__init__(model, files.folder, **setting.options())
@@ -106,7 +106,7 @@ class _Bounded(Cached):
 
 
 class _Run(Thread, BaseStreamer):
-    """One turn in a thread of its own, which hands over the ids so far, then None."""
+    """One turn in its own thread. `pieces` receives the ids so far after each token, and None at the end."""
 
     def __init__(self, talk: Cached, ask: Ask, options: dict[str, Any], limit: int, stop: Event, embedded: Any) -> None:
         super().__init__(daemon=True)
@@ -114,7 +114,7 @@ class _Run(Thread, BaseStreamer):
         self.computed, self.first, self.seconds = 0, 0.0, 0.0
         self._talk, self._ask, self._embedded = talk, ask, embedded
         self._options = {**options, "streamer": self, "stopping_criteria": [_Stop(stop, limit)]}
-        self._ids: tuple[int, ...] | None = None  # None until the prompt has come, which generate hands over first
+        self._ids: tuple[int, ...] | None = None  # None until `put` has received the prompt, which comes first
         self._outcome: Reply | BaseException | None = None
 
     def run(self) -> None:
@@ -122,7 +122,7 @@ class _Run(Thread, BaseStreamer):
         try:
             ask = self._ask
             self._outcome = self._talk.say(ask.text, ask.adapter, keep=ask.keep, **self._options)
-        except BaseException as error:  # raised again where the answer is waited for
+        except BaseException as error:  # raised again by `reply`
             self._outcome = error
         self.seconds = time.perf_counter() - self._began
         self.pieces.put(None)
@@ -131,11 +131,11 @@ class _Run(Thread, BaseStreamer):
         if isinstance(self._outcome, Reply):
             return self._outcome
         if isinstance(self._outcome, torch.OutOfMemoryError):
-            raise SwitchError("the device has no memory left for this turn", hint="start a new conversation") from None
+            raise SwitchError("the device ran out of memory in this turn", hint="start a new conversation") from None
         raise self._outcome or RuntimeError("the turn ended without an answer")
 
     def put(self, value: torch.Tensor) -> None:
-        """What generate calls with the prompt, then with each token."""
+        """Called by `generate` with the prompt, then with each token."""
         if self._ids is None:
             self._ids = ()
             return
@@ -145,7 +145,7 @@ class _Run(Thread, BaseStreamer):
         self.pieces.put(self._ids)
 
     def end(self) -> None:
-        """What generate calls at last."""
+        """Called by `generate` at the end."""
 
 
 class _Stop(StoppingCriteria):
@@ -163,6 +163,6 @@ def _options(sampling: Sampling) -> dict[str, Any]:
 
 
 def _until(ids: list[int], ends: Sequence[int | None]) -> tuple[int, ...]:
-    """A row without its padding: up to the token that ends it."""
+    """A row up to its end token, without padding."""
     at = next((place for place, token in enumerate(ids, 1) if token in ends), len(ids))
     return tuple(ids[:at])

@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: the layout, and which function of a session runs when something is pressed."""
+"""The page, in Gradio: its layout and event handlers."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported; nothing here calls home
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it on import; nothing here phones home
 
 import gradio as gr
 
@@ -22,14 +22,14 @@ from granite_switch.play import views
 from granite_switch.play.engine import Ask, Engine, Sampling, Setting
 from granite_switch.play.session import Session, needs_text
 
-_EVERY = 0.08  # seconds between two updates of an answer that is being written
+_INTERVAL = 0.08  # seconds between updates of a streamed answer
 
 
 def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait: bool = True) -> str:
-    """Serve the page; gives its address. With `wait`, until Ctrl-C.
+    """Serve the page and return its URL; with `wait`, only after Ctrl-C.
 
     Raises:
-        SwitchError: the port is taken, or the host cannot be listened at.
+        SwitchError: the port is taken, or the host is not an address of this machine.
     """
     css = files("granite_switch.play").joinpath("page.css").read_text(encoding="utf-8")
     page = build(engine)
@@ -49,15 +49,15 @@ def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait
         )
     except (OSError, ValueError):
         place = f"port {port} is taken" if port else "no port from 7860 is free"
-        raise SwitchError(f"{place}, or {host} is no address of this machine", hint="--port N") from None
-    print(f"open {url} (Ctrl-C ends it)", flush=True)
+        raise SwitchError(f"{place}, or {host} is not an address of this machine", hint="--port N") from None
+    print(f"open {url} (Ctrl-C stops the server)", flush=True)
     if wait:
         page.block_thread()
     return url
 
 
 def build(engine: Engine) -> gr.Blocks:
-    """The page over an engine."""
+    """The page for an engine."""
     page: gr.Blocks
     with gr.Blocks(title=f"Granite Switch: {engine.files.folder.name}", analytics_enabled=False) as page:
         session = gr.State(None)
@@ -76,7 +76,7 @@ def build(engine: Engine) -> gr.Blocks:
 
 
 def _theme() -> gr.themes.Base:
-    """System fonts, so that nothing is fetched, and text that passes WCAG AA, light and dark."""
+    """A theme with system fonts, so that nothing is fetched, and WCAG AA contrast in light and dark mode."""
     subdued = ["body_text_color_subdued", "block_info_text_color", "input_placeholder_color"]
     subdued += ["block_label_text_color", "block_title_text_color"]
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -89,15 +89,15 @@ def _theme() -> gr.themes.Base:
 
 
 def _before(engine: Engine) -> list[Any]:
-    """What holds for all turns: system prompt, documents, sampling."""
+    """The inputs that apply to all turns: system prompt, documents, sampling."""
     system = gr.Textbox(label="System prompt", lines=2, elem_id="system")
-    documents = gr.Textbox(label="Documents", info="A blank line between two.", lines=4, elem_id="documents")
+    documents = gr.Textbox(label="Documents", info="Separated by blank lines.", lines=4, elem_id="documents")
     with gr.Row():
         temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 is greedy.", elem_id="temperature")
         top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", elem_id="top_p")
         longest = min(2048, engine.limit)
         count = gr.Slider(
-            1, longest, min(256, longest), step=1, label="Answer tokens at most", elem_id="max_new_tokens"
+            1, longest, min(256, longest), step=1, label="Maximum answer tokens", elem_id="max_new_tokens"
         )
     return [system, documents, temperature, top_p, count]
 
@@ -106,10 +106,10 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
     spec = engine.files.spec
     log = gr.HTML(views.chat([], spec), elem_id="chat", max_height=520, autoscroll=True, padding=False)
     alert = gr.HTML("", elem_id="alert", padding=False)
-    adapter = gr.Radio(_choices(engine), value="base", label="Who is to answer", elem_id="adapter")
+    adapter = gr.Radio(_choices(engine), value="base", label="Answer with", elem_id="adapter")
     need = gr.HTML("", elem_id="need", padding=False)
     text = gr.Textbox(
-        label="Message", placeholder="Enter sends, Shift+Enter is a new line", max_lines=8, elem_id="message"
+        label="Message", placeholder="Enter to send, Shift+Enter for a new line", max_lines=8, elem_id="message"
     )
     with gr.Row():
         send = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
@@ -117,12 +117,12 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
         new = gr.Button("New conversation", elem_id="new", min_width=160)
     keep = gr.Checkbox(
         True,
-        label="Keep what was computed",
-        info="Each turn goes on from the tokens before it. Otherwise all is rendered anew, as in training.",
+        label="Keep the cache",
+        info="Each turn continues from the tokens before it. Otherwise the chat is rendered again, as in training.",
         elem_id="keep",
     )
     gr.Markdown("## What happened")
-    lora = gr.Checkbox(False, label="The same with LoRA semantics", elem_id="lora")
+    lora = gr.Checkbox(False, label="Compare with LoRA semantics", elem_id="lora")
     figures = gr.HTML(views.measures([], spec, False), elem_id="figures", padding=False)
     with gr.Accordion("Every token of the last turn, in its slot's colour", open=True):
         tokens = gr.HTML("", elem_id="trace", padding=False)
@@ -133,10 +133,10 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
     def answer(current: Session, as_lora: bool, said: str, name: str, kept: bool, *form: Any) -> Iterator[list[Any]]:
         latest = 0.0
         yield [gr.skip(), "", *[gr.skip()] * 3]
-        clear: Any = ""  # once: what is typed while the answer is written stays
+        clear: Any = ""  # clear the message box once, so that text typed during the answer stays
         try:
             for _ in current.send(Ask(said, name, kept), *_read(*form)):
-                if time.monotonic() - latest >= _EVERY:
+                if time.monotonic() - latest >= _INTERVAL:
                     latest = time.monotonic()
                     yield [views.chat(current.exchanges, spec), "", clear, *[gr.skip()] * 2]
                     clear = gr.skip()
@@ -165,9 +165,9 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
 
 def _compare(engine: Engine, session: gr.State, before: list[Any]) -> None:
     spec = engine.files.spec
-    names = gr.CheckboxGroup(_choices(engine), value=["base", *spec.names[:1]], label="Who answers", elem_id="several")
+    names = gr.CheckboxGroup(_choices(engine), value=["base", *spec.names[:1]], label="Answer with", elem_id="several")
     text = gr.Textbox(label="Message to all of them", max_lines=8, elem_id="compare_message")
-    after = gr.Checkbox(False, label="After what was said in the chat", elem_id="after")
+    after = gr.Checkbox(False, label="Continue the chat", elem_id="after")
     with gr.Row():
         go = gr.Button("Answer side by side", variant="primary", elem_id="compare")
         stop = gr.Button("Stop", elem_id="compare_stop")
@@ -196,11 +196,11 @@ def _read(system: str, documents: str, temperature: float, top_p: float, count: 
 
 
 def _told(error: Exception) -> str:
-    """An error as sentences; what nobody foresaw is on stderr too, and the page goes on."""
+    """An error as HTML; an unexpected one is also printed to stderr."""
     if isinstance(error, SwitchError):
         return views.alert(error)
     traceback.print_exception(error)
-    return views.alert(SwitchError(f"{type(error).__name__}: {error}", hint="the terminal says where it happened"))
+    return views.alert(SwitchError(f"{type(error).__name__}: {error}", hint="see the traceback in the terminal"))
 
 
 def _picture(folder: Path) -> str:

@@ -1,6 +1,6 @@
-"""A running server that holds the model: `granite-switch serve`, or vLLM's own. Token ids go there and come back.
+"""The engine on a running server, `granite-switch serve` or `vllm serve`. Prompts and answers are sent as token ids.
 
-What is rendered here is what the server computes, so the trace is exact, and any engine's cache counts as it says.
+So the server computes exactly the ids that are rendered here, and the trace is exact. Cache counts are the server's.
 """
 
 import json
@@ -64,8 +64,8 @@ class Remote:
     """The engine on a server.
 
     Args:
-        url: of the server, with or without /v1.
-        files: of the model's folder.
+        url: the server's URL, with or without /v1.
+        files: the model folder's files.
         key: the server's API key, if it has one.
 
     Raises:
@@ -80,7 +80,7 @@ class Remote:
             answer = self._client.get("/v1/models")
             if answer.status_code != 200:
                 raise ServingError(
-                    f"{self.url}: answers {answer.status_code} {sentence(answer.text) or answer.reason_phrase}"
+                    f"{self.url} answers {answer.status_code} {sentence(answer.text) or answer.reason_phrase}"
                 )
             models = checked(Models, answer.json(), f"{self.url}/v1/models", ServingError).data
         cards = {card.id: card for card in models}
@@ -110,7 +110,7 @@ class Remote:
                     ids = (*ids, *new)
                     yield self.files.decode(ids)
             if not ids:
-                raise SwitchError("stopped before the first token" if stop.is_set() else "the server sent no token")
+                raise SwitchError("stopped before the first token" if stop.is_set() else "the server sent no tokens")
             text, answered = talk.answer(ids), True
             yield Answer(turn, ids, text, _cached(usage), first, seconds)
         finally:
@@ -118,7 +118,7 @@ class Remote:
                 talk.withdraw()
 
     def batch(self, turns: Sequence[Turn], sampling: Sampling, stop: Event) -> list[tuple[int, ...]]:
-        """As `Engine.batch`: requests at the same time, which the server batches."""
+        """As `Engine.batch`, with concurrent requests, which the server batches."""
 
         def whole(turn: Turn) -> tuple[int, ...]:
             return tuple(token for new, _ in self._events(turn, sampling, stop) for token in new)
@@ -127,7 +127,7 @@ class Remote:
             return list(pool.map(whole, turns))
 
     def _events(self, turn: Turn, sampling: Sampling, stop: Event) -> Iterator[tuple[Sequence[int], Usage | None]]:
-        """New token ids and, where it is told, the usage."""
+        """Yield new token ids, and the usage when the server reports it."""
         request = turn.completion(
             self._models.get(turn.adapter, self._name),
             stream=True,
@@ -139,13 +139,15 @@ class Remote:
         with self._reaching(), self._client.stream("POST", "/v1/completions", json=request) as answer:
             if answer.status_code != 200:
                 answer.read()
-                raise ServingError(f"the server refuses: {sentence(answer.text)}")
+                raise ServingError(f"the server refused the request: {sentence(answer.text)}")
             for line in answer.iter_lines():
                 if stop.is_set() or line == "data: [DONE]":
                     return
                 if line.startswith("data: "):
                     yield _event(line.removeprefix("data: "))
-            raise ServingError("the server stopped in the middle of an answer", hint="see its log, then send again")
+            raise ServingError(
+                "the server stopped in the middle of an answer", hint="check its log, then send the message again"
+            )
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -159,23 +161,23 @@ class Remote:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, SwitchError):
                 raise
-            raise ServingError(f"{self.url}: does not answer as an OpenAI server does ({error!r})") from None
+            raise ServingError(f"{self.url} does not answer like an OpenAI server ({error!r})") from None
 
 
 def _names(url: str, cards: Mapping[str, Card], adapters: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """The served name, and the models that are its adapters; none where the server lists no adapters.
+    """The served name, and adapter -> model name, which is empty if the server lists no adapters.
 
     Raises:
         ServingError: the adapters are not this model's.
     """
     names = [name for name, card in cards.items() if not card.parent]
     if not names:
-        raise ServingError(f"{url}: serves no model")
+        raise ServingError(f"{url} serves no model")
     mine = {key.removeprefix(f"{names[0]}:"): key for key, card in cards.items() if card.parent == names[0]}
     if mine and set(mine) != set(adapters):
         raise ServingError(
-            f"{url}: serves another model: its adapters are {', '.join(sorted(mine))}",
-            hint=f"this one's are {', '.join(sorted(adapters))}",
+            f"{url} serves another model, with the adapters {', '.join(sorted(mine))}",
+            hint=f"this model's adapters are {', '.join(sorted(adapters))}",
         )
     return names[0], mine
 
@@ -183,11 +185,11 @@ def _names(url: str, cards: Mapping[str, Card], adapters: Sequence[str]) -> tupl
 def _event(text: str) -> tuple[Sequence[int], Usage | None]:
     event = checked(Streamed, json.loads(text), "the server's answer", ServingError)
     if event.error is not None:
-        raise ServingError(f"the server says: {sentence(text)}")
+        raise ServingError(f"error from the server: {sentence(text)}")
     new: list[int] = []
     for choice in event.choices or ():
         if choice.text and choice.token_ids is None:
-            raise ServingError("the server sends no token ids", hint="it has to be vLLM, 0.29 or later")
+            raise ServingError("the server sends no token ids", hint="use vLLM 0.29 or later")
         new += choice.token_ids or ()
     return new, event.usage
 

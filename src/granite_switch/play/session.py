@@ -1,7 +1,7 @@
-"""One browser's conversation, and what was measured of each turn. Knows neither Gradio nor what engines are made of."""
+"""One browser's conversation, with the measurements of each turn. Depends on neither Gradio nor an engine's library."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from threading import Event, Lock
@@ -13,7 +13,7 @@ from granite_switch.play.engine import Answer, Ask, Engine, Sampling, Setting, f
 
 @dataclass(frozen=True)
 class Exchange:
-    """A message and what was answered so far."""
+    """A message and its answer so far."""
 
     ask: Ask
     text: str = ""
@@ -23,18 +23,18 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a turn took."""
+    """The measurements of a turn."""
 
-    prompt: int  # tokens
-    cached: int | None  # of them; None: the server does not say
-    anew: int  # of them, computed if every adapter acted from the first token and so kept a cache of its own
-    generated: int  # tokens
-    first: float  # seconds to the first one
-    rate: float  # tokens a second after it; 0: there was one
+    prompt: int  # prompt tokens
+    cached: int | None  # prompt tokens read from the cache; None if the server does not report them
+    as_lora: int  # prompt tokens to compute if every adapter acted from the first token, with a cache of its own
+    generated: int  # generated tokens
+    first: float  # seconds to the first generated token
+    rate: float  # tokens per second after the first; 0 if there was only one
 
     @property
     def computed(self) -> int | None:
-        """Tokens of the prompt that were not in the cache."""
+        """Prompt tokens that were not in the cache."""
         return None if self.cached is None else self.prompt - self.cached
 
 
@@ -47,7 +47,7 @@ class Compared:
 
 
 class Session:
-    """What one browser sees.
+    """The state of one browser's page.
 
     Args:
         engine: shared by all sessions.
@@ -59,15 +59,15 @@ class Session:
         self.last: Answer | None = None
         self._setting = Setting()
         self._talk: Conversation | None = None
-        self._plain: list[tuple[str, tuple[int, ...]]] = []  # adapter, and what it read and wrote, as it is embedded
+        self._plain: list[tuple[str, tuple[int, ...]]] = []  # adapter, and the ids it has seen, substituted
         self._stop = Event()
         self._busy = Lock()
 
     def send(self, ask: Ask, setting: Setting, sampling: Sampling) -> Iterator[None]:
-        """Ask and follow the answer; `exchanges` changes with every step.
+        """Ask, and yield after each update of `exchanges`.
 
         Raises:
-            SwitchError: it could not be answered; the conversation is as it was.
+            SwitchError: the message cannot be answered; the conversation is unchanged.
         """
         if not ask.text.strip():
             raise SwitchError("the message is empty")
@@ -84,7 +84,7 @@ class Session:
                         yield
             finally:
                 if self.exchanges[-1].measure is None:
-                    unread = len(self._talk.messages) > said  # stopped because nobody reads, and yet a turn
+                    unread = len(self._talk.messages) > said  # the reader left, but the conversation has the turn
                     left = [replace(self.exchanges[-1], note="The answer was cut off.")] if unread else []
                     self.exchanges[-1:] = left
 
@@ -99,13 +99,13 @@ class Session:
     def compare(
         self, text: str, adapters: Sequence[str], setting: Setting, sampling: Sampling, after: bool
     ) -> list[Compared]:
-        """The same message, answered by several adapters at once, beside the conversation.
+        """The answers of several adapters to one message; they do not become part of the conversation.
 
         Args:
-            after: the message continues the conversation; else it opens one.
+            after: whether the message continues the conversation; else it opens a new one.
         """
         if len(adapters) < 2:
-            raise SwitchError("choose two adapters or more")
+            raise SwitchError("choose at least two adapters")
         if not text.strip():
             raise SwitchError("the message is empty")
         with self._working():
@@ -121,7 +121,7 @@ class Session:
             return [Compared(a, self.engine.files.decode(ids)) for a, ids in zip(adapters, answers, strict=True)]
 
     def stop(self) -> None:
-        """End the answer that is being written; what was written stays."""
+        """Stop the current answer; the part written so far stays."""
         self._stop.set()
 
     def reset(self) -> None:
@@ -131,20 +131,20 @@ class Session:
             self.exchanges, self._plain, self._talk, self.last = [], [], None, None
 
     def _prepare(self, setting: Setting) -> str:
-        """Have a conversation with this setting; what was said so far is kept, and rendered with it."""
+        """Make `_talk` a conversation with this setting and the messages so far; return a note if the cache is lost."""
         if self._talk and setting == self._setting:
             return ""
         fresh, before = self.engine.conversation(setting), self._talk
         said = [message for message in before.messages if message["role"] != "system"] if before else []
         fresh.messages += said
         self._talk, self._setting = fresh, setting
-        return "The system prompt or the documents changed: all of it is rendered and computed anew." if said else ""
+        return "The system prompt or the documents changed, so the whole chat is computed again." if said else ""
 
     def _check(self, ask: Ask) -> None:
         if (text := needs_text(self.engine, ask.adapter)) and text not in ask.text:
             raise SwitchError(
-                f"{ask.adapter} acts from {text}, which the message does not hold",
-                hint=f"write {text} where {ask.adapter} is to begin, or choose another adapter",
+                f"{ask.adapter} acts from {text} on, but the message does not contain it",
+                hint=f"write {text} where {ask.adapter} should start, or choose another adapter",
             )
 
     def _measure(self, answer: Answer) -> Measure:
@@ -155,30 +155,23 @@ class Session:
         self._plain.append((answer.turn.adapter, plain[:-1]))
         after = answer.seconds - answer.first
         rate = (len(answer.ids) - 1) / after if after > 0 else 0.0
-        anew = len(ids) - min(shared, len(ids) - 1)
-        return Measure(len(ids), answer.cached, anew, len(answer.ids), answer.first, rate)
+        as_lora = len(ids) - min(shared, len(ids) - 1)
+        return Measure(len(ids), answer.cached, as_lora, len(answer.ids), answer.first, rate)
 
-    def _working(self, wait: bool = False) -> "_Working":
-        return _Working(self._busy, self._stop, wait)
-
-
-class _Working:
-    """One thing at a time for each browser."""
-
-    def __init__(self, lock: Lock, stop: Event, wait: bool) -> None:
-        self.lock, self.stop, self.wait = lock, stop, wait
-
-    def __enter__(self) -> None:
-        if not self.lock.acquire(timeout=30 if self.wait else 0.001):
+    @contextmanager
+    def _working(self, wait: bool = False) -> Iterator[None]:
+        """Allow one request at a time per browser."""
+        if not self._busy.acquire(timeout=30 if wait else 0.001):
             raise SwitchError("the last message is still being answered", hint="wait for it, or stop it")
-        self.stop.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+        try:
+            self._stop.clear()
+            yield
+        finally:
+            self._busy.release()
 
 
 def needs_text(engine: Engine, adapter: str) -> str:
-    """The text that a message to this adapter must hold; empty where the chat template writes it."""
+    """The text that a message to this adapter must contain; empty if the chat template writes it."""
     try:
         engine.conversation(Setting()).ask("a", adapter)
     except TemplateError:

@@ -1,4 +1,4 @@
-"""What the page shows, as HTML. Everything that people or models wrote is escaped here and nowhere else."""
+"""The page's content as HTML. All text from users and models is escaped here and nowhere else."""
 
 import difflib
 import re
@@ -15,36 +15,37 @@ from granite_switch.play.session import Compared, Exchange, Measure
 
 _KINDS = {"alora": "aLoRA", "lora": "LoRA"}
 _WORDS = re.compile(r"\w+|\s+|.", re.DOTALL)
+_EMPTY = "(only an end-of-text token)"
 
 
 def title(model: str, place: str) -> str:
-    """The top of the page."""
+    """The heading of the page."""
     return f"<h1>Granite Switch: {escape(model)}</h1><p>Answers come from {escape(place)}.</p>"
 
 
 def choice(spec: AdapterSpec) -> str:
-    """An adapter in the list of those to choose from: kind, rank, invocation text."""
+    """An adapter's label in the list of choices: name, kind, rank, invocation text."""
     invoked = f", from {spec.invocation_text!r}" if spec.invocation_text else ", from the first token of its turn"
     return f"{spec.name} ({_KINDS[spec.technology]}, rank {spec.rank}{invoked})"
 
 
 def need(name: str, text: str) -> str:
-    """What a message to this adapter has to hold, if anything."""
+    """A note on the text that a message to this adapter must contain, if any."""
     if not text:
         return ""
-    where = f"A message to {escape(name)} has to hold <code>{escape(text)}</code>: from there it acts."
+    where = f"A message to {escape(name)} must contain <code>{escape(text)}</code>: the adapter acts from there on."
     return f'<p class="gs-note">{where}</p>'
 
 
 def chat(exchanges: Sequence[Exchange], spec: SwitchSpec) -> str:
     """The conversation, with the adapter of each turn."""
     if not exchanges:
-        return '<p class="gs-empty">Nothing was said yet. Choose who is to answer, and write below.</p>'
+        return '<p class="gs-empty">No messages yet. Choose an adapter and write below.</p>'
     turns = []
     for exchange in exchanges:
         name, measure = exchange.ask.adapter, exchange.measure
         note = f'<p class="gs-note">{escape(exchange.note)}</p>' if exchange.note else ""
-        answer = escape(exchange.text) or ("(nothing but an end of text)" if measure else "\u2026")
+        answer = escape(exchange.text) or (_EMPTY if measure else "\u2026")
         figures = f'<p class="gs-note">{_figures(measure)}</p>' if measure else ""
         turns.append(
             f'<article class="gs-turn" data-adapter="{escape(name)}">{note}'
@@ -55,23 +56,23 @@ def chat(exchanges: Sequence[Exchange], spec: SwitchSpec) -> str:
 
 
 def _figures(measure: Measure) -> str:
-    cached = "" if measure.cached is None else f", {measure.cached:,} of them from the cache"
-    rate = f", then {measure.rate:,.0f} tokens a second" if measure.rate else ""
-    return f"{measure.prompt:,} tokens read{cached}; the first answer token after {_time(measure.first)}{rate}."
+    cached = "" if measure.cached is None else f", {measure.cached:,} of them cached"
+    rate = f", then {measure.rate:,.0f} tokens per second" if measure.rate else ""
+    return f"{measure.prompt:,} prompt tokens{cached}; first token after {_time(measure.first)}{rate}."
 
 
 def measures(exchanges: Sequence[Exchange], spec: SwitchSpec, as_lora: bool) -> str:
-    """A row for each turn: tokens from the cache and computed, times, and bars of them."""
+    """A table with a row for each turn: cached and computed tokens, times, and bar charts of them."""
     rows = [(i, e, e.measure) for i, e in enumerate(exchanges, 1) if e.measure]
     if not rows:
-        return '<p class="gs-empty">No turn was answered yet.</p>'
+        return '<p class="gs-empty">No answers yet.</p>'
     longest = max(m.prompt for _, _, m in rows)
     slowest, fastest = max(m.first for _, _, m in rows), max(m.rate for _, _, m in rows)
     lora = '<th scope="col">computed with LoRA semantics</th>' if as_lora else ""
     body = []
     for number, exchange, m in rows:
         bars = _bar(m, longest) + (_lora_bar(m, longest) if as_lora else "")
-        extra = f'<td data-is="anew">{m.anew:,}</td>' if as_lora else ""
+        extra = f'<td data-is="as-lora">{m.as_lora:,}</td>' if as_lora else ""
         body.append(
             f'<tr><th scope="row">{number}</th><td>{_badge(exchange.ask.adapter, spec)}</td>'
             f'<td data-is="prompt">{m.prompt:,}</td><td data-is="cached">{_count(m.cached)}</td>'
@@ -80,40 +81,40 @@ def measures(exchanges: Sequence[Exchange], spec: SwitchSpec, as_lora: bool) -> 
             f"<td>{_time(m.first)}{_small(m.first, slowest)}</td>"
             f"<td>{f'{m.rate:,.0f}' if m.rate else '-'}{_small(m.rate, fastest)}</td></tr>"
         )
-    unsaid = any(m.cached is None for _, _, m in rows)
-    why = " Unknown: the answer was stopped, after which a server tells no counts, or it was started without "
-    why += "--enable-prompt-tokens-details."
-    more = (why if unsaid else "") + (_total(rows) if as_lora else "")
+    unknown = any(m.cached is None for _, _, m in rows)
+    why = " Unknown: the answer was stopped, after which a server reports no counts, or the server was started "
+    why += "without --enable-prompt-tokens-details."
+    more = (why if unknown else "") + (_total(rows) if as_lora else "")
     return (
         '<div class="gs-scroll" tabindex="0" role="region" aria-label="Figures of each turn"><table class="gs-table">'
         f'<thead><tr><th scope="col">turn</th><th scope="col">answered by</th><th scope="col">prompt tokens</th>'
-        f'<th scope="col">from the cache</th><th scope="col">computed</th>{lora}<th scope="col">chart</th>'
-        '<th scope="col">written</th><th scope="col">time to first token</th><th scope="col">tokens a second</th>'
+        f'<th scope="col">cached</th><th scope="col">computed</th>{lora}<th scope="col">chart</th>'
+        '<th scope="col">generated</th><th scope="col">time to first token</th><th scope="col">tokens per second</th>'
         f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        '<p class="gs-note"><span class="gs-key gs-cached"></span> from the cache (striped) '
+        '<p class="gs-note"><span class="gs-key gs-cached"></span> cached (striped) '
         f'<span class="gs-key gs-computed"></span> computed (solid).{more}</p>'
     )
 
 
 def _total(rows: Sequence[tuple[int, Exchange, Measure]]) -> str:
-    anew = sum(m.anew for _, _, m in rows)
+    as_lora = sum(m.as_lora for _, _, m in rows)
     computed = [m.computed for _, _, m in rows if m.computed is not None]
     here = f" instead of the {sum(computed):,} here" if len(computed) == len(rows) else ""
     return (
-        f" With LoRA semantics every adapter acts from the first token and keeps a cache of its own: {anew:,} prompt "
+        f" With LoRA semantics every adapter acts from the first token and has a cache of its own: {as_lora:,} prompt "
         f"tokens would have been computed{here}."
     )
 
 
 def _bar(m: Measure, longest: int) -> str:
     cached = m.cached or 0
-    label = f"{cached:,} of {m.prompt:,} prompt tokens from the cache" if m.cached is not None else f"{m.prompt:,}"
+    label = f"{cached:,} of {m.prompt:,} prompt tokens cached" if m.cached is not None else f"{m.prompt:,}"
     return _two(cached, m.prompt - cached, longest, label)
 
 
 def _lora_bar(m: Measure, longest: int) -> str:
-    label = f"with LoRA semantics {m.prompt - m.anew:,} of {m.prompt:,} from a cache"
-    return _two(m.prompt - m.anew, m.anew, longest, label)
+    label = f"with LoRA semantics {m.prompt - m.as_lora:,} of {m.prompt:,} cached"
+    return _two(m.prompt - m.as_lora, m.as_lora, longest, label)
 
 
 def _two(cached: int, computed: int, longest: int, label: str) -> str:
@@ -128,7 +129,7 @@ def _small(value: float, largest: float) -> str:
 
 
 def sequence(answer: Answer | None, files: Model) -> str:
-    """The trace of everything that the model read and wrote in the last turn."""
+    """The trace of the last turn: prompt and answer."""
     if answer is None:
         return ""
     ids = answer.turn.ids
@@ -137,7 +138,7 @@ def sequence(answer: Answer | None, files: Model) -> str:
 
 
 def compared(answers: Sequence[Compared], spec: SwitchSpec) -> str:
-    """Answers beside each other; in all but the first, what differs from the first is marked."""
+    """Answers side by side; all but the first have their differences from the first marked."""
     first = answers[0].text
     cards = []
     for index, answer in enumerate(answers):
@@ -145,16 +146,16 @@ def compared(answers: Sequence[Compared], spec: SwitchSpec) -> str:
         same = '<p class="gs-note">The same as the first.</p>' if index and answer.text == first else ""
         cards.append(
             f'<article class="gs-card" data-adapter="{escape(answer.adapter)}"><h3>{_badge(answer.adapter, spec)}</h3>'
-            f'<p class="gs-text">{text or "(nothing but an end of text)"}</p>{same}</article>'
+            f'<p class="gs-text">{text or _EMPTY}</p>{same}</article>'
         )
     key = f"Against {escape(answers[0].adapter)}: <ins>only here</ins>, <del>only there</del>."
     return f'<div class="gs-cards">{"".join(cards)}</div><p class="gs-note">{key}</p>'
 
 
 def difference(left: str, right: str) -> str:
-    """The right text, what is only in it in <ins>, what is only in the left one in <del>; by words.
+    """The right text as a diff by words: <ins> marks words only in it, <del> words only in the left text.
 
-    Texts that have less than half in common are not mixed, which nobody could read.
+    If the texts have less than half in common, the diff would be unreadable, and all of the right text is marked.
     """
     a, b = _WORDS.findall(left), _WORDS.findall(right)
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
@@ -171,7 +172,7 @@ def difference(left: str, right: str) -> str:
 
 
 def report(found: Report, spec: SwitchSpec) -> str:
-    """What is in the model: `inspect`'s table."""
+    """The model's adapters, as a table."""
     columns = ("adapter", "kind", "rank", "alpha", "projections", "parameters", "size", "invocation text", "token")
     rows = []
     for a in found.adapters:
@@ -201,12 +202,12 @@ def report(found: Report, spec: SwitchSpec) -> str:
 
 
 def alert(problem: SwitchError | None) -> str:
-    """What went wrong, in sentences; empty if nothing did."""
+    """An error with its problems and hint; empty if there is none."""
     if problem is None:
         return ""
     more = "".join(f"<li>{escape(line)}</li>" for line in problem.problems)
-    hint = f"<p>What to do: {escape(problem.hint)}</p>" if problem.hint else ""
-    said = f"<p><b>Not done:</b> {escape(problem.message)}</p>"
+    hint = f"<p>Hint: {escape(problem.hint)}</p>" if problem.hint else ""
+    said = f"<p><b>Error:</b> {escape(problem.message)}</p>"
     return f'<div class="gs-alert" role="alert">{said}<ul>{more}</ul>{hint}</div>'
 
 

@@ -1,16 +1,16 @@
-"""vLLM backend: a plugin that vLLM finds by entry point (`vllm.general_plugins`).
+"""vLLM backend: a plugin that vLLM finds through the entry point `vllm.general_plugins`.
 
-It runs in each of vLLM's processes, so it only registers names; a model's class is made when one is loaded.
+It runs in every vLLM process, so it registers only names; a model's class is made when a model is loaded.
 """
 
 from typing import Any
 
 _MODULE = f"{__name__}.model"
-_EARLIER = "_registered_before"  # what a name of ours referred to is kept under the name and this
+_EARLIER = "_registered_before"  # suffix under which a model that already had one of our names stays registered
 
 
 def register() -> None:
-    """Tell vLLM and transformers about switch models of every decoder. May be called more than once."""
+    """Register switch models of every decoder with vLLM and transformers. May be called more than once."""
     import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -23,19 +23,19 @@ def register() -> None:
     names = {architecture(base): base for base in others if base.endswith(("ForCausalLM", "LMHeadModel"))}
     for name, base in names.items():
         if base in names:
-            continue  # a switch model of vLLM's own
+            continue  # already a switch model, of vLLM or another plugin
         if name in others:
             models[name + _EARLIER] = models[name]
             if name in MODELS_CONFIG_MAP:
                 MODELS_CONFIG_MAP[name + _EARLIER] = MODELS_CONFIG_MAP[name]
-        # vLLM caches what it learnt of a class by file and name; a base may change with vLLM's version
+        # vLLM caches facts about a class by file and name, but a base may change with vLLM's version
         ModelRegistry.register_model(name, f"{_MODULE}:{name}@{vllm.__version__}")
         MODELS_CONFIG_MAP[name] = limits(MODELS_CONFIG_MAP.get(base))
     _register_config()
 
 
 def _register_config() -> None:
-    """Let our class read configs of `granite_switch`; one that is not ours goes to the class that did before."""
+    """Let our class read configs of `granite_switch`; a config that is not ours goes to the class registered before."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
@@ -66,7 +66,7 @@ def _register_config() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """`AdapterModels`, the server's middleware, imported where it is asked for."""
+    """`AdapterModels`, the server's middleware, imported on demand."""
     if name == "AdapterModels":
         from granite_switch.vllm.serve import AdapterModels
 

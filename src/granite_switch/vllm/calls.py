@@ -1,7 +1,7 @@
-"""Which adapter an HTTP request names, and the body that vLLM gets in place of the client's.
+"""Which adapter an HTTP request names, and the body that vLLM gets instead of the client's.
 
-Plain functions on parsed JSON; the middleware around them is in `serve.py`. Nothing here places a control token: the
-chat template does, and `engine.py` checks that the prompt that reaches the engine is the named adapter's.
+Plain functions on parsed JSON, which the middleware in `serve.py` calls. None of them places a control token: the chat
+template does, and `engine.py` checks that the prompt that reaches the engine is in the named adapter's slot.
 """
 
 import json
@@ -13,7 +13,7 @@ from granite_switch.core.chat import unwrap
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import SwitchError
 
-# what vLLM renders with the chat template
+# endpoints that render the chat template
 _CHAT = {
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
@@ -25,12 +25,12 @@ _CHAT = {
     "/v1/messages/render",
 }
 _PROMPT = {"/v1/completions", "/v1/completions/render", "/inference/v1/generate", "/detokenize"}
-_EITHER = {"/tokenize", "/invocations"}  # by what the body holds
+_EITHER = {"/tokenize", "/invocations"}  # depends on the body
 PATHS = frozenset(_CHAT | _PROMPT | _EITHER)
 
 
 class Refused(Exception):
-    """The request gets this HTTP status and message."""
+    """Ends a request with this HTTP status and message."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         self.message, self.status = message, status
@@ -39,25 +39,25 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What a request asks for."""
+    """A request as read."""
 
     body: bytes  # for vLLM
-    model: str = ""  # what the answer's `model` has to be; empty: leave vLLM's
-    slot: int | None = None  # that has to answer; None: any
+    model: str = ""  # `model` in the response; empty: as vLLM sets it
+    slot: int | None = None  # the slot in which the prompt must end; None: any
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The models that a server offers: each served name, and each of them with each adapter."""
+    """The models that a server offers: each served name, alone and with each adapter."""
 
     names: tuple[str, ...]
     spec: SwitchSpec
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of chat_template_kwargs
-    per_message: bool = True  # the chat template reads `message_adapters`
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # --default-chat-template-kwargs
+    per_message: bool = True  # whether the chat template reads `message_adapters`
     max_model_len: int = 0
 
     def problems(self) -> list[str]:
-        """What is wrong with the server's options."""
+        """Problems with the server's options."""
         doubles = {f"{name}:{adapter}" for name in self.names for adapter in self.spec.names} & set(self.names)
         problems = [f"--served-model-name {name}: is also the name of an adapter's model" for name in sorted(doubles)]
         default = self.defaults.get("adapter_name")
@@ -66,7 +66,7 @@ class Catalogue:
         return problems
 
     def cards(self, base: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Entries of /v1/models for the adapters, made of the base's."""
+        """The entries of /v1/models for the adapters, derived from the base's entry."""
         name = base["id"]
         return [
             {
@@ -80,14 +80,14 @@ class Catalogue:
         ]
 
     def read(self, path: str, body: bytes) -> Call:
-        """Work out what is asked for.
+        """Find the adapter that a request names, and rewrite its body for vLLM.
 
         Args:
             path: one of PATHS.
-            body: as the client sent it. What is no JSON object is left to vLLM.
+            body: as the client sent it; if it is not a JSON object, vLLM rejects it.
 
         Raises:
-            Refused: an adapter that is not there, or two that differ.
+            Refused: the request names an unknown adapter, or two different ones.
         """
         try:
             data = json.loads(body)
@@ -97,7 +97,7 @@ class Catalogue:
             return Call(body)
         name, adapter = self._split(data.get("model"))
         if path == "/invocations" and isinstance(name, str) and name not in self.names:
-            raise Refused(f"The model `{name}` does not exist.", 404)  # there vLLM takes any name for the base's
+            raise Refused(f"The model `{name}` does not exist.", 404)  # vLLM ignores the name at this endpoint
         change: dict[str, Any] = {"model": name} if adapter else {}
         slot: int | None
         if path in _CHAT or (path in _EITHER and "prompt" not in data):
@@ -109,7 +109,7 @@ class Catalogue:
         return Call(new, data["model"] if adapter else "", slot)
 
     def _split(self, model: Any) -> tuple[Any, str]:
-        """The served name and the adapter that a request's `model` names."""
+        """The served name and the adapter in a request's `model`; no adapter is an empty string."""
         if not isinstance(model, str) or model in self.names:
             return model, ""
         for name in sorted(self.names, key=len, reverse=True):
@@ -124,24 +124,24 @@ class Catalogue:
         kwargs = data.get("chat_template_kwargs") or {}
         for template in (data.get("chat_template"), kwargs.get("chat_template")):
             if template is not None and unwrap(str(template)) is None:
-                raise Refused("chat_template: is not of a composed model, so adapters and users' text would be misread")
+                raise Refused("chat_template is not a composed model's, so adapters and users' text would be misread")
         key = "input" if path.startswith("/v1/responses") or (path in _EITHER and "input" in data) else "messages"
         messages = data.get(key)
-        said = self._said(messages) if isinstance(messages, list) else [None]
-        listed = self._listed(data, said if any(said) else None)
-        last = listed[len(said) - 1] if said and len(listed) >= len(said) else None
+        own = self._from_messages(messages) if isinstance(messages, list) else [None]
+        listed = self._per_user_message(data, own if any(own) else None)
+        last = listed[len(own) - 1] if own and len(listed) >= len(own) else None
         named = self._agreed(model=adapter, adapter_name=kwargs.get("adapter_name"), message=last)
         new: dict[str, Any] = {"adapter_name": adapter} if adapter else {}
         change: dict[str, Any] = {}
-        if any(said) and isinstance(messages, list):
-            new["message_adapters"] = [*said[:-1], named]
+        if any(own) and isinstance(messages, list):
+            new["message_adapters"] = [*own[:-1], named]
             change[key] = [_without(message) for message in messages]
         if new:
             change["chat_template_kwargs"] = kwargs | new
         return change, self._slot(named or self.defaults.get("adapter_name"))
 
-    def _said(self, messages: list[Any]) -> list[str | None]:
-        """The adapter of each user message, as the messages say it."""
+    def _from_messages(self, messages: list[Any]) -> list[str | None]:
+        """The adapter of each user message, from the messages' own `adapter`."""
         found: list[str | None] = []
         for message in messages:
             if isinstance(message, list) and any(isinstance(m, dict) and m.get("adapter") for m in message):
@@ -153,23 +153,23 @@ class Catalogue:
                 self._slot(name)
                 found.append(name)
             elif name:
-                raise Refused(f"adapter: only what a user says names one; {name!r} is in another message")
+                raise Refused(f"adapter: only user messages can name one; {name!r} is in another message")
         return found
 
-    def _listed(self, data: Mapping[str, Any], said: Sequence[str | None] | None) -> list[Any]:
-        """The adapter of each user message, by the messages or the template's argument; empty where none is named."""
+    def _per_user_message(self, data: Mapping[str, Any], own: Sequence[str | None] | None) -> list[Any]:
+        """The adapter of each user message, from the messages or `message_adapters`; empty if neither names any."""
         given = (data.get("chat_template_kwargs") or {}).get("message_adapters")
-        if said is not None and given not in (None, said):
-            raise Refused("message_adapters: differs from what the messages' own `adapter` says")
-        listed = given if said is None else said
+        if own is not None and given not in (None, own):
+            raise Refused("message_adapters differs from the messages' own `adapter`")
+        listed = given if own is None else own
         if listed is None:
             return []
         if not isinstance(listed, list):
-            raise Refused("message_adapters: is a list, with an entry for each user message")
+            raise Refused("message_adapters must be a list with an entry for each user message")
         if not self.per_message:
             raise Refused(
-                "an adapter for each message: the model's chat template does not know it; compose the model with "
-                "this release, or give the adapter of the turn to come as the model's name"
+                "an adapter for each message: the model's chat template does not support it; compose the model with "
+                "this release, or name the adapter of the next turn in `model`"
             )
         if data.get("truncate_prompt_tokens") is not None or data.get("truncation") == "auto":
             raise Refused("an adapter for each message: a truncated prompt could lose control tokens; do not truncate")
@@ -184,18 +184,18 @@ class Catalogue:
         if isinstance(limit, int):
             limit = self.max_model_len - 1 if limit < 0 else limit
             if any(self._can_be_cut(prompt, limit) for prompt in _prompts(data.get("prompt"))):
-                raise Refused("truncate_prompt_tokens: could cut control tokens off; send a prompt that needs no cut")
+                raise Refused("truncate_prompt_tokens could cut off control tokens; send a shorter prompt")
         return None if named is None else self._slot(named)
 
     def _can_be_cut(self, prompt: str | list[Any], limit: int) -> bool:
-        """Whether truncating to a limit can change which adapter a token of the prompt has."""
+        """Whether truncation to a limit could change the slot of any token of the prompt."""
         if isinstance(prompt, list):
             return len(prompt) > limit and any(token in self.spec.control_slots for token in prompt)
         texts = [self.spec.base_token, *(adapter.token for adapter in self.spec.adapters)]
         return len(prompt.encode("utf-8", "replace")) >= limit and any(text in prompt for text in texts)
 
     def _agreed(self, **named: Any) -> Any:
-        """The one adapter that several places name; None where none does."""
+        """The one adapter that several places name; None if none does."""
         values = {place: value for place, value in named.items() if value not in (None, "")}
         if any(value != next(iter(values.values())) for value in values.values()):
             said = ", ".join(f"{place} {value!r}" for place, value in values.items())
@@ -208,28 +208,28 @@ class Catalogue:
         try:
             return self.spec.slot(name)
         except SwitchError:
-            raise Refused(f"adapter_name: there is no adapter {name!r}. Adapters: {self._list()}") from None
+            raise Refused(f"there is no adapter {name!r}. Adapters: {self._list()}") from None
 
     def _list(self) -> str:
         return ", ".join(self.spec.names)
 
 
 def last_slot(tokens: Sequence[int], control_slots: Mapping[int, int]) -> int:
-    """The slot of the last of some token ids."""
+    """The slot of the last token of a sequence."""
     if control_slots.keys().isdisjoint(tokens):
         return 0
     return next(control_slots[token] for token in reversed(tokens) if token in control_slots)
 
 
 def _prompts(prompt: Any) -> list[Any]:
-    """The prompts of /v1/completions: text or token ids, one or a list of them."""
+    """The prompts in a /v1/completions body, which has one prompt or a list; each is text or token ids."""
     if isinstance(prompt, list) and any(isinstance(one, (str, list)) for one in prompt):
         return [one for one in prompt if isinstance(one, (str, list))]
     return [prompt] if isinstance(prompt, (str, list)) else []
 
 
 def _is_text(message: Mapping[str, Any]) -> bool:
-    """Whether a user message stays one; of results of tools alone, Anthropic's API makes messages of their own."""
+    """Whether a user message stays one: vLLM turns Anthropic's messages of tool results alone into tool messages."""
     content = message.get("content")
     if not isinstance(content, list) or not content:
         return True

@@ -1,8 +1,8 @@
-"""Does vLLM on this machine give what transformers gives? `granite-switch check MODEL` prints the table.
+"""Compare vLLM with transformers on this machine: `granite-switch check MODEL`.
 
-Built-in prompts under the base, every adapter and all of them in one sequence run twice: eager, and as a server runs
-them (compiled, in chunks, the second time out of the prefix cache). What vLLM writes greedily is read by transformers,
-which must find every token as likely as vLLM did, and none likelier, to within what the dtype can tell apart.
+Built-in prompts for the base, each adapter and all of them in one sequence run eagerly, and then as a server runs them:
+compiled, in chunks, the second time from the prefix cache. transformers scores vLLM's greedy output: within a tolerance
+for the dtype, every token must have the same log-probability, and no other token a higher one.
 """
 
 import gc
@@ -16,10 +16,10 @@ import typer
 from rich.table import Table
 
 _QUESTION = "Where does the river end, and who lives near the harbour? " * 16
-_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # of a log-probability
+_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # difference of a log-probability
 _NEW_TOKENS = 16
 DTYPES = ("auto", *_TOLERANCE)
-# vLLM's options for each run, and how often the prompts are given
+# vLLM's options for each run, and how many times it runs the prompts
 _RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "eager": ({"enforce_eager": True, "enable_prefix_caching": False}, 1),
     "as the server": ({"enable_prefix_caching": True, "max_num_batched_tokens": 256, "max_num_seqs": 16}, 2),
@@ -34,8 +34,8 @@ class Row:
     prompt: str
     tokens: int
     cached: int
-    difference: float  # largest, of the log-probabilities of what was written
-    lag: float  # by how much transformers finds another token likelier, at most
+    difference: float  # largest difference in log-probability of a generated token
+    lag: float  # by how much, at most, transformers prefers another token
     dtype: str
 
     @property
@@ -48,8 +48,8 @@ def run(model: Path, dtype: str = "auto", tensor_parallel_size: int = 1) -> list
 
     Args:
         model: folder of a composed model.
-        dtype: one of DTYPES, for both backends; "auto": as vLLM chooses for the model here.
-        tensor_parallel_size: as vLLM takes it.
+        dtype: one of DTYPES, for both backends; "auto": vLLM's choice.
+        tensor_parallel_size: vLLM's option.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     prompts = _prompts(model)
@@ -68,7 +68,7 @@ def run(model: Path, dtype: str = "auto", tensor_parallel_size: int = 1) -> list
 
 
 def table(rows: list[Row], title: str) -> Table:
-    """The rows for people."""
+    """The rows as a table to print."""
     result = Table(title=title, title_justify="left")
     for column in ("run", "prompt", "tokens", "cached", "largest difference", "below the best", ""):
         result.add_column(column)
@@ -79,7 +79,7 @@ def table(rows: list[Row], title: str) -> Table:
 
 
 def _prompts(model: Path) -> dict[str, list[int]]:
-    """Name of a row to its token ids."""
+    """Name of each prompt -> its token ids."""
     from granite_switch.config import SwitchConfig
     from granite_switch.core.tokenizer import read_tokenizer
 
@@ -93,7 +93,7 @@ def _prompts(model: Path) -> dict[str, list[int]]:
 
 
 def _vllm(model: Path, options: dict[str, Any], prompts: list[list[int]], times: int) -> tuple[str, list[Any]]:
-    """The dtype that the engine has, and what it gave the last time."""
+    """The engine's dtype, and its outputs of the last of `times` runs."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(model), **options)
@@ -120,7 +120,7 @@ def _reference(model: Path, dtype: str) -> Any:
 
 
 def _compare(run: str, name: str, prompt: list[int], output: Any, model: Any, dtype: str) -> Row:
-    """Transformers reads what vLLM wrote, and must find each token as likely, and nothing likelier."""
+    """Score vLLM's output with transformers."""
     import torch
 
     written = list(output.outputs[0].token_ids)
@@ -137,15 +137,17 @@ def _compare(run: str, name: str, prompt: list[int], output: Any, model: Any, dt
 
 
 def check(
-    model: Annotated[Path, typer.Argument(help="Folder of a composed model.", exists=True, file_okay=False)],
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto: as vLLM chooses.")] = "auto",
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As vLLM takes it.")] = 1,
+    model: Annotated[
+        Path, typer.Argument(help="Composed model: local folder.", metavar="MODEL", exists=True, file_okay=False)
+    ],
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is vLLM's choice.")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of GPUs; vLLM's option.")] = 1,
 ) -> None:
-    """Compare vLLM with transformers on this machine, eager and as a server runs. Exit code 1 if they differ."""
+    """Compare vLLM with transformers on this machine, eagerly and as a server. The exit code is 1 if they differ."""
     from rich.console import Console
 
     if dtype not in DTYPES:
-        raise typer.BadParameter(f"is one of {', '.join(DTYPES)}", param_hint="--dtype")
+        raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}", param_hint="--dtype")
     rows = run(model, dtype, tensor_parallel_size)
     Console(width=None if sys.stdout.isatty() else 160).print(table(rows, f"{model}, {rows[0].dtype}"))
     if not all(row.agrees for row in rows):

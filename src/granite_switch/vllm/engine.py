@@ -1,7 +1,7 @@
-"""What reaches the engine: the check that each prompt is the named adapter's, and the counters.
+"""Check that each prompt ends in the slot of the adapter that its request names, and count prompts by adapter.
 
-Whatever can lose a control token on the way (a chat template that is not ours, a truncated prompt, a tokenizer of
-another model) shows in the ids that the engine is given, so they are checked there, once for all endpoints.
+The check reads the token ids that reach the engine. So it covers all endpoints, and everything that can lose a control
+token on the way: a foreign chat template, a truncated prompt, another model's tokenizer.
 """
 
 import re
@@ -15,13 +15,13 @@ from typing import Any
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.vllm.calls import last_slot
 
-# vLLM's beam search asks the engine for one token at a time, with requests of its own
+# vLLM's beam search sends the engine a request of its own for every token
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")
 
 
 @dataclass
 class Asked:
-    """What the HTTP request that is being handled asks for; its middleware fills it in."""
+    """What the current HTTP request asks for; the middleware fills it in."""
 
     model: str = ""
     slot: int | None = None
@@ -32,7 +32,7 @@ asked: ContextVar[Asked | None] = ContextVar("granite_switch_asked", default=Non
 
 
 def watch(engine: Any, spec: SwitchSpec, model: str) -> None:
-    """Have an engine's `generate` check and count each prompt. May be called more than once."""
+    """Make an engine's `generate` check and count every prompt. May be called more than once."""
     if hasattr(engine, "granite_switch_watched"):
         return
     engine.granite_switch_watched = True
@@ -71,7 +71,7 @@ async def _counted(
 
 
 def _ids(prompt: Any) -> Any:
-    """The token ids of whatever vLLM hands to `generate`; None where it has none."""
+    """The token ids in a prompt for `generate`; None if it has none."""
     if isinstance(prompt, dict):
         prompt = prompt.get("decoder_prompt") or prompt
         return prompt.get("prompt_token_ids")
@@ -79,7 +79,7 @@ def _ids(prompt: Any) -> Any:
 
 
 def _later_beam(request: Asked, request_id: str) -> bool:
-    """Whether a request to the engine continues one that was checked and counted."""
+    """Whether a request continues a beam search whose first request was checked and counted."""
     if not (found := _BEAM.search(request_id)):
         return False
     root = request_id[: found.start()]
@@ -92,14 +92,14 @@ def _error(named: str, actual: str | None, spec: SwitchSpec) -> Any:
     from vllm.exceptions import VLLMValidationError
 
     if actual is None:
-        text = f"{named}: the prompt has no token ids, which adapters are read from"
+        text = f"{named}: the prompt has no token ids, from which adapters are read"
     elif named == "base":
         text = f"the request names no adapter, but its prompt switches to {actual}"
     else:
-        held = "holds no control token" if actual == "base" else f"ends under {actual}"
+        found = "has no control token" if actual == "base" else f"ends in {actual}"
         text = (
-            f"the request names {named}, but its prompt {held}: put {spec.adapter(named).token} where the adapter is "
-            f"to act; if truncate_prompt_tokens or truncation cut it off, send a shorter prompt"
+            f"the request names {named}, but its prompt {found}: put {spec.adapter(named).token} where the adapter "
+            "should start; if truncate_prompt_tokens or truncation cut it off, send a shorter prompt"
         )
     return VLLMValidationError(text)
 
@@ -113,12 +113,12 @@ class _Counters:
 
 @cache
 def _counters() -> _Counters:
-    """In prometheus_client's default registry, which vLLM shows at /metrics, for one process or several."""
+    """Counters in prometheus_client's default registry, which vLLM exposes at /metrics."""
     from prometheus_client import Counter
 
     labels = ("model_name", "adapter")
     return _Counters(
-        Counter("granite_switch_requests", "Prompts given to the engine, by adapter.", labels),
-        Counter("granite_switch_prompt_tokens", "Their tokens, by adapter.", labels),
-        Counter("granite_switch_cached_tokens", "Those of them out of the prefix cache, by adapter.", labels),
+        Counter("granite_switch_requests", "Prompts sent to the engine, by adapter.", labels),
+        Counter("granite_switch_prompt_tokens", "Prompt tokens, by adapter.", labels),
+        Counter("granite_switch_cached_tokens", "Prompt tokens read from the prefix cache, by adapter.", labels),
     )

@@ -1,4 +1,4 @@
-"""What the switch does not run with: refused when vLLM puts its configuration together, before anything is loaded."""
+"""vLLM options that a switch model does not support, refused before anything is loaded."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 _CACHES = ("auto", "float16", "bfloat16")
-_CACHES_ON_CPU = (*_CACHES, "fp8", "fp8_e4m3", "fp8_e5m2")  # exact there, since queries stay unquantised
-_DRAFTS = ("ngram", "suffix")  # these guess from the text alone
+_CACHES_ON_CPU = (*_CACHES, "fp8", "fp8_e4m3", "fp8_e5m2")  # exact on CPU, where queries stay unquantised
+_DRAFTS = ("ngram", "suffix")  # draft from the text alone, without a model
 
 
 def limits(base: Any) -> type:
-    """vLLM's hook for an architecture's configuration (`vllm.model_executor.models.config.MODELS_CONFIG_MAP`).
+    """The configuration hook of a switch model's architecture, for vLLM's `MODELS_CONFIG_MAP`.
 
     Args:
-        base: the hook of the base's architecture, which runs first; None if it has none.
+        base: the hook of the base's architecture, which runs first; None if there is none.
     """
 
     class Limits:
@@ -26,14 +26,14 @@ def limits(base: Any) -> type:
             if base is not None:
                 base.verify_and_update_model_config(model_config)
             if model_config.runner_type == "draft":
-                _refuse(["as a draft model: take its base"])
+                _refuse(["as a draft model: use its base"])
 
         @staticmethod
         def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-            """Refuse what would give wrong answers.
+            """Refuse options that would give wrong answers.
 
             Raises:
-                ServingError: with all that is wrong at once.
+                ServingError: lists all such options.
             """
             if base is not None:
                 base.verify_and_update_config(vllm_config)
@@ -44,7 +44,7 @@ def limits(base: Any) -> type:
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        raise ServingError("a switch model cannot be served like this", problems=problems)
+        raise ServingError("a switch model cannot be served with these settings", problems=problems)
 
 
 def _of_engine(vllm_config: "VllmConfig") -> list[str]:
@@ -65,21 +65,21 @@ def _of_engine(vllm_config: "VllmConfig") -> list[str]:
         problems.append("--enable-lora: the adapters are in the checkpoint; add another with granite-switch add")
     allowed = _CACHES_ON_CPU if cpu else _CACHES
     if cache not in allowed:
-        problems.append(f"--kv-cache-dtype {cache}: slots were proved exact in {', '.join(allowed)}")
+        problems.append(f"--kv-cache-dtype {cache}: slots are known to be exact only in {', '.join(allowed)}")
     draft = vllm_config.speculative_config
     if draft is not None and draft.method not in _DRAFTS:
         problems.append(
-            f"speculation by {draft.method}: {' and '.join(_DRAFTS)} work; drafts by a model were not tried"
+            f"speculative decoding with {draft.method}: {' and '.join(_DRAFTS)} work; draft models were not tried"
         )
     if model_config.max_model_len > POSITIONS:
         problems.append(f"--max-model-len: at most {POSITIONS:,} positions")
     if spec.hiding:
-        problems.append(f"the checkpoint has legacy format 1, which hides tokens from attention; first: {UPGRADE}")
+        problems.append(f"legacy format 1 hides tokens from attention; upgrade the checkpoint: {UPGRADE}")
     if len(spec.adapters) >= SLOTS:
-        problems.append(f"more than {SLOTS - 1:,} adapters")
+        problems.append(f"{len(spec.adapters):,} adapters; at most {SLOTS - 1:,} are supported")
     rank = max((rank for adapter in spec.adapters for rank in adapter.ranks.values()), default=0)
     if not cpu and rank > RANKS[-1]:
-        problems.append(f"an adapter of rank {rank}: vLLM's LoRA kernels take up to {RANKS[-1]}")
+        problems.append(f"an adapter has rank {rank}; vLLM's LoRA kernels support at most {RANKS[-1]}")
     if not cpu and model_config.dtype == torch.float32:
-        problems.append("--dtype float32: vLLM's LoRA kernels take float16 and bfloat16")
+        problems.append("--dtype float32: vLLM's LoRA kernels support only float16 and bfloat16")
     return problems

@@ -1,7 +1,7 @@
-"""Where vLLM keeps the linears that adapters update: paths in the base's files to modules of vLLM's model.
+"""Find the linears that adapters update in vLLM's model, by their paths in the base's files.
 
-vLLM renames modules (`hf_to_vllm_mapper`) and packs linears into one (`packed_modules_mapping`); both are read from
-the model's class, so nothing here names a family.
+vLLM renames modules (`hf_to_vllm_mapper`) and packs several linears into one (`packed_modules_mapping`). Both tables
+are read from the model's class, so nothing here names a model family.
 """
 
 from collections.abc import Iterable
@@ -21,20 +21,20 @@ class Place:
     """One of the base's linears in vLLM's model."""
 
     module: str  # the path of vLLM's linear
-    members: tuple[str, ...]  # the last names of the linears that it packs
-    index: int  # which of them this is
-    shape: tuple[int, int]  # (out, in) of this one, of all processes together
+    members: tuple[str, ...]  # names of the linears that it packs, without their parents: `q_proj`
+    index: int  # of this linear among the members
+    shape: tuple[int, int]  # (out, in) of this linear, unsharded
 
 
 def find(model: nn.Module, paths: Iterable[str]) -> dict[str, Place]:
-    """The places of linears, without those in another process of a pipeline.
+    """Path -> place of each linear, without those on other pipeline ranks.
 
     Args:
-        model: vLLM's, whole.
-        paths: in the base's files.
+        model: vLLM's model.
+        paths: the linears' paths in the base's files.
 
     Raises:
-        ServingError: with all that the model does not have, or cuts in a way that LoRA layers do not know.
+        ServingError: the model lacks linears, or shards them in a way that LoRA layers do not support; lists them.
     """
     finder, problems = _Finder(model), []
     result: dict[str, Place] = {}
@@ -55,11 +55,11 @@ class _Finder:
         self.modules = dict(model.named_modules())
         self.packed = get_packed_modules_mapping(model)
         mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-        # without packing where the release has it, since the names of packed linears are wanted
+        # in releases that have it, the mapper without packing, which keeps the names of the packed linears
         self.mapper = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
 
     def find(self, path: str) -> Place | None:
-        """The place of a linear; None if its layer is in another process of a pipeline."""
+        """The place of a linear; None if its layer is on another pipeline rank."""
         name = path
         if self.mapper is not None:
             mapped = self.mapper._map_name(f"{path}.weight")
@@ -73,7 +73,7 @@ class _Finder:
             linear = self.modules.get(module)
             if isinstance(linear, LinearBase):
                 if len(members) > 1 and module == name:
-                    raise LookupError(f"{path}: vLLM packs others of that name into {module}")
+                    raise LookupError(f"{path}: vLLM packs other linears into a module of this name, {module}")
                 return Place(module, members, index, (_rows(path, linear, len(members))[index], linear.input_size))
         if self._elsewhere(name.split(".")):
             return None
@@ -85,7 +85,7 @@ class _Finder:
 
 
 def _rows(path: str, linear: LinearBase, members: int) -> list[int]:
-    """Rows of each of the linears that one of vLLM's packs."""
+    """The output size of each member of one of vLLM's linears, unsharded."""
     if isinstance(linear, QKVParallelLinear):
         keys = linear.total_num_kv_heads
         sizes = [
@@ -96,13 +96,13 @@ def _rows(path: str, linear: LinearBase, members: int) -> list[int]:
     else:
         sizes = list(getattr(linear, "output_sizes", [linear.output_size]))
     if members not in (1, len(sizes)):
-        raise LookupError(f"{path}: vLLM packs {members} linears in {len(sizes)} slices, which was not tried")
-    if linear.tp_size > 1 and _own_cut(linear):
-        raise LookupError(f"{path}: vLLM cuts it by a rule of its own; --tensor-parallel-size 1 works")
+        raise LookupError(f"{path}: vLLM packs {members} linears into {len(sizes)} slices, which is not supported")
+    if linear.tp_size > 1 and _has_own_loader(linear):
+        raise LookupError(f"{path}: vLLM shards it by a special rule; --tensor-parallel-size 1 works")
     return sizes if members > 1 else [sum(sizes)]
 
 
-def _own_cut(linear: LinearBase) -> bool:
-    """Whether the model gave the linear's weight a loader of its own, as Mamba's in_proj has whose groups repeat."""
+def _has_own_loader(linear: LinearBase) -> bool:
+    """Whether the model gave the linear's weight its own loader, as for Mamba's in_proj, which repeats groups."""
     loader = getattr(getattr(linear, "weight", None), "weight_loader", None)
     return loader is not None and getattr(loader, "__self__", None) is not linear

@@ -1,9 +1,9 @@
 """The adapters' low-rank updates inside vLLM's linears.
 
-A linear keeps its class. What computes it, its `quant_method`, is replaced by one that adds the updates to what the
-original method gives, before any all-reduce: a quantised base stays quantised. vLLM's LoRA layer classes cut A and B
-for tensor parallelism. On GPUs vLLM's Triton kernels compute the updates, fed with metadata of fixed shape, which CUDA
-graphs can hold; on CPU `granite_switch.eager` does. `core.lora` is the definition.
+A linear keeps its class. Its `quant_method` is replaced by one that adds the updates to the original method's output,
+before any all-reduce, so a quantised base stays quantised. vLLM's LoRA layer classes shard A and B for tensor
+parallelism. On GPUs vLLM's Triton kernels compute the updates, with metadata of fixed shape for CUDA graphs; on CPU
+`granite_switch.eager` does. `core.lora` is the definition.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from granite_switch import eager
 from granite_switch.core.spec import SwitchSpec
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's kernels are run with these
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM's kernels support
 
 
 class Router(nn.Module):
-    """What every linear shares: the slots of the tokens in this forward pass.
+    """The routing of the current forward pass, shared by all linears.
 
     Args:
         spec: the adapters.
@@ -41,30 +41,30 @@ class Router(nn.Module):
         self.tokens = vllm_config.scheduler_config.max_num_batched_tokens
 
     def route(self, slots: Tensor) -> None:
-        """Compute what the linears need of the slots, [T] int32, once per forward pass."""
+        """Prepare the linears' metadata from the slots, [T] int32, once per forward pass."""
         raise NotImplementedError
 
     def attach(self, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> "SwitchedLinear":
-        """Let one of vLLM's linears add its adapters' updates.
+        """Make one of vLLM's linears add its adapters' updates.
 
         Args:
-            linear: vLLM's.
+            linear: vLLM's linear.
             name: its path in the model.
-            members: the last names of the base's linears that it packs.
-            rank: the largest of its adapters.
+            members: names of the base's linears that it packs, without their parents.
+            rank: the largest rank among its adapters.
         """
         raise NotImplementedError
 
 
 class SwitchedLinear(LinearMethodBase):
-    """The method by which a linear computes: the original one, and its adapters' updates."""
+    """A linear's `quant_method`: the original one plus the adapters' updates."""
 
     def __init__(self, linear: LinearBase, name: str) -> None:
         self.method, self.name = linear.quant_method, name
         linear.quant_method = self
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] to y [..., out], as `LinearMethodBase.apply`."""
+        """As `LinearMethodBase.apply`: x [..., in] to y [..., out]."""
         y = self.method.apply(layer, x, bias)
         self.add(y.view(-1, y.size(-1)), x.view(-1, x.size(-1)))
         return y
@@ -80,8 +80,8 @@ class SwitchedLinear(LinearMethodBase):
 
         Args:
             slot: from 1.
-            a: [r, in] for each of the linear's members, None where the adapter does not update one.
-            b: [out, r], scaled, likewise.
+            a: [r, in] for each of the linear's members; None for those that the adapter does not update.
+            b: [out, r], scaled; likewise.
         """
         raise NotImplementedError
 
@@ -96,12 +96,12 @@ class SwitchedLinear(LinearMethodBase):
 def lora_layer(
     linear: LinearBase, members: Sequence[str], adapters: int, rank: int, vllm_config: VllmConfig
 ) -> BaseLayerWithLoRA | None:
-    """vLLM's LoRA layer of a linear, with zeros for so many adapters; None if vLLM has none for that linear."""
+    """vLLM's LoRA layer for a linear, with `adapters` zero adapters; None if vLLM has no LoRA layer for it."""
     model_config = vllm_config.model_config
     settings = SimpleNamespace(max_lora_rank=rank, fully_sharded_loras=False, lora_dtype=model_config.dtype)
-    repacked = getattr(linear, "weight", linear) is None  # as oneDNN's int8 kernels leave it
+    repacked = getattr(linear, "weight", linear) is None  # as after repacking for oneDNN's int8 kernels
     if repacked:
-        linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # LoRA layers read their device from it
+        linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # LoRA layers read the device from it
     layer = from_layer(linear, adapters, settings, list(members), model_config.hf_config)
     if repacked:
         linear.weight = None
@@ -109,7 +109,7 @@ def lora_layer(
 
 
 def fill(layer: BaseLayerWithLoRA, index: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
-    """Set one adapter of a LoRA layer, which cuts A and B for this process."""
+    """Set one adapter of a LoRA layer, which shards A and B for this process."""
     if len(a) > 1:
         layer.set_lora(index, list(a), list(b))
     elif a[0] is not None:
@@ -117,11 +117,11 @@ def fill(layer: BaseLayerWithLoRA, index: int, a: Sequence[Tensor | None], b: Se
 
 
 class TritonRouter(Router):
-    """vLLM's kernels, with the metadata of `LoRAKernelMeta.prepare_tensors` in shapes that depend on T alone.
+    """vLLM's kernels, with the metadata of `LoRAKernelMeta.prepare_tensors` in shapes that depend only on T.
 
-    There an adapter that no token uses is left out of the lists; here it is in them with no tokens, which the
-    kernels leave at once. So nothing is asked of the device, and a CUDA graph can hold it all. The tables are buffers:
-    vLLM's sleep mode restores them.
+    `prepare_tensors` leaves unused adapters out of the lists. Here they stay with a count of 0, at which the kernels
+    return immediately, so routing needs no device synchronisation and CUDA graphs can capture it. The tables are
+    buffers because vLLM's sleep mode restores those.
     """
 
     mapping: Tensor
@@ -133,7 +133,7 @@ class TritonRouter(Router):
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
         tables = {
-            "mapping": torch.empty(self.tokens, dtype=torch.int32),  # adapter of each token, -1 for none
+            "mapping": torch.empty(self.tokens, dtype=torch.int32),  # adapter index of each token, -1 for none
             "order": torch.empty(self.tokens, dtype=torch.int32),  # tokens sorted by adapter
             "ids": torch.arange(-1, self.adapters, dtype=torch.int32),
             "counts": torch.empty(self.adapters + 1, dtype=torch.int32),
@@ -141,7 +141,7 @@ class TritonRouter(Router):
         }
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
-        self.nobody = torch.tensor([False], device="cpu")
+        self.no_lora = torch.tensor([False], device="cpu")  # the kernels' flag for a batch without adapters
         self.groups = torch.tensor([self.adapters + 1], dtype=torch.int32, device="cpu")
 
     def route(self, slots: Tensor) -> None:
@@ -157,7 +157,7 @@ class TritonRouter(Router):
 
 
 class TritonLinear(SwitchedLinear):
-    """The updates by vLLM's kernels, from the padded stacks of a LoRA layer."""
+    """Computes the updates with vLLM's kernels, from the padded stacks of a LoRA layer."""
 
     def __init__(self, router: TritonRouter, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> None:
         padded = next(size for size in RANKS if size >= rank)
@@ -175,12 +175,12 @@ class TritonLinear(SwitchedLinear):
         a, b = self.layer.lora_a_stacked, self.layer.lora_b_stacked
         metadata = (router.mapping[:count], router.order[:count], router.counts, router.starts, router.ids)
         hidden = torch.empty(len(a), count, b[0].size(-1), dtype=torch.float32, device=x.device)
-        lora_shrink(x, a, hidden, *metadata, router.nobody, router.groups, 1.0)
-        lora_expand(hidden, b, y, *metadata, router.nobody, router.groups, offset_start=0, add_inputs=True)
+        lora_shrink(x, a, hidden, *metadata, router.no_lora, router.groups, 1.0)
+        lora_expand(hidden, b, y, *metadata, router.no_lora, router.groups, offset_start=0, add_inputs=True)
 
 
 class EagerRouter(Router):
-    """Groups the tokens by slot on the host. A compiled graph calls an operator, which finds the linear by its name."""
+    """Groups tokens by slot on the host. Compiled graphs call a custom op, which looks the linear up by name."""
 
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
@@ -193,7 +193,7 @@ class EagerRouter(Router):
             self.last, self.groups = [], eager.group(slots)
             return
         values = slots.tolist()
-        if values != self.last:  # else the groups of the decode step before, and with them their padded copies
+        if values != self.last:  # else reuse the previous decode step's groups, with their cached blocks
             self.last, self.groups = values, eager.grouped(values, slots.device)
 
     def attach(self, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> SwitchedLinear:
@@ -201,7 +201,7 @@ class EagerRouter(Router):
 
 
 class EagerLinear(SwitchedLinear):
-    """The updates by a matmul for each adapter in the batch, or a batched one for those of similar ranks."""
+    """Computes the updates with `eager.add`."""
 
     def __init__(self, router: EagerRouter, linear: LinearBase, name: str, members: Sequence[str]) -> None:
         self.router, self.linear, self.members = router, linear, members
@@ -231,7 +231,7 @@ class EagerLinear(SwitchedLinear):
             torch.ops.vllm.granite_switch_add(y, x, self.name)
         else:
             added = eager.add(x, y, self.router.groups, self.pairs, id(self))
-            if added is not y:  # gradients are recorded, which vLLM does not do
+            if added is not y:  # gradients are recorded; not in vLLM itself, which runs in inference mode
                 y.data.copy_(added)
 
 
@@ -240,7 +240,7 @@ def _add(y: Tensor, x: Tensor, name: str) -> None:
 
 
 def _nothing(*_: object) -> None:
-    """Fake implementation: the operator writes in place, so there is no output to describe."""
+    """Fake implementation: the op mutates y in place, so there is no output to describe."""
 
 
 def make_router(spec: SwitchSpec, vllm_config: VllmConfig) -> Router:

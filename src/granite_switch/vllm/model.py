@@ -1,8 +1,8 @@
-"""Any decoder that vLLM serves with LoRA, with adapters inside: a subclass of vLLM's class, made on demand.
+"""Switch models for any decoder that vLLM serves with LoRA: subclasses of vLLM's classes, made on demand.
 
-Control tokens set each token's slot and are replaced by their substitutes before embedding (`switch`), the linears add
-the adapters' updates (`lora`), control tokens cannot be generated. The rest is vLLM's: loading, packing, parallelism,
-compilation.
+Control tokens determine the slot of each token and are replaced by their substitutes before embedding (`switch`); the
+linears add the adapters' updates (`lora`); control tokens cannot be generated. Loading, packing, parallelism and
+compilation are vLLM's.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,11 +32,11 @@ from granite_switch.vllm.linears import Place, find
 from granite_switch.vllm.lora import SwitchedLinear, lora_layer, make_router
 from granite_switch.vllm.switch import Switch
 
-_Decoder: Any = object  # for types: Any; the made class has vLLM's class of the decoder here
+_Decoder: Any = object  # in the made class, vLLM's class of the decoder takes its place
 
 
 class Switched(_Decoder):
-    """What vLLM's class of a decoder gains. In a pipeline the slots travel with the intermediate tensors."""
+    """Mixin for vLLM's class of a decoder. Under pipeline parallelism the intermediate tensors include the slots."""
 
     supports_lora = False
 
@@ -56,7 +56,7 @@ class Switched(_Decoder):
         forbidden = torch.tensor(self.spec.suppressed, dtype=torch.int64)
         self.register_buffer("forbidden", forbidden, persistent=False)
         self.linears: dict[str, SwitchedLinear] = {}  # by vLLM's paths
-        self.aside: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, until the linears are finished
+        self.pending: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, until the linears can take them
         make: Any = getattr(self, "make_empty_intermediate_tensors", None)
         if make is not None:
             self.make_empty_intermediate_tensors = _with_slots(make)
@@ -72,7 +72,7 @@ class Switched(_Decoder):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | IntermediateTensors:
-        """As the base's: [T] ids and positions of a flattened batch to [T, hidden]."""
+        """As the base's forward: ids and positions [T] of a flattened batch to [T, hidden]."""
         if get_pp_group().is_first_rank:
             slots = self.switch(input_ids, positions)
             input_ids = self.switch.substitute[input_ids]
@@ -92,20 +92,20 @@ class Switched(_Decoder):
         return None if logits is None else logits.index_fill_(-1, self.forbidden, float("-inf"))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the base through vLLM's loader; the adapters wait until its linears are finished.
+        """Load the base with vLLM's loader, and keep the adapters until its linears can take them.
 
-        Called again (vLLM reloads weights, or a trainer sends new ones), it renews the adapters if they come along.
+        When called again (vLLM reloads weights, or a trainer sends new ones), the adapters in `weights` are replaced.
 
         Raises:
             CheckpointError: adapter tensors are missing, unknown or of another shape than config.json says, or another
                 command has replaced the folder.
         """
         before = state_of(self.folder)
-        loaded = super().load_weights(self._set_adapters_aside(weights))
+        loaded = super().load_weights(self._without_adapters(weights))
         if not self.linears:
             self._check_state(before)
-        names = {tensor.key for tensor in self.aside}
-        if self.aside or not self.linears:
+        names = {tensor.key for tensor in self.pending}
+        if self.pending or not self.linears:
             self._check_adapters()
         if self.linears:
             self._fill()
@@ -121,65 +121,65 @@ class Switched(_Decoder):
                 hint="start again when the other command has finished",
             )
 
-    def _set_adapters_aside(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _without_adapters(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The base's weights; moves the adapters' tensors to `pending`."""
         for name, tensor in self._as_format_1(weights):
             found = parse_key(name)
             if found is None:
                 yield name, tensor
             else:
-                self.aside[found] = tensor.cpu()
+                self.pending[found] = tensor.cpu()
 
     def _as_format_1(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Take legacy formats 2 and 3 apart as they stream by; what comes before their first own name is in both."""
+        """Split the fused tensors of legacy formats 2 and 3, from the first name that only they have."""
+        granite = self.config.model_type == "granite"  # other bases have such names in format 1 too
         weights = iter(weights)
         for name, tensor in weights:
-            if self.config.model_type == "granite" and legacy.is_fused(
-                [name]
-            ):  # other bases have such names themselves
+            if granite and legacy.is_fused([name]):
                 yield from legacy.split(chain([(name, tensor)], weights), self.config.to_dict())
             else:
                 yield name, tensor
 
     @cached_property
     def _places(self) -> dict[str, Place]:
-        """Where the linears that adapters update are in this process, by their paths in the base's files."""
+        """The linears that adapters update and that are on this pipeline rank, by their paths in the base's files."""
         return find(self, dict.fromkeys(path for adapter in self.spec.adapters for path in adapter.ranks))
 
     def _expected(self) -> dict[AdapterTensor, tuple[int, ...]]:
-        """Shapes of the adapters' tensors for linears in this process."""
+        """Shapes of the adapters' tensors for the linears on this pipeline rank."""
         shapes = {path: place.shape for path, place in self._places.items()}
         return {t: shape for adapter in self.spec.adapters for t, shape in adapter.tensors(shapes).items()}
 
     def _check_adapters(self) -> None:
         expected = self._expected()
         elsewhere = {path for adapter in self.spec.adapters for path in adapter.ranks} - set(self._places)
-        self.aside = {t: value for t, value in self.aside.items() if t.linear not in elsewhere}
-        found = {t: tuple(value.shape) for t, value in self.aside.items()}
+        self.pending = {t: value for t, value in self.pending.items() if t.linear not in elsewhere}
+        found = {t: tuple(value.shape) for t, value in self.pending.items()}
         problems = [f"missing: {t.key}" for t in expected if t not in found]
         problems += [f"not in config.json: {t.key}" for t in found if t not in expected]
         problems += [
-            f"{t.key}: {list(found[t])} where config.json says {list(shape)}"
+            f"{t.key}: shape {list(found[t])}, but config.json says {list(shape)}"
             for t, shape in expected.items()
             if t in found and found[t] != shape
         ]
         if problems:
-            raise CheckpointError("the adapters' tensors are not those of config.json", problems=problems)
+            raise CheckpointError("the adapters' tensors do not match config.json", problems=problems)
 
     def process_weights_after_loading(self) -> None:
-        """vLLM's hook for when the linears are finished, quantised ones repacked: now they can take adapters.
+        """Attach the adapters. vLLM calls this after loading, when quantised linears are repacked.
 
         Raises:
-            ServingError: the loader did not hand over the adapters, or vLLM's LoRA has no layer for a linear.
+            ServingError: the loader did not deliver the adapters, or vLLM has no LoRA layer for a linear.
         """
         if hasattr(super(), "process_weights_after_loading"):
             super().process_weights_after_loading()
         if self.linears:
             return
         if self.load_format == "dummy":
-            self.aside = {t: torch.randn(shape) * 1e-3 for t, shape in self._expected().items()}
-        elif self._places and not self.aside:
+            self.pending = {t: torch.randn(shape) * 1e-3 for t, shape in self._expected().items()}
+        elif self._places and not self.pending:
             raise ServingError(
-                f"--load-format {self.load_format} does not hand the adapters to the model",
+                f"--load-format {self.load_format} does not pass the adapters to the model",
                 hint="use --load-format auto",
             )
         for place in self._places.values():
@@ -190,30 +190,30 @@ class Switched(_Decoder):
     def _attach(self, place: Place) -> SwitchedLinear:
         linear = self.get_submodule(place.module)
         if lora_layer(linear, place.members, 1, 1, self.router.vllm_config) is None:
-            raise ServingError(f"{place.module}: vLLM's LoRA has no layer for {type(linear).__name__}")
+            raise ServingError(f"{place.module}: vLLM has no LoRA layer for {type(linear).__name__}")
         rank = max(a.ranks.get(path, 0) for a in self.spec.adapters for path in self._packed(place.module) if path)
         return self.router.attach(linear, place.module, place.members, rank)
 
     def _packed(self, module: str) -> list[str | None]:
-        """The paths of the linears that one of vLLM's packs, None where no adapter updates one."""
+        """The paths of the members of one of vLLM's linears; None for members that no adapter updates."""
         here = {place.index: path for path, place in self._places.items() if place.module == module}
         members = next(place.members for place in self._places.values() if place.module == module)
         return [here.get(index) for index in range(len(members))]
 
     def _fill(self) -> None:
-        """Put what was set aside into the linears."""
+        """Move the pending adapters into the linears."""
         for module, linear in self.linears.items():
             paths = self._packed(module)
             for slot, adapter in enumerate(self.spec.adapters, 1):
                 if any(path in adapter.ranks for path in paths):
                     linear.set(slot, *zip(*(self._pair(adapter, path) for path in paths), strict=True))
-        self.aside.clear()
+        self.pending.clear()
 
     def _pair(self, adapter: AdapterSpec, path: str | None) -> tuple[Tensor | None, Tensor | None]:
-        """An adapter's A and its scaled B for one linear."""
+        """An adapter's A and scaled B for one linear; None if it does not update it."""
         if path is None or path not in adapter.ranks:
             return None, None
-        a, b = (self.aside[AdapterTensor(adapter.name, path, matrix)] for matrix in "AB")
+        a, b = (self.pending[AdapterTensor(adapter.name, path, matrix)] for matrix in "AB")
         return a, b.float() * adapter.scale_of(path)
 
 
@@ -227,7 +227,7 @@ def _with_slots(make: Any) -> Any:
 
 @contextmanager
 def _as_base(config: Any) -> Iterator[None]:
-    """Let a config be of the base's own class, by which transformers' Auto classes go (vLLM's Transformers backend)."""
+    """Give a config the base's own class, which transformers' Auto classes need (in vLLM's Transformers backend)."""
     own = type(config)
     config.__class__ = CONFIG_MAPPING[config.model_type]
     try:
@@ -238,19 +238,19 @@ def _as_base(config: Any) -> Iterator[None]:
 
 @cache
 def switched(base: str) -> type[nn.Module]:
-    """The class of switch models of an architecture that vLLM knows.
+    """The switch model class of one of vLLM's architectures.
 
     Raises:
-        ServingError: vLLM does not serve it with LoRA.
+        ServingError: vLLM does not support LoRA for it.
     """
     cls, name = ModelRegistry.models[base].load_model_cls(), architecture(base)
     if not supports_lora(cls):
-        raise ServingError(f"{base}: vLLM does not serve it with LoRA, on which the adapters rest")
+        raise ServingError(f"{base}: vLLM does not support LoRA for it, which adapters need")
     return type(name, (Switched, cls), {"__module__": __name__, "__qualname__": name, "__doc__": cls.__doc__})
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """Classes by name, as the registry asks for them. What follows an @ sets apart what vLLM caches of a class."""
+    """Switch model classes by name, for vLLM's registry. The part after @ is the version, a key of vLLM's cache."""
     bases = {architecture(base): base for base in ModelRegistry.get_supported_archs()}
     try:
         return switched(bases[name.partition("@")[0]])

@@ -1,8 +1,8 @@
 """Adapters as models: an ASGI middleware for vLLM's OpenAI server (`--middleware granite_switch.vllm.AdapterModels`).
 
-`GET /v1/models` lists `NAME:ADAPTER` beside NAME, and a request for `NAME:ADAPTER` becomes one for NAME that names the
-adapter to the chat template. Every request goes through vLLM's own application, so its authentication, validation and
-metrics apply: the body is rewritten when the application reads it, and refusals are raised there.
+`GET /v1/models` lists `NAME:ADAPTER` next to NAME. A request for `NAME:ADAPTER` becomes one for NAME that passes the
+adapter to the chat template. Every request goes through vLLM's application, so its authentication, validation and
+metrics apply: the body is rewritten when the application reads it, and errors are raised there.
 """
 
 import json
@@ -22,12 +22,12 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# a header whose value becomes the body's `model` after this middleware has read it
+# vLLM replaces the body's `model` with this header's value after the middleware has read the body
 _SAGEMAKER = b"x-amzn-sagemaker-adapter-identifier"
 
 
 class AdapterModels:
-    """The middleware. Checks when the server starts that it serves a switch model with its own chat template."""
+    """The middleware. At startup it checks that the server serves a switch model with the model's chat template."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self.app = app
@@ -69,15 +69,15 @@ class AdapterModels:
 
 
 def _catalogue(state: Any) -> Catalogue:
-    """What the server serves, from vLLM's own state.
+    """What the server serves, from vLLM's application state.
 
     Raises:
-        ServingError: no switch model, a chat template that would ignore adapters, or names that clash.
+        ServingError: the model is not a switch model, its chat template would ignore adapters, or names clash.
     """
     arguments, config = state.args, state.vllm_config.model_config
     spec = getattr(config.hf_config, "switch_spec", None)
     if spec is None:
-        raise ServingError(f"{arguments.model}: is not a switch model", hint="leave --middleware out")
+        raise ServingError(f"{arguments.model} is not a switch model", hint="omit --middleware")
     if arguments.chat_template:
         templates = {"--chat-template": template_text(arguments.chat_template)}
     else:
@@ -92,12 +92,12 @@ def _catalogue(state: Any) -> Catalogue:
         f"{name}: {text}" for name, template in templates.items() if (text := template_problem(template, spec))
     ]
     if problems:
-        raise ServingError("a switch model cannot be served like this", problems=problems)
+        raise ServingError("a switch model cannot be served with these settings", problems=problems)
     return catalogue
 
 
 def template_text(value: str | Path) -> str:
-    """A chat template as vLLM takes it: a file, or the text itself."""
+    """The text of a chat template, given as vLLM takes it: a file, or the text itself."""
     try:
         return Path(value).read_text(encoding="utf-8")
     except OSError:
@@ -105,36 +105,36 @@ def template_text(value: str | Path) -> str:
 
 
 def template_problem(template: str, spec: SwitchSpec | None = None) -> str:
-    """Why a chat template cannot serve a model, or any; empty if it can."""
+    """Why a chat template cannot serve a model (without `spec`, any switch model); empty if it can."""
     if unwrap(template) is None:
         return (
-            "places no control tokens: adapters would be ignored, and those that users write would switch. Leave it "
-            "out, or put it into the base model's folder as chat_template.jinja and compose again"
+            "places no control tokens: adapters would be ignored, and control tokens in users' text would switch. Omit "
+            "it, or put it into the base model's folder as chat_template.jinja and compose again"
         )
     missing = [adapter.token for adapter in spec.active if adapter.token not in template] if spec else []
-    return f"is another model's: it does not know {', '.join(missing)}" if missing else ""
+    return f"belongs to another model: it does not contain {', '.join(missing)}" if missing else ""
 
 
 def _path(scope: Scope) -> str:
-    """The path below `root_path`, as the application's router sees it."""
+    """The request's path without `root_path`, as the application's router sees it."""
     path: str = scope["path"]
     root = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _uncompressed(scope: Scope) -> None:
-    """Keep compression away from answers that are rewritten; done outside of this middleware it is unharmed."""
+    """Keep the application from compressing a response that is rewritten here; outer middleware still may."""
     scope["headers"] = [(key, value) for key, value in scope["headers"] if key.lower() != b"accept-encoding"]
 
 
 def _refuse_header(_: bytes) -> Call:
-    raise Refused(f"{_SAGEMAKER.decode()}: name the adapter in the body instead, as NAME:ADAPTER in `model`")
+    raise Refused(f'{_SAGEMAKER.decode()}: name the adapter in the body instead: "model": "NAME:ADAPTER"')
 
 
 class _Body:
-    """The request's body, rewritten when the application asks for it: after authentication.
+    """Receives the request's body and rewrites it. The application reads the body after authentication.
 
-    The headers were read by then; their content-length stays the client's, which is what vLLM's metrics count.
+    content-length stays the client's, which vLLM's metrics count.
     """
 
     def __init__(self, receive: Receive, read: Callable[[bytes], Call], request: Asked) -> None:
@@ -166,7 +166,7 @@ class _Body:
 
 
 class _Answer:
-    """Passes the answer on, its JSON rewritten: a whole body, or each event of a stream as it comes."""
+    """Sends the response with its JSON rewritten: a whole body, or each event of a stream as it arrives."""
 
     def __init__(self, send: Send, rewriter: Callable[[], Callable[[Any], None] | None]) -> None:
         self.send, self.rewriter = send, rewriter
@@ -220,12 +220,12 @@ class _Answer:
 
 
 def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
-    """The headers with another content-length, where they have one."""
+    """The headers with a new content-length, if they have one."""
     return [(k, str(length).encode() if k.lower() == b"content-length" else v) for k, v in headers]
 
 
 def _rename(model: str, data: Any) -> None:
-    """Set `model` in an answer, and in events that hold a whole answer (`response`, `message`)."""
+    """Set `model` in a response, and in stream events that contain a whole response (`response`, `message`)."""
     if isinstance(data, dict):
         for holder in (data, data.get("response"), data.get("message")):
             if isinstance(holder, dict) and "model" in holder:
@@ -233,6 +233,6 @@ def _rename(model: str, data: Any) -> None:
 
 
 def _list(catalogue: Catalogue, data: Any) -> None:
-    """Add the adapters to the answer of /v1/models."""
+    """Add the adapters to the response of /v1/models."""
     bases = [card for card in data["data"] if card["id"] in catalogue.names]
     data["data"] += [card for base in bases for card in catalogue.cards(base)]
