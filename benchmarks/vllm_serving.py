@@ -43,25 +43,34 @@ CASES = {  # name -> (prompts, tokens of each, new tokens)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["throughput", "prefix", "plot"])
+    options = settings(parser)
+    if options.command == "plot":
+        plot(json.loads(max(RESULTS.glob("*-vllm-prefix*.json")).read_text())["result"])
+        return
+    folder = models(options.folder / options.size, options.size)
+    report(options.command, options, {"throughput": throughput, "prefix": prefix}[options.command](folder, options))
+
+
+def settings(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What every benchmark of vLLM's takes."""
     parser.add_argument("--folder", type=Path, default=Path("out/bench-vllm"))
     parser.add_argument("--size", choices=SIZES, default="half")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="torch.compile; vLLM's own LoRA on CPU runs without it")
-    options = parser.parse_args()
-    if options.command == "plot":
-        plot(json.loads(max(RESULTS.glob("*-vllm-prefix*.json")).read_text())["result"])
-        return
-    folder = models(options.folder / options.size, options.size)
-    result = {"throughput": throughput, "prefix": prefix}[options.command](folder, options)
+    return parser.parse_args()
+
+
+def report(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
     import torch
     import vllm
 
+    now = datetime.datetime.now(datetime.UTC)
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    report = {"date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", "command": sys.argv, **versions}
+    head = {"date": f"{now:%Y-%m-%d %H:%M} UTC", "command": sys.argv, **versions}
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-vllm-{options.command}-{options.size}.json"
-    path.write_text(json.dumps(report | {"size": options.size, "dtype": options.dtype, "result": result}, indent=1))
+    path = RESULTS / f"{now:%Y-%m-%d}-vllm-{name}-{options.size}.json"
+    path.write_text(json.dumps(head | {"size": options.size, "dtype": options.dtype, "result": result}, indent=1))
     print(path)
 
 

@@ -1,4 +1,4 @@
-"""Refusals when an engine is configured, and reloading, which must renew all adapters."""
+"""Refusals when an engine is configured."""
 
 import os
 import shutil
@@ -12,20 +12,15 @@ from unittest.mock import patch
 import pytest
 import torch
 from artefacts import edit_json
-from conftest import running, start, transformers_model
-from safetensors.torch import load_file, save_file
-from vllm import LLM, ModelRegistry, SamplingParams
+from conftest import start
+from vllm import ModelRegistry
 from vllm.config.cache import CacheDType
-from vllm.model_executor.model_loader import register_model_loader
-from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.platforms import current_platform
 
-from granite_switch.errors import CheckpointError, ServingError
+from granite_switch.errors import ServingError
 from granite_switch.vllm import register
 from granite_switch.vllm.limits import limits
-
-PROMPT = [7, 60, 61, 90, 12, 33]
 
 
 def configured(**options: Any) -> Any:
@@ -36,7 +31,8 @@ def configured(**options: Any) -> Any:
     model |= {key: options.pop(key) for key in list(options) if key in model}
     cache = SimpleNamespace(cache_dtype=options.pop("cache_dtype", "auto"))
     model_config = SimpleNamespace(hf_config=SimpleNamespace(switch_spec=spec), **model)
-    rest = {"lora_config": None, "speculative_config": None, **options}
+    load_config = SimpleNamespace(load_format=options.pop("load_format", "auto"))
+    rest = {"lora_config": None, "speculative_config": None, "load_config": load_config, **options}
     return SimpleNamespace(model_config=model_config, cache_config=cache, **rest)
 
 
@@ -67,6 +63,8 @@ def test_cache_types_are_allowed_by_name(cpu: bool) -> None:
         ({"lora_config": object()}, "--enable-lora"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "speculative decoding with eagle3"),
         ({"speculative_config": SimpleNamespace(method="draft_model")}, "speculative decoding with draft_model"),
+        ({"load_format": "tensorizer"}, "--load-format tensorizer"),
+        ({"load_format": "ipc_cache"}, "--load-format ipc_cache"),
         ({"max_model_len": 1 << 22}, "--max-model-len"),
         ({"adapters": 4096}, "at most 4,095"),
         ({"hiding": object()}, "granite-switch upgrade OLD NEW"),
@@ -143,57 +141,3 @@ def test_a_checkpoint_that_is_not_ours_goes_to_the_class_that_was_there(composed
 def test_an_engine_refuses_at_its_start(composed: Path, options: Any) -> None:
     with pytest.raises(Exception, match=r"cannot be served with these settings(?s:.*)--(enable-lora|runner)"):
         start(composed, **options)
-
-
-def test_reloading_renews_base_and_adapters(composed: Path, tmp_path: Path) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    shutil.copytree(composed, old)
-    shutil.copytree(composed, new)
-    for file in new.glob("*.safetensors"):
-        changed = {n: t * 1.2 if "_lora" in n or "down_proj" in n else t for n, t in load_file(file).items()}
-        save_file(changed, file, metadata={"format": "pt"})
-    with running(old) as llm:
-        tokens = llm.llm_engine.model_config.hf_config.switch_spec.control_slots
-        prompts = [PROMPT, *([*PROMPT, token, 41, 42] for token in tokens)]
-        assert texts(llm, prompts) == written(old, prompts)
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(new)})
-        llm.reset_prefix_cache()
-        assert texts(llm, prompts) == written(new, prompts) != written(old, prompts)
-        part = list(load_file(new / "adapter-citations.safetensors").items())
-        with pytest.raises(CheckpointError, match=r"missing: .*answerability"):
-            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": part})
-
-
-def test_two_switch_models_in_one_process_do_not_meet(composed: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(composed, other)
-    for file in other.glob("adapter-*.safetensors"):
-        save_file({name: tensor * 1.3 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    with running(composed) as first, running(other) as second:
-        tokens = first.llm_engine.model_config.hf_config.switch_spec.control_slots
-        prompts = [[*PROMPT, token, 41, 42] for token in tokens]
-        for _ in range(2):
-            assert texts(first, prompts) == written(composed, prompts)
-            assert texts(second, prompts) == written(other, prompts) != written(composed, prompts)
-
-
-def test_a_loader_that_hands_over_no_adapters_is_refused(composed: Path) -> None:
-    class OfAnotherKind(DummyModelLoader):
-        """A loader that fills parameters without calling the model, like sharded_state."""
-
-    register_model_loader("of_another_kind")(OfAnotherKind)
-    with pytest.raises(ServingError, match="--load-format of_another_kind does not pass the adapters"):
-        start(composed, load_format="of_another_kind")
-
-
-def texts(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def written(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """The text of the transformers backend."""
-    model = transformers_model(folder)
-    model.generation_config.eos_token_id = None
-    return [model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :].tolist() for p in prompts]

@@ -31,6 +31,7 @@ def config(tokens: int = 512) -> Any:
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens),
         compilation_config=SimpleNamespace(static_forward_context={}),
+        model_config=SimpleNamespace(dtype=torch.float32),
     )
 
 
@@ -90,12 +91,13 @@ def test_linears_on_cpu_add_the_definition_and_leave_the_base_alone(routing: lis
     router = EagerRouter(SPEC, config())
     before = torch.randn(len(routing), sum(OUTPUTS))
     linear = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda layer, x, bias: before.clone()))
-    method = router.attach(linear, "linear", ["q", "k", "v"], 8)
+    layer = SimpleNamespace(create_lora_weights=lambda *_: None)
+    with patch("granite_switch.vllm.lora.lora_layer", return_value=layer):
+        method = router.attach(linear, "linear", ["q", "k", "v"], 8)
     for slot, ranks in enumerate(RANKS, 1):
-        layer = SimpleNamespace(
-            lora_a_stacked=[x[slot - 1 : slot] for x in a], lora_b_stacked=[y[slot - 1 : slot] for y in b]
-        )
-        with patch("granite_switch.vllm.lora.lora_layer", return_value=layer), patch("granite_switch.vllm.lora.fill"):
+        layer.lora_a_stacked = [x[slot - 1 : slot] for x in a]
+        layer.lora_b_stacked = [y[slot - 1 : slot] for y in b]
+        with patch("granite_switch.vllm.lora.fill"):
             method.set(slot, [torch.zeros(rank, WIDTH) if rank else None for rank in ranks], [None] * len(ranks))
     router.route(torch.tensor(routing, dtype=torch.int32))
     x = torch.randn(len(routing), WIDTH)
@@ -174,7 +176,10 @@ def test_the_latest_control_token_wins_at_any_position_in_any_type() -> None:
 
 @pytest.mark.slow
 def test_kernels_in_tritons_interpreter_are_the_definition() -> None:
-    """In a separate process, because vLLM looks for Triton when it is imported."""
+    """In a separate process, because vLLM looks for Triton when it is imported.
+
+    The environment variable GRANITE_SWITCH_TRITON_EXAMPLES sets the number of batches (60).
+    """
     worker = Path(__file__).parent / "triton_worker.py"
     done = subprocess.run([sys.executable, worker], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr[-3000:]

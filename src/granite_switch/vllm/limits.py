@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 _CACHES = ("auto", "float16", "bfloat16")
 _CACHES_ON_CPU = (*_CACHES, "fp8", "fp8_e4m3", "fp8_e5m2")  # exact on CPU, where queries stay unquantised
+# loaders that fill the parameters, or share them between processes, without passing the adapters to the model
+_LOADERS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache", "modelexpress")
 _DRAFTS = ("ngram", "suffix")  # draft from the text alone, without a model
 
 
@@ -66,6 +68,9 @@ def _of_engine(vllm_config: "VllmConfig") -> list[str]:
     allowed = _CACHES_ON_CPU if cpu else _CACHES
     if cache not in allowed:
         problems.append(f"--kv-cache-dtype {cache}: slots are known to be exact only in {', '.join(allowed)}")
+    loader = vllm_config.load_config.load_format
+    if loader in _LOADERS:
+        problems.append(f"--load-format {loader}: does not pass the adapters to the model; use auto")
     draft = vllm_config.speculative_config
     if draft is not None and draft.method not in _DRAFTS:
         problems.append(

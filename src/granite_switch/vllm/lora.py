@@ -97,15 +97,19 @@ def lora_layer(
     linear: LinearBase, members: Sequence[str], adapters: int, rank: int, vllm_config: VllmConfig
 ) -> BaseLayerWithLoRA | None:
     """vLLM's LoRA layer for a linear, with `adapters` zero adapters; None if vLLM has no LoRA layer for it."""
-    model_config = vllm_config.model_config
-    settings = SimpleNamespace(max_lora_rank=rank, fully_sharded_loras=False, lora_dtype=model_config.dtype)
     repacked = getattr(linear, "weight", linear) is None  # as after repacking for oneDNN's int8 kernels
     if repacked:
         linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # LoRA layers read the device from it
-    layer = from_layer(linear, adapters, settings, list(members), model_config.hf_config)
+    settings: Any = _settings(rank, vllm_config)
+    layer = from_layer(linear, adapters, settings, list(members), vllm_config.model_config.hf_config)
     if repacked:
         linear.weight = None
     return None if layer is linear else layer
+
+
+def _settings(rank: int, vllm_config: VllmConfig) -> SimpleNamespace:
+    """The part of a `LoRAConfig` that LoRA layers read."""
+    return SimpleNamespace(max_lora_rank=rank, fully_sharded_loras=False, lora_dtype=vllm_config.model_config.dtype)
 
 
 def fill(layer: BaseLayerWithLoRA, index: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
@@ -157,12 +161,18 @@ class TritonRouter(Router):
 
 
 class TritonLinear(SwitchedLinear):
-    """Computes the updates with vLLM's kernels, from the padded stacks of a LoRA layer."""
+    """Computes the updates with vLLM's kernels, from the padded stacks of a LoRA layer.
+
+    The stacks are registered as buffers of the router, because sleep level 2 saves only buffers.
+    """
 
     def __init__(self, router: TritonRouter, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> None:
         padded = next(size for size in RANKS if size >= rank)
         self.router = router
         self.layer: Any = lora_layer(linear, members, router.adapters, padded, router.vllm_config)
+        for matrix in "ab":
+            for index, stack in enumerate(getattr(self.layer, f"lora_{matrix}_stacked")):
+                router.register_buffer(f"{name}.{matrix}{index}".replace(".", "_"), stack, persistent=False)
         super().__init__(linear, name)
 
     def set(self, slot: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
@@ -204,7 +214,8 @@ class EagerLinear(SwitchedLinear):
     """Computes the updates with `eager.add`."""
 
     def __init__(self, router: EagerRouter, linear: LinearBase, name: str, members: Sequence[str]) -> None:
-        self.router, self.linear, self.members = router, linear, members
+        self.router = router
+        self.layer: Any = lora_layer(linear, members, 1, 1, router.vllm_config)  # shards one adapter at a time
         self.pairs: dict[int, eager.Pair] = {}
         super().__init__(linear, f"granite_switch.{name}")
         router.context[self.name] = self
@@ -213,9 +224,11 @@ class EagerLinear(SwitchedLinear):
         rank = max((len(matrix) for matrix in a if matrix is not None), default=0)
         if not rank:
             return
-        layer: Any = lora_layer(self.linear, self.members, 1, rank, self.router.vllm_config)
+        layer = self.layer
+        layer.create_lora_weights(1, _settings(rank, self.router.vllm_config))
         fill(layer, 0, a, b)
         parts = [(x[0, 0], y[0, 0]) for x, y in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)]
+        layer.lora_a_stacked = layer.lora_b_stacked = ()
         if all(torch.equal(x, parts[0][0]) for x, _ in parts):
             self.pairs[slot] = eager.Pair(parts[0][0], torch.cat([y for _, y in parts]), 1.0)
             return

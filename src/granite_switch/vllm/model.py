@@ -47,6 +47,7 @@ class Switched(_Decoder):
         self.spec = config.switch_spec
         self.load_format = vllm_config.load_config.load_format
         self.folder = Path(vllm_config.model_config.model)
+        self.in_pieces = vllm_config.weight_transfer_config is not None  # a trainer may send one tensor per call
         text = config.get_text_config()
         self.router = make_router(self.spec, vllm_config)
         self.dtype = vllm_config.model_config.dtype
@@ -56,7 +57,10 @@ class Switched(_Decoder):
         forbidden = torch.tensor(self.spec.suppressed, dtype=torch.int64)
         self.register_buffer("forbidden", forbidden, persistent=False)
         self.linears: dict[str, SwitchedLinear] = {}  # by vLLM's paths
+        self.finished = False  # set when the adapters are attached to the linears
+        self.random = False  # set while the adapters have the random values of `--load-format dummy`
         self.pending: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, until the linears can take them
+        self.kept: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, of which `in_pieces` replaces some
         make: Any = getattr(self, "make_empty_intermediate_tensors", None)
         if make is not None:
             self.make_empty_intermediate_tensors = _with_slots(make)
@@ -72,7 +76,13 @@ class Switched(_Decoder):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | IntermediateTensors:
-        """As the base's forward: ids and positions [T] of a flattened batch to [T, hidden]."""
+        """As the base's forward: ids and positions [T] of a flattened batch to [T, hidden].
+
+        Raises:
+            ServingError: the loader did not call `process_weights_after_loading`, which attaches the adapters.
+        """
+        if not self.finished:
+            raise _not_loaded(self.load_format)
         if get_pp_group().is_first_rank:
             slots = self.switch(input_ids, positions)
             input_ids = self.switch.substitute[input_ids]
@@ -95,19 +105,28 @@ class Switched(_Decoder):
         """Load the base with vLLM's loader, and keep the adapters until its linears can take them.
 
         When called again (vLLM reloads weights, or a trainer sends new ones), the adapters in `weights` are replaced.
+        They must then be complete, except with `--weight-transfer-config`.
 
         Raises:
             CheckpointError: adapter tensors are missing, unknown or of another shape than config.json says, or another
-                command has replaced the folder.
+                command has replaced the folder, or the adapters have random values (`--load-format dummy`) and the
+                new weights do not replace them.
         """
         before = state_of(self.folder)
+        self.pending = {}
         loaded = super().load_weights(self._without_adapters(weights))
-        if not self.linears:
+        if not self.finished:
             self._check_state(before)
         names = {tensor.key for tensor in self.pending}
-        if self.pending or not self.linears:
+        if self.pending or not self.finished:
             self._check_adapters()
-        if self.linears:
+            self.random = False
+        elif self.random:
+            raise CheckpointError(
+                "the adapters have random values, and the new weights do not include adapters",
+                hint="start with --load-format auto, or send the adapters too",
+            )
+        if self.finished:
             self._fill()
         return loaded | names
 
@@ -155,7 +174,8 @@ class Switched(_Decoder):
         elsewhere = {path for adapter in self.spec.adapters for path in adapter.ranks} - set(self._places)
         self.pending = {t: value for t, value in self.pending.items() if t.linear not in elsewhere}
         found = {t: tuple(value.shape) for t, value in self.pending.items()}
-        problems = [f"missing: {t.key}" for t in expected if t not in found]
+        partial = self.in_pieces and self.finished and not self.random
+        problems = [] if partial else [f"missing: {t.key}" for t in expected if t not in found]
         problems += [f"not in config.json: {t.key}" for t in found if t not in expected]
         problems += [
             f"{t.key}: shape {list(found[t])}, but config.json says {list(shape)}"
@@ -173,18 +193,17 @@ class Switched(_Decoder):
         """
         if hasattr(super(), "process_weights_after_loading"):
             super().process_weights_after_loading()
-        if self.linears:
+        if self.finished:
             return
-        if self.load_format == "dummy":
+        self.random = self.load_format == "dummy"
+        if self.random:
             self.pending = {t: torch.randn(shape) * 1e-3 for t, shape in self._expected().items()}
         elif self._places and not self.pending:
-            raise ServingError(
-                f"--load-format {self.load_format} does not pass the adapters to the model",
-                hint="use --load-format auto",
-            )
+            raise _not_loaded(self.load_format)
         for place in self._places.values():
             if place.module not in self.linears:
                 self.linears[place.module] = self._attach(place)
+        self.finished = True
         self._fill()
 
     def _attach(self, place: Place) -> SwitchedLinear:
@@ -202,19 +221,26 @@ class Switched(_Decoder):
 
     def _fill(self) -> None:
         """Move the pending adapters into the linears."""
-        for module, linear in self.linears.items():
-            paths = self._packed(module)
-            for slot, adapter in enumerate(self.spec.adapters, 1):
-                if any(path in adapter.ranks for path in paths):
-                    linear.set(slot, *zip(*(self._pair(adapter, path) for path in paths), strict=True))
-        self.pending.clear()
+        self.kept |= self.pending
+        for module, name in dict.fromkeys((self._places[t.linear].module, t.adapter) for t in self.pending):
+            pairs = [self._pair(self.spec.adapter(name), path) for path in self._packed(module)]
+            self.linears[module].set(self.spec.slot(name), *zip(*pairs, strict=True))
+        self.pending = {}
+        if not self.in_pieces:
+            self.kept = {}
 
     def _pair(self, adapter: AdapterSpec, path: str | None) -> tuple[Tensor | None, Tensor | None]:
         """An adapter's A and scaled B for one linear; None if it does not update it."""
         if path is None or path not in adapter.ranks:
             return None, None
-        a, b = (self.pending[AdapterTensor(adapter.name, path, matrix)] for matrix in "AB")
+        a, b = (self.kept[AdapterTensor(adapter.name, path, matrix)] for matrix in "AB")
         return a, b.float() * adapter.scale_of(path)
+
+
+def _not_loaded(load_format: str) -> ServingError:
+    return ServingError(
+        f"--load-format {load_format} does not pass the adapters to the model", hint="use --load-format auto"
+    )
 
 
 def _with_slots(make: Any) -> Any:
