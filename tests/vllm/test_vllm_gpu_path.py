@@ -86,7 +86,7 @@ def noting_what_loading_allocates(found: list[Tensor]) -> Iterator[None]:
     def noted(*args: Any, **kwargs: Any) -> nn.Module:
         before = storages()
         model = load(*args, **kwargs)
-        host = (model.router.nobody, model.router.groups)  # on a GPU these stay in the host's memory
+        host = (model.router.no_lora, model.router.groups)  # on a GPU these stay in the host's memory
         spared = set(before) | {tensor.untyped_storage().data_ptr() for tensor in host}
         found.extend(tensor for pointer, tensor in storages().items() if pointer not in spared)
         return model
