@@ -66,14 +66,14 @@ def inspect(
         )
         return
     found = look(folder)
-    if as_json:
-        say_json(found.to_dict())
-    else:
-        _show(found)
     if plot:
         draw(strengths(folder), plot)
-        if not as_json:
-            say(f"written: {plot}")
+    if as_json:
+        say_json(found.to_dict())
+        return
+    _show(found)
+    if plot:
+        say(f"written: {plot}")
 
 
 def verify(
@@ -272,9 +272,9 @@ def _show(report: "Report") -> None:
             escape(one.source),
             one.sha256[:16],
         )
-    say(table)
+    console.print(table)
     if report.retired:
-        say(f"removed adapters, whose slots are not reused: {', '.join(report.retired)}")
+        console.print(f"removed adapters, whose slots are not reused: {', '.join(report.retired)}", markup=False)
 
 
 def _inspect_gguf(path: Path, as_json: bool) -> None:
@@ -293,7 +293,7 @@ def _inspect_gguf(path: Path, as_json: bool) -> None:
         table.add_column(key, overflow="fold")
     for adapter in record["adapters"]:
         table.add_row(*(escape(_cell(adapter.get(key, ""))) for key in keys))
-    say(table)
+    console.print(table)
 
 
 def _cell(value: Any) -> str:
