@@ -7,12 +7,16 @@ import pty
 import re
 import shlex
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +173,22 @@ def test_json_of_changes(composed: Path, adapters: Path, tmp_path: Path) -> None
     assert "sources" in json.loads(runner.invoke(app, ["verify", str(model), "--json"]).stdout)["adapters"]
 
 
+def test_json_of_check(composed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = import_module("granite_switch.vllm.check")
+    monkeypatch.setattr(check, "need_vllm", lambda: None)
+    monkeypatch.setattr(check, "run", lambda *_: [check.Row("eager", "base", 3, 0, 0.2, 0.0, "float32")])
+    told = runner.invoke(app, ["check", str(composed), "--json"])
+    assert (told.exit_code, [row["agrees"] for row in json.loads(told.stdout)]) == (1, [False])
+
+
+@pytest.mark.skipif(bool((found := find_spec("vllm")) and found.origin), reason="vLLM is here")  # tests/vllm has none
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_without_vllm_it_says_what_to_install(command: str, composed: Path) -> None:
+    done = run(command, composed)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: vLLM is not installed here\nhint: pip install 'granite-switch[vllm]'\n"
+
+
 def test_quiet_leaves_errors_and_what_was_asked_for(
     composed: Path, base: Path, adapters: Path, tmp_path: Path, hub: Hub
 ) -> None:
@@ -243,3 +263,13 @@ def test_libraries_are_not_heard(base: Path, composed: Path, adapters: Path) -> 
     ):
         done = run(*words)
         assert (done.returncode, done.stderr) == (0, ""), words
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    line = [sys.executable, "-m", "granite_switch.cli", "play", str(composed), "--port", port]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as play:
+        assert play.stdout
+        assert play.stderr
+        assert play.stdout.readline() == f"open http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+        play.send_signal(signal.SIGINT)
+        assert play.communicate(timeout=60)[1] == ""
