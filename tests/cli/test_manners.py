@@ -175,7 +175,7 @@ def test_json_of_changes(composed: Path, adapters: Path, tmp_path: Path) -> None
 
 def test_json_of_check(composed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = import_module("granite_switch.vllm.check")
-    monkeypatch.setattr(check, "need_vllm", lambda: None)
+    monkeypatch.setattr(check, "find_spec", lambda _: True)
     monkeypatch.setattr(check, "run", lambda *_: [check.Row("eager", "base", 3, 0, 0.2, 0.0, "float32")])
     told = runner.invoke(app, ["check", str(composed), "--json"])
     assert (told.exit_code, [row["agrees"] for row in json.loads(told.stdout)]) == (1, [False])
@@ -186,7 +186,7 @@ def test_json_of_check(composed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_vllm_it_says_what_to_install(command: str, composed: Path) -> None:
     done = run(command, composed)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: vLLM is not installed here\nhint: pip install 'granite-switch[vllm]'\n"
+    assert done.stderr == "error: not installed: vllm\nhint: pip install 'granite-switch[vllm]'\n"
 
 
 def test_quiet_leaves_errors_and_what_was_asked_for(
