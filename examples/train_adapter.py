@@ -21,7 +21,7 @@ from granite_switch.core.layout import parse_key
 
 
 def freeze_others(model: Any, adapter: str) -> int:
-    """Freeze everything except one adapter's A and B.
+    """Freeze everything except one adapter's A and B, and hold these in float32, as PEFT does.
 
     Args:
         model: a composed model.
@@ -35,7 +35,9 @@ def freeze_others(model: Any, adapter: str) -> int:
     for name, parameter in model.named_parameters():
         key = parse_key(name)
         parameter.requires_grad = bool(key and key.adapter == adapter)
-        trained += parameter.numel() * parameter.requires_grad
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            trained += parameter.numel()
     return trained
 
 

@@ -76,18 +76,12 @@ SVG(str(WORK / "strengths.svg"))
 # %% [markdown]
 # ## Equal to PEFT
 #
-# `verify` checks the files. `compare` runs each adapter both in PEFT on the plain base and in the composed model.
+# `verify` checks the files. With `--against` it runs each adapter both in PEFT on the plain base and in the composed model.
 
 # %%
-import granite_switch.hf
-from granite_switch.compose.sources import Selection, base_folder, find
-from granite_switch.hf.verify import compare
-
-granite_switch.verify(WORK / "model", deep=True)
-found = find([LIBRARY], Selection(NAME or BASE.split("/")[-1]))
-for result in compare(WORK / "model", {one.name: one.folder for one in found}, base_folder(BASE), "float32"):
-    print(f"{result.name:25} largest difference {result.difference:.1e}, largest logit {result.largest:.1f}")
-    assert result.within
+line = [sys.executable, "-m", "granite_switch.cli", "verify", str(WORK / "model"), "--deep"]
+line += ["--against", LIBRARY, "--against", BASE, *(["--base-name", NAME] if NAME else [])]
+print(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 # %% [markdown]
 # ## Change it
@@ -109,6 +103,8 @@ granite_switch.add(WORK / "model", [LIBRARY], include=["citations"], base_name=N
 # %%
 import torch
 from transformers import AutoModelForCausalLM
+
+import granite_switch.hf
 
 model = AutoModelForCausalLM.from_pretrained(WORK / "model", device_map="auto")
 spec = model.config.switch_spec

@@ -53,6 +53,7 @@ def run(source: Path) -> nbformat.NotebookNode:
     """
     notebook = read(source)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}})
+    client.coalesce_streams = True  # else how a text is cut depends on the machine
     client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # timestamps

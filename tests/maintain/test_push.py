@@ -51,6 +51,16 @@ def test_composing_straight_to_the_hub(server: Hub, base: Path, adapters: Path, 
     assert server.repos["me/new"] == contents(composed)
 
 
+@pytest.mark.slow
+def test_verifying_against_a_base_on_the_hub(server: Hub, base: Path, adapters: Path, tmp_path: Path) -> None:
+    server.repos["me/base"] = contents(base)
+    source = adapters / "citations"
+    assert command(server, "compose", "me/base", "--adapters", source, "--output", tmp_path / "o").returncode == 0
+    done = command(server, "verify", tmp_path / "o", "--against", source, "--against", "me/base")
+    assert done.returncode == 0, done.stderr
+    assert "citations" in done.stdout
+
+
 def test_a_broken_model_is_not_uploaded(server: Hub, composed: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(composed, tmp_path / "model"))
     (model / "adapter-citations.safetensors").unlink()

@@ -129,7 +129,7 @@ def test_errors_are_sentences_and_the_page_goes_on(page: str, browse: Callable[.
     for text, adapter, words in (
         ("And Hugo?", "query_rewrite", "acts from <rewrite>"),
         (" ", "base", "the message is empty"),
-        ("Ada " * 5000, "base", "tokens and the model takes 4,096"),
+        ("Ada " * 5000, "base", "tokens, but the model takes 4,096"),
     ):
         seen.say(text, adapter)
         seen.until(lambda words=words: words in seen.text("#alert"))

@@ -39,7 +39,7 @@ EXAMPLES: Mapping[str, str] = {
     "upgrade": "upgrade old-model new-model --dry-run",
 }
 _Quiet = Annotated[
-    bool, typer.Option("--quiet", help="Print only errors and requested output: no progress, warnings or tables.")
+    bool, typer.Option("--quiet", help="Print only errors and requested output: no progress, warnings or reports.")
 ]
 _PASSES_ON = ("serve",)  # passes all options to another program
 

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from granite_switch.cli.console import notes, progress, say, say_json, size, warn
+from granite_switch.cli.console import console, notes, progress, say, say_json, size, warn
 from granite_switch.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def compose(
         warn(warning)
     if output and not dry_run:
         _write(plan, output, force)
-    written = f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(_bytes(plan))})"
+    written = f"{'would be written' if dry_run else 'written'}: {output or ''} ({size(total_bytes(plan))})"
     report(plan, written if output or dry_run else "", as_json)
     if push and not dry_run:
         _push(plan, output, push, private)
@@ -109,7 +109,7 @@ def _default_output(base: str) -> Path:
 def report(plan: "Plan", written: str, as_json: bool) -> None:
     """Print a plan: as JSON, or as a table and a line on what was written."""
     if as_json:
-        record = {"switch": plan.spec.to_dict(), "vocab_size": plan.vocab_size, "bytes": _bytes(plan)}
+        record = {"switch": plan.spec.to_dict(), "vocab_size": plan.vocab_size, "bytes": total_bytes(plan)}
         say_json({**record, "warnings": list(plan.warnings), "notes": list(plan.notes)})
         return
     say(_summary(plan))
@@ -132,8 +132,7 @@ def _write(plan: "Plan", output: Path, force: bool) -> None:
     from granite_switch.compose.write import write_model
     from granite_switch.core.staging import staged
 
-    total = plan.checkpoint.nbytes + plan.adapter_bytes
-    with staged(output, force=force) as folder, progress("composing", total) as advance:
+    with staged(output, force=force) as folder, progress("composing", total_bytes(plan)) as advance:
         write_model(plan, folder, advance)
 
 
@@ -197,9 +196,10 @@ def show_sources(sources: list[str], revision: str | None, selection: tuple[Any,
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row.values()))
-    say(table)
+    console.print(table)
 
 
-def _bytes(plan: "Plan") -> int:
+def total_bytes(plan: "Plan") -> int:
+    """Of the weights that are written: the base's with its new rows, and the adapters'."""
     new_rows = sum(t.nbytes // t.shape[0] * (plan.vocab_size - t.shape[0]) for t in plan.grown.values())
     return plan.checkpoint.nbytes + plan.adapter_bytes + new_rows

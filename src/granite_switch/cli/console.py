@@ -34,8 +34,13 @@ def calm_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    if not stderr.is_terminal:
+    if not shows_progress():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def shows_progress() -> bool:
+    """Whether bars are drawn: on a terminal, which FORCE_COLOR does not make of a file."""
+    return sys.stderr.isatty() and not _state["quiet"]
 
 
 def say(what: RenderableType) -> None:
@@ -82,7 +87,6 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    hidden = _state["quiet"] or not stderr.is_terminal
-    with Progress(*columns, console=stderr, transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=stderr, transient=True, disable=not shows_progress()) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from granite_switch.cli.command import require
-from granite_switch.cli.console import calm_libraries, console, stderr
+from granite_switch.cli.console import calm_libraries, console, shows_progress, stderr
 from granite_switch.errors import CheckpointError, SwitchError, TemplateError
 
 
@@ -111,7 +110,7 @@ def load(model: str, device_map: str) -> tuple[Any, Any]:
     from granite_switch.core.files import inside
     from granite_switch.core.records import read_config
 
-    if not sys.stderr.isatty():
+    if not shows_progress():
         logging.disable_progress_bar()
     if "/" in model and not os.path.exists(model) and (Path(model).is_absolute() or model.startswith(".")):
         raise CheckpointError(f"{model}: no such folder")

@@ -66,14 +66,14 @@ def inspect(
         )
         return
     found = look(folder)
-    if as_json:
-        say_json(found.to_dict())
-    else:
-        _show(found)
     if plot:
         draw(strengths(folder), plot)
-        if not as_json:
-            say(f"written: {plot}")
+    if as_json:
+        say_json(found.to_dict())
+        return
+    _show(found)
+    if plot:
+        say(f"written: {plot}")
 
 
 def verify(
@@ -272,9 +272,9 @@ def _show(report: "Report") -> None:
             escape(one.source),
             one.sha256[:16],
         )
-    say(table)
+    console.print(table)
     if report.retired:
-        say(f"removed adapters, whose slots are not reused: {', '.join(report.retired)}")
+        console.print(f"removed adapters, whose slots are not reused: {', '.join(report.retired)}", markup=False)
 
 
 def _inspect_gguf(path: Path, as_json: bool) -> None:
@@ -293,7 +293,7 @@ def _inspect_gguf(path: Path, as_json: bool) -> None:
         table.add_column(key, overflow="fold")
     for adapter in record["adapters"]:
         table.add_row(*(escape(_cell(adapter.get(key, ""))) for key in keys))
-    say(table)
+    console.print(table)
 
 
 def _cell(value: Any) -> str:
@@ -304,11 +304,12 @@ def _matched(
     spec: "SwitchSpec", sources: list[str], base_name: str, technology: str, revision: str | None
 ) -> tuple[Path | None, dict[str, Path]]:
     """The base among the sources, and adapter -> folder, matched by name, or by hash if it was renamed."""
-    from granite_switch.compose.sources import Selection, discover
+    from granite_switch.compose.hub import parse_ref
+    from granite_switch.compose.sources import Selection, base_folder, discover
     from granite_switch.core.checkpoint import sha256
 
-    bases = [Path(source) for source in sources if (Path(source) / "config.json").is_file()]
-    rest = [source for source in sources if Path(source) not in bases]
+    bases = [s for s in sources if (Path(s) / "config.json").is_file() or parse_ref(s).repo == spec.base_model]
+    rest = [source for source in sources if source not in bases]
     if not rest:
         raise AdapterError("--against names no adapters", hint="pass the sources that the model was composed from")
     name = base_name or spec.base_model.rstrip("/").split("/")[-1]
@@ -320,7 +321,7 @@ def _matched(
     result = {name: folder for name, folder in matched.items() if folder}
     if not result:
         raise AdapterError("--against has none of the model's adapters", hint=f"it has {', '.join(found)}")
-    return (bases[0] if bases else None), result
+    return (base_folder(bases[0]) if bases else None), result
 
 
 def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: str) -> list[Any]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from granite_switch.cli.compose import report
+from granite_switch.cli.compose import report, total_bytes
 from granite_switch.cli.console import progress, size
 
 
@@ -30,7 +30,7 @@ def upgrade(
     if not dry_run:
         check_target(new, force=force)
     plan = prepare(model_folder(old))
-    total = plan.checkpoint.nbytes + plan.adapter_bytes
+    total = total_bytes(plan)
     if not dry_run:
         with staged(new, force=force) as folder, progress("upgrading", total) as advance:
             write_model(plan, folder, advance)

@@ -30,7 +30,7 @@ inputs = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-Served by vLLM with `pip install granite-switch[vllm]`, the same name goes into
+Served by vLLM with `pip install 'granite-switch[vllm]'`, the same name goes into
 `"chat_template_kwargs": {{"adapter_name": "{example}"}}`.
 """
 

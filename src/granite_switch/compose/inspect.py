@@ -179,7 +179,7 @@ def plot(strengths: Strengths, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SwitchError("a plot needs matplotlib", hint="pip install granite-switch[plot]") from None
+        raise SwitchError("a plot needs matplotlib", hint="pip install 'granite-switch[plot]'") from None
     values, modules = strengths.values, strengths.modules
     columns = min(3, len(values)) or 1
     rows = math.ceil(len(values) / columns) or 1

@@ -178,7 +178,7 @@ def _classes(tokenizer: BaseTokenizer, config: Settings, folder: Path) -> tuple[
     if plain not in _REBUILT and not find_spec("transformers"):
         raise BaseModelError(
             f"{folder / 'tokenizer_config.json'}: it is not known how transformers reads tokenizer_class {declared}",
-            hint="install transformers, so that composing can check it: pip install granite-switch[hf]",
+            hint="install transformers, so that composing can check it: pip install 'granite-switch[hf]'",
         )
     return plain, plain
 

@@ -6,14 +6,18 @@ for the dtype, every token must have the same log-probability, and no other toke
 """
 
 import gc
+import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+
+from granite_switch.errors import ServingError
 
 _QUESTION = "Where does the river end, and who lives near the harbour? " * 16
 _TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # difference of a log-probability
@@ -142,14 +146,20 @@ def check(
     ],
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is vLLM's choice.")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of GPUs; vLLM's option.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: a record for each row of the table.")] = False,
 ) -> None:
     """Compare vLLM with transformers on this machine, eagerly and as a server. The exit code is 1 if they differ."""
     from rich.console import Console
 
     if dtype not in DTYPES:
         raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}", param_hint="--dtype")
+    if find_spec("vllm") is None:
+        raise ServingError("not installed: vllm", hint="pip install 'granite-switch[vllm]'")
     rows = run(model, dtype, tensor_parallel_size)
-    Console(width=None if sys.stdout.isatty() else 160).print(table(rows, f"{model}, {rows[0].dtype}"))
+    if as_json:
+        print(json.dumps([{**asdict(row), "agrees": row.agrees} for row in rows], indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(table(rows, f"{model}, {rows[0].dtype}"))
     if not all(row.agrees for row in rows):
         raise typer.Exit(1)
 
