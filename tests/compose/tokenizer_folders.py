@@ -119,7 +119,8 @@ def write_composed(folder: Path, base: Path) -> Path:
     data = extended(tokenizer, tokens, first + 20)
     write_json(folder / "tokenizer.json", data)
     write_json(folder / "tokenizer_config.json", extended_config(tokenizer, data))
-    write_json(folder / "config.json", {**config, "model_type": MODEL_TYPE, **UNREGISTERED, "switch": spec.to_dict()})
+    config |= {"model_type": MODEL_TYPE, **UNREGISTERED, "switch": spec.to_dict()}
+    write_json(folder / "config.json", {"num_hidden_layers": 1, "vocab_size": first + 20, **config})
     return folder
 
 

@@ -3,6 +3,7 @@
 Arguments: the checkpoint, "ddp" or "fsdp", the adapter of each process (or "base"), a file for the gradients.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -38,3 +39,4 @@ if rank == 0:
     torch.save(gradients, results)
 dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads sometimes abort the interpreter while it shuts down
