@@ -82,10 +82,13 @@ test-vllm: .venv-vllm/.stamp .venv-mellea/.stamp .venv-clients/.stamp
 	touch $@
 
 # Mellea calls the adapters through functions of its own; it needs other versions, hence an environment.
+# transformers 5.24 asks for PEFT 0.22 in methods that Mellea calls, and the newest PEFT is 0.21.2.
 .venv-mellea/.stamp: pyproject.toml constraints.txt
 	test -x .venv-mellea/bin/python || $(PYTHON) -m venv .venv-mellea
 	.venv-mellea/bin/pip install --quiet --constraint constraints.txt torch
-	.venv-mellea/bin/pip install --quiet --constraint constraints.txt mellea==$(MELLEA) transformers llguidance peft accelerate
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-mellea/constraints.txt
+	.venv-mellea/bin/pip install --quiet --constraint .venv-mellea/constraints.txt \
+	  mellea==$(MELLEA) 'transformers<5.24' llguidance peft accelerate
 	.venv-mellea/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
