@@ -5,8 +5,8 @@ Against a vLLM server (here Mellea needs no extras):
     vllm serve out/granite-switch-sample --served-model-name sample
     python examples/mellea_adapters.py out/granite-switch-sample --url http://localhost:8000/v1 --name sample
 
-or in this process, with transformers (pip install mellea llguidance '.[hf]' 'transformers<5.24', because Mellea 0.8 calls
-methods in which 5.24 asks for PEFT 0.22, which is not released yet):
+or in this process, with transformers (pip install mellea llguidance '.[hf]' 'transformers<5.24', because
+Mellea 0.8 calls methods in which 5.24 asks for PEFT 0.22, which is not released yet):
 
     python examples/mellea_adapters.py out/granite-switch-sample
 """
