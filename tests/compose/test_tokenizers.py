@@ -18,12 +18,13 @@ from packaging.version import Version
 sys.path.insert(0, str(Path(__file__).parent))
 from tokenizer_folders import CASES, Case, write_base, write_composed
 from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 import granite_switch.hf  # noqa: F401  (registers the Auto classes; the worker does without)
 from granite_switch import Conversation, compose
 from granite_switch.autotokenizer import differences
 from granite_switch.compose.proof import finish_proof, start_proof
-from granite_switch.compose.reading import read_as_base
+from granite_switch.compose.reading import _REGISTERED, read_as_base
 from granite_switch.compose.verify import find_problems
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import BaseModelError
@@ -60,6 +61,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _misread(case: Case) -> bool:
+    if case.tokenizer_class is None and case.model_type in _REGISTERED.keys() - TOKENIZER_MAPPING_NAMES.keys():
+        return True  # an earlier release has no class for it; composing there would refuse it
     plain = (case.tokenizer_class or "").removesuffix("Fast") == "LlamaTokenizer"
     return MISREAD and plain and case.kind == "bytes" and case.model_type == "llama"
 
@@ -67,7 +70,7 @@ def _misread(case: Case) -> bool:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ids_are_the_bases(case: Case, root: Path) -> None:
     if _misread(case):
-        pytest.skip("this release misreads the base itself")
+        pytest.skip("this release reads the base itself differently from the newest")
     base, composed = _folders(case, root)
     theirs, ours = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(composed)
     file = read_tokenizer(composed).library

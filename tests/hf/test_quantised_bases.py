@@ -62,7 +62,11 @@ def check(plain: Path, base: Path, name: str) -> Any:
     """Check that slot 0 is the base, bit for bit, and slot 1 the base plus the adapter by definition."""
     folder = base.with_name("composed")
     compose(base, [plain.parent / "whole"], folder)
-    model, quantised = load(folder, name), load(base, name)
+    try:
+        quantised = load(base, name)
+    except AttributeError as error:
+        pytest.skip(f"this release cannot load the base itself: {error}")  # 5.16, fp8 without experts
+    model = load(folder, name)
     rows = quantised.config.vocab_size
     without = logits(quantised, IDS)
     assert torch.equal(logits(model, IDS)[..., :rows], without)

@@ -80,6 +80,13 @@ def compose(
         create_io_yaml=create_io_yaml,
         place=places,
     )
+    _finish(plan, output, force, dry_run, as_json, push, private)
+
+
+def _finish(
+    plan: "Plan", output: Path | None, force: bool, dry_run: bool, as_json: bool, push: str, private: bool
+) -> None:
+    """Write, report and push a plan; with `dry_run` only report it."""
     notes(plan.notes)
     for warning in plan.warnings:
         warn(warning)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.utils import ModelOutput
 
 from granite_switch.eager import Groups, grouped
 from granite_switch.errors import RoutingError
@@ -121,3 +122,18 @@ def add_slots(cache: Any, model_layers: int, batch: int, before: int, device: to
         none = torch.zeros(batch, before, dtype=torch.int64, device=device)
         layer.append(none, none)
     return layer
+
+
+def cache_of(outputs: Any, name: str) -> Any:
+    """The cache in a base's outputs; None if there is none."""
+    if isinstance(outputs, ModelOutput):
+        return outputs.get(name)
+    return next((one for one in outputs if isinstance(one, Cache)), None)
+
+
+def cached_positions(past: Any) -> int:
+    """The length of a cache without a slot layer; 0 if it does not count positions."""
+    try:
+        return int(past.get_seq_length())
+    except ValueError:  # only recurrent states
+        return 0

@@ -15,19 +15,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.masking_utils import create_masks_for_generate
-from transformers.utils import ModelOutput
 
 from granite_switch.config import config_class, renewed
 from granite_switch.core.files import steady
 from granite_switch.core.spec import SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, RoutingError
 from granite_switch.hf.arguments import Arguments, with_signature
-from granite_switch.hf.cache import add_slots, find_slots
+from granite_switch.hf.cache import add_slots, cache_of, cached_positions, find_slots
 from granite_switch.hf.legacy import Hiding, masked, state_dict_of
 from granite_switch.hf.loading import load_adapters
 from granite_switch.hf.parallel import add_plans
@@ -188,7 +186,7 @@ class SwitchDecoder(Arguments, _Model):
         else:
             starts = sequence_starts(kwargs, ids) if past is None else None
             slots, kwargs["input_ids"] = self.switch(ids, layer.last() if layer else None, starts)
-        before = 0 if past is None or layer is not None else _cached(past)
+        before = 0 if past is None or layer is not None else cached_positions(past)
         layers = self.config.get_text_config().num_hidden_layers
         if self.hiding is not None:
             if past is not None:
@@ -199,7 +197,7 @@ class SwitchDecoder(Arguments, _Model):
             outputs = super().forward(**kwargs)
         finally:
             self.switch_scope.leave(token)
-        cache = past if past is not None else _cache_of(outputs, self._cache_name)
+        cache = past if past is not None else cache_of(outputs, self._cache_name)
         if cache is not None:
             layer = layer or add_slots(cache, layers, len(slots), before, slots.device)
             layer.append(slots, ids)
@@ -377,21 +375,6 @@ def __getattr__(name: str) -> Any:
 def decoder_of(model: Any) -> Any:
     """The decoder of a switch model; the model itself if it has no head."""
     return model if isinstance(model, SwitchDecoder) else model.base_model
-
-
-def _cache_of(outputs: Any, name: str) -> Any:
-    """The cache in a base's outputs; None if there is none."""
-    if isinstance(outputs, ModelOutput):
-        return outputs.get(name)
-    return next((one for one in outputs if isinstance(one, Cache)), None)
-
-
-def _cached(past: Any) -> int:
-    """The length of a cache without a slot layer; 0 if it does not count positions."""
-    try:
-        return int(past.get_seq_length())
-    except ValueError:  # only recurrent states
-        return 0
 
 
 def _no_ids(embeds: bool) -> RoutingError:

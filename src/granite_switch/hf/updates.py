@@ -64,7 +64,7 @@ class Updates(nn.Module):
             RoutingError: the input does not have one row per token of the batch.
         """
         flat, out = x.flatten(0, -2), y.flatten(0, -2)
-        if len(flat) != routing.slots.numel():
+        if flat.shape[0] != routing.slots.numel():
             raise RoutingError(
                 f"a linear with adapters got {len(flat)} rows for a batch of {routing.slots.numel()} tokens",
                 hint="it does not see every token exactly once (an expert, for example); adapters cannot target it",
@@ -76,7 +76,7 @@ class Updates(nn.Module):
         if routing.groups.groups:
             pairs = self._pairs(routing.groups)
             if self.reduce is None:
-                keep = routing.decode and not hasattr(self, "_hf_hook")  # offloaded modules cache no blocks
+                keep = routing.decode and "_hf_hook" not in self.__dict__  # offloaded modules cache no blocks
                 out = eager.add(flat, out, routing.groups, pairs, id(self) if keep else None)
             else:
                 out = self._reduced(flat, out, routing.groups, pairs)
