@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,9 +268,13 @@ def test_libraries_are_not_heard(base: Path, composed: Path, adapters: Path) -> 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     line = [sys.executable, "-m", "granite_switch.cli", "play", str(composed), "--port", port]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as play:
-        assert play.stdout
-        assert play.stderr
-        assert play.stdout.readline() == f"open http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
-        play.send_signal(signal.SIGINT)
-        assert play.communicate(timeout=60)[1] == ""
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background of a shell ignore it
+    with subprocess.Popen(line, **pipes, preexec_fn=heed) as play:
+        try:
+            assert play.stdout
+            assert play.stdout.readline() == f"open http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+            play.send_signal(signal.SIGINT)
+            assert play.communicate(timeout=60)[1] == ""
+        finally:
+            play.kill()
