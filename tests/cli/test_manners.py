@@ -15,9 +15,9 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,7 @@ def test_libraries_are_not_heard(base: Path, composed: Path, adapters: Path) -> 
     with subprocess.Popen(line, **pipes, preexec_fn=heed) as play:
         try:
             assert play.stdout
-            assert play.stdout.readline() == f"open http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+            assert play.stdout.readline() == f"open http://127.0.0.1:{port}/ (Ctrl-C stops the server)\n"
             play.send_signal(signal.SIGINT)
             assert play.communicate(timeout=60)[1] == ""
         finally:
