@@ -16,20 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from before import CASES
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import granite_switch.hf  # noqa: F401
 
-CASES = [
-    ("base", "decode", 1, 128),
-    ("lora", "decode", 1, 128),
-    ("base", "decode", 8, 128),
-    ("mixed", "decode", 8, 128),
-    ("mixed", "decode", 32, 64),
-    ("base", "prefill", 1, 512),
-    ("lora", "prefill", 1, 512),
-    ("mixed", "prefill", 8, 64),
-]
 ROUNDS, STEPS, ADAPTERS = 40, 4, 5
 
 
@@ -81,7 +72,7 @@ def main(home: str, sets: list[str]) -> None:
         switch = load(f"{home}/switch-{adapters}")
         share(plain, switch)
         for traffic, task, batch, length in CASES:
-            if adapters != sets[0] and traffic != "mixed":
+            if traffic == "alora" or (adapters != sets[0] and traffic != "mixed"):
                 continue
             ours = timed(switch, prompt(switch, traffic, batch, length), task)
             base = timed(plain, prompt(switch, "base", batch, length), task)
