@@ -156,7 +156,7 @@ def test_sagemakers_way_to_name_an_adapter_is_not_taken_for_the_base(server: htt
     header = {"x-amzn-sagemaker-adapter-identifier": "switch:citations"}
     answer = server.post("/invocations", json=body(None), headers=header)
     assert answer.status_code == 400
-    assert "`model`" in answer.json()["error"]["message"]
+    assert '"model": "NAME:ADAPTER"' in answer.json()["error"]["message"]
     assert post(server, "/invocations", **body("citations"))["model"] == "switch:citations"
 
 

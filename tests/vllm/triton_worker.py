@@ -28,8 +28,10 @@ configs = lora_shrink_op.get_lora_op_configs
 lora_shrink_op.get_lora_op_configs = lambda *args, **kwargs: configs(*args, **kwargs) | {"split_k": 2}
 
 
-def make(adapters: int, rank: int, slices: int, seed: int) -> tuple[TritonRouter, TritonLinear]:
-    """A router, and a linear with random adapters."""
+def make(
+    adapters: int, rank: int, slices: int, seed: int, memory: torch.Tensor | None = None
+) -> tuple[TritonRouter, TritonLinear]:
+    """A router, and a linear with random adapters, stored at the start of each row of `memory` if given."""
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS))
     router = TritonRouter(SimpleNamespace(adapters=range(adapters)), config)
     draw = torch.Generator().manual_seed(seed)
@@ -41,6 +43,11 @@ def make(adapters: int, rank: int, slices: int, seed: int) -> tuple[TritonRouter
             torch.randn(adapters, 1, 16 * (i + 1), rank, generator=draw).half() for i in range(slices)
         ),
     )
+    if memory is not None:
+        for row, name in zip(memory, ("lora_a_stacked", "lora_b_stacked"), strict=True):
+            stacks = zip(row, getattr(linear.layer, name), strict=True)
+            setattr(linear.layer, name, tuple(m[: x.numel()].view_as(x).copy_(x) for m, x in stacks))
+    linear.drop_cached_strides()
     return router, linear
 
 
@@ -82,7 +89,8 @@ def kernels_are_the_definition(data: st.DataObject) -> None:
     slots, padding = data.draw(routings(adapters)), data.draw(st.integers(0, 9))  # CUDA graphs pad a batch
     router.mapping.fill_(adapters - 1)  # left by an earlier batch
     out = sum(b.shape[2] for b in linear.layer.lora_b_stacked)
-    x, before = torch.randn(len(slots) + padding, WIDTH).half(), torch.randn(len(slots) + padding, out).half()
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x, before = (torch.randn(len(slots) + padding, width, generator=draw).half() for width in (WIDTH, out))
     whole = slots + data.draw(st.lists(st.integers(0, adapters), min_size=padding, max_size=padding))
     router.route(torch.tensor(whole, dtype=torch.int32))
     found = before.clone()
@@ -103,12 +111,26 @@ def a_captured_route_serves_any_routing() -> None:
     for _ in range(2):
         drawn = torch.randint(0, 6, (20,), generator=draw, dtype=torch.int32)
         graph(drawn)
-        x, before = torch.randn(20, WIDTH).half(), torch.randn(20, 48).half()
+        x, before = (torch.randn(20, width, generator=draw).half() for width in (WIDTH, 48))
         found = before.clone()
         linear.add(found, x)
         check(linear, x, before, found, drawn.tolist())
 
 
+def a_linear_at_the_addresses_of_a_freed_one_is_right() -> None:
+    """As when a process loads a second model; vLLM caches the stacks' strides by address."""
+    memory, draw = torch.zeros(2, 2, 4096).half(), torch.Generator().manual_seed(2)
+    for rank in 8, 16:
+        router, linear = make(3, rank, 2, 0, memory)
+        slots = torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32)
+        x, before = (torch.randn(5, width, generator=draw).half() for width in (WIDTH, 48))
+        router.route(slots)
+        found = before.clone()
+        linear.add(found, x)
+        check(linear, x, before, found, slots.tolist())
+
+
 kernels_are_the_definition()
+a_linear_at_the_addresses_of_a_freed_one_is_right()
 a_captured_route_serves_any_routing()
 print("equal")

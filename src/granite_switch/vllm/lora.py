@@ -173,7 +173,18 @@ class TritonLinear(SwitchedLinear):
         for matrix in "ab":
             for index, stack in enumerate(getattr(self.layer, f"lora_{matrix}_stacked")):
                 router.register_buffer(f"{name}.{matrix}{index}".replace(".", "_"), stack, persistent=False)
+        self.drop_cached_strides()
         super().__init__(linear, name)
+
+    def drop_cached_strides(self) -> None:
+        """Remove the strides that vLLM caches by address, left by a freed model whose stacks had these addresses."""
+        from vllm.lora.ops.triton_ops.utils import _LORA_A_PTR_DICT, _LORA_B_PTR_DICT
+
+        for cache, stacks in (
+            (_LORA_A_PTR_DICT, self.layer.lora_a_stacked),
+            (_LORA_B_PTR_DICT, self.layer.lora_b_stacked),
+        ):
+            cache.pop(tuple(stack.data_ptr() for stack in stacks), None)
 
     def set(self, slot: int, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
         fill(self.layer, slot - 1, a, b)
