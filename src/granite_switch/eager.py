@@ -6,7 +6,7 @@ to blocks of one rank, with one batched matmul for A and one for B. The blocks a
 grouping and checked against every parameter before use. `core.lora` is the definition.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
 class Padded(NamedTuple):
     """The blocks of one linear, and the identity of the parameters they copy."""
 
-    key: tuple[object, ...]  # data pointer and version of each A and B
+    key: list[int]  # data pointer and version of each A and B
     blocks: Blocks | None  # None if padding is impossible or wasteful
 
 
@@ -107,31 +107,31 @@ def _grouped(values: list[int], counts: list[int], tokens: int, device: torch.de
     return Groups(tuple(indexed), tokens)
 
 
-def add(x: Tensor, y: Tensor, groups: Groups, pairs: Mapping[int, Pair], owner: int | None = None) -> Tensor:
+def add(x: Tensor, y: Tensor, groups: Groups, pair: Callable[[int], Pair | None], owner: int | None = None) -> Tensor:
     """Add each token's update to a linear's output.
 
     Args:
         x: [T, in], the linear's input.
         y: [T, out], its output; modified in place unless gradients are recorded.
         groups: of these T tokens.
-        pairs: slot -> its update of this linear; slots without one are skipped.
+        pair: returns a slot's update of this linear, or None if it has none.
         owner: identifies the linear in `groups.padded`; None: use no blocks.
 
     Returns:
         [T, out]. Rows in slot 0 equal y bit for bit.
     """
-    mine = [g for g in groups.groups if g.slot in pairs]
+    mine = [(g, own) for g in groups.groups if (own := pair(g.slot)) is not None]
     if torch.is_grad_enabled():
-        for g in mine:
-            y = _added(x, y, g.rows, pairs[g.slot], groups.tokens)
+        for g, own in mine:
+            y = _added(x, y, g.rows, own, groups.tokens)
         return y
     if owner is not None and len(mine) > 1 and groups.tokens <= FEW:
-        blocks = _blocks(groups, mine, pairs, owner)
+        blocks = _blocks(groups, mine, owner)
         if blocks is not None:
             _add_blocks(x, y, blocks)
             return y
-    for g in mine:
-        _add_in_place(x, y, g.rows, pairs[g.slot], groups.tokens)
+    for g, own in mine:
+        _add_in_place(x, y, g.rows, own, groups.tokens)
     return y
 
 
@@ -167,13 +167,12 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight)
 
 
-def _blocks(groups: Groups, mine: list[Group], pairs: Mapping[int, Pair], owner: int) -> Blocks | None:
+def _blocks(groups: Groups, mine: list[tuple[Group, Pair]], owner: int) -> Blocks | None:
     """The blocks of this linear, cached; None if padding is impossible or wasteful."""
-    own = [pairs[g.slot] for g in mine]
-    key = tuple([version for a, b, _ in own for version in (a.data_ptr(), _version(a), b.data_ptr(), _version(b))])
+    key = [version for _, (a, b, _) in mine for version in (a.data_ptr(), _version(a), b.data_ptr(), _version(b))]
     known = groups.padded.get(owner)
     if known is None or known.key != key:
-        known = groups.padded[owner] = Padded(key, _pad(mine, own))
+        known = groups.padded[owner] = Padded(key, _pad(mine))
     return known.blocks
 
 
@@ -181,8 +180,9 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _pad(mine: list[Group], own: list[Pair]) -> Blocks | None:
-    first, ranks, lengths = own[0], [len(pair.a) for pair in own], [len(g.tokens) for g in mine]
+def _pad(mine: list[tuple[Group, Pair]]) -> Blocks | None:
+    own, lengths = [pair for _, pair in mine], [len(g.tokens) for g, _ in mine]
+    first, ranks = own[0], [len(pair.a) for pair in own]
     if any(pair.a.dtype != first.a.dtype or pair.a.device != first.a.device for pair in own):
         return None
     if max(lengths) * len(own) > 2 * sum(lengths) + 32:
@@ -192,7 +192,7 @@ def _pad(mine: list[Group], own: list[Pair]) -> Blocks | None:
     rank, alone = _cheapest(sizes, ranks, lengths, first.a.shape[1] + len(first.b), len(first.b))
     cut = [
         (tokens, pair, start)
-        for g, pair in zip(mine, own, strict=True)
+        for g, pair in mine
         for tokens in ([(token,) for token in g.tokens] if alone else [g.tokens])
         for start in range(0, len(pair.a), rank)
     ]

@@ -41,7 +41,7 @@ from granite_switch.hf.saving import save_switch_model
 from granite_switch.hf.suppress import Suppress, ranges
 from granite_switch.hf.updates import Site, Updates, add_updates, wrap_layers
 
-_MARGIN = 128.0  # below a row's largest logit: exp(-128) is 0 in float32, and no arithmetic on logits overflows
+_MARGIN = 128.0  # below another token's logit: exp(-128) is 0 in float32, and no arithmetic on logits overflows
 
 if TYPE_CHECKING:  # the base's classes follow these in the subclasses' MRO
 
@@ -166,7 +166,8 @@ class SwitchDecoder(Arguments, _Model):
     def attach_adapters(self) -> None:
         """Hook the current linears. Every forward does this; call it yourself before `torch.compile`."""
         for site in self.switch_sites:
-            site.attach()
+            if site.current() is not site.hooked:
+                site.attach()
 
     def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
         kwargs = self._arguments(args, kwargs)
@@ -240,6 +241,7 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         decoder._accepted |= self._accepted  # the base's forward passes arguments through to the decoder
         self.substitutes = spec.substitutes
         self.suppressed = tuple(ranges(spec.suppressed))
+        self.reference = next(i for i in range(len(spec.suppressed) + 1) if i not in spec.suppressed)
 
     @property
     def loss_function(self) -> Any:
@@ -277,13 +279,12 @@ class SwitchForCausalLM(Arguments, _CausalModel):
         return outputs
 
     def _suppress(self, logits: Tensor) -> Tensor:
-        """Set control tokens' logits, in place, so far below the largest that their probability is 0.
+        """Set control tokens' logits, in place, so far below the base's first token's that their probability is 0.
 
         Not -inf: guidance, label smoothing and distillation do arithmetic on all logits.
         """
         if self.suppressed:
-            with torch.no_grad():
-                floor = logits.amax(-1, keepdim=True) - _MARGIN
+            floor = logits.detach()[..., self.reference, None] - _MARGIN
             for tokens in self.suppressed:
                 logits[..., tokens] = floor
         return logits

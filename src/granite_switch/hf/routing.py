@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.eager import Groups, group
@@ -59,7 +60,7 @@ class Switch(nn.Module):
 
         Arguments as for `slots_of`.
         """
-        return slots_of(input_ids, self.control_to_slot, initial, starts), self.control_to_substitute[input_ids]
+        return slots_of(input_ids, self.control_to_slot, initial, starts), self.control_to_substitute.take(input_ids)
 
 
 def slots_of(
@@ -73,7 +74,7 @@ def slots_of(
         initial: [B] int64, the slot in force before the first token; None for 0.
         starts: [B, S] bool, true where a packed sequence begins, in slot 0; None if there are none.
     """
-    switches = control_to_slot[input_ids]
+    switches = control_to_slot.take(input_ids)
     if starts is not None:
         switches = torch.where(starts & (switches < 0), 0, switches)
     if input_ids.shape[1] == 1:
@@ -134,7 +135,7 @@ def route(slots: Tensor, past: Any = None) -> Routing:
         slots: [B, S] int64.
         past: the cache's slot layer, which memoises the grouping of decode steps.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return Routing(slots, None)
     if past is not None and slots.shape[1] == 1 and not torch.is_grad_enabled():
         return Routing(slots, past.groups(slots[:, 0]), decode=True)
@@ -156,17 +157,17 @@ class Scope:
         self.traced: Routing | None = None
 
     def get(self) -> Routing | None:
-        return self.traced if torch.compiler.is_compiling() else self._current.get()
+        return self.traced if is_compiling() else self._current.get()
 
     def enter(self, routing: Routing | None) -> Any:
         """Set the routing; returns the argument for `leave`."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             before, self.traced = self.traced, routing
             return before
         return self._current.set(routing)
 
     def leave(self, token: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self.traced = token
         else:
             self._current.reset(token)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from granite_switch import eager
@@ -63,34 +64,30 @@ class Updates(nn.Module):
         Raises:
             RoutingError: the input does not have one row per token of the batch.
         """
-        flat, out = x.flatten(0, -2), y.flatten(0, -2)
-        if flat.shape[0] != routing.slots.numel():
+        flat, out, groups = x.flatten(0, -2), y.flatten(0, -2), routing.groups
+        if len(flat) != routing.slots.numel():
             raise RoutingError(
                 f"a linear with adapters got {len(flat)} rows for a batch of {routing.slots.numel()} tokens",
                 hint="it does not see every token exactly once (an expert, for example); adapters cannot target it",
             )
-        if routing.groups is None or torch.compiler.is_compiling():
+        if groups is None or is_compiling():
             return self._fixed(flat, out, routing.slots.flatten()).view(y.shape)
         if torch.is_grad_enabled():
-            out = self._with_unused(out, routing.groups)
-        if routing.groups.groups:
-            pairs = self._pairs(routing.groups)
-            if self.reduce is None:
-                keep = routing.decode and "_hf_hook" not in self.__dict__  # offloaded modules cache no blocks
-                out = eager.add(flat, out, routing.groups, pairs, id(self) if keep else None)
-            else:
-                out = self._reduced(flat, out, routing.groups, pairs)
+            out = self._with_unused(out, groups)
+        if self.reduce is None:
+            keep = routing.decode and "_hf_hook" not in self.__dict__  # offloaded modules cache no blocks
+            out = eager.add(flat, out, groups, self.pair, id(self) if keep else None)
+        else:
+            out = self._reduced(flat, out, groups)
         return out.view(y.shape)
 
-    def _pairs(self, groups: eager.Groups) -> dict[int, eager.Pair]:
-        """The current parameters of the batch's adapters, by slot, without those that do not update this linear."""
-        pairs: dict[int, eager.Pair] = {}
-        parameters = self._parameters  # nn.Module.__getattr__ is several times slower
-        for one in groups.groups:
-            if one.slot in self.adapters and one.slot not in pairs:
-                a, b, scale = self.adapters[one.slot]
-                pairs[one.slot] = eager.Pair(parameters[a], parameters[b], scale)  # type: ignore[arg-type]
-        return pairs
+    def pair(self, slot: int) -> eager.Pair | None:
+        """The current parameters of the adapter in a slot; None if it does not update this linear."""
+        names = self.adapters.get(slot)
+        if names is None:
+            return None
+        held: dict[str, Any] = self._parameters  # nn.Module.__getattr__ is several times slower
+        return eager.Pair(held[names[0]], held[names[1]], names[2])
 
     def _fixed(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
         """Add the updates with shapes that do not depend on the routing: every adapter runs on all tokens, masked."""
@@ -99,11 +96,11 @@ class Updates(nn.Module):
             y = y + F.linear(hidden, getattr(self, b)).to(y.dtype)
         return y
 
-    def _reduced(self, x: Tensor, y: Tensor, groups: eager.Groups, pairs: dict[int, eager.Pair]) -> Tensor:
+    def _reduced(self, x: Tensor, y: Tensor, groups: eager.Groups) -> Tensor:
         """Add the updates under tensor parallelism. All processes reduce for the adapters in the same order."""
         for one in groups.groups:
-            if one.slot in pairs:
-                a, b, scale = pairs[one.slot]
+            if (pair := self.pair(one.slot)) is not None:
+                a, b, scale = pair
                 rows = one.rows
                 if isinstance(rows, slice):
                     rows = torch.arange(rows.start, rows.stop, device=x.device)
@@ -157,17 +154,20 @@ class Site:
                 hint="call the model or its decoder, not a layer alone",
             )
         routing.called.add(self.path)
-        if routing.groups is not None and not routing.groups.groups and not torch.is_grad_enabled():
+        groups = routing.groups
+        if groups is not None and not groups.groups and not torch.is_grad_enabled():
             return None
         if not args or not isinstance(output, Tensor):
             raise RoutingError(f"{self.path}: adapters need a linear that maps one positional tensor to a tensor")
         return self.parent._modules[self.name + SUFFIX](args[0], output, routing)  # type: ignore[misc]
 
+    def current(self) -> nn.Module | None:
+        """The linear that currently has this path."""
+        return self.parent._modules.get(self.name)
+
     def attach(self) -> None:
-        """Hook the linear that currently has this path, unless it is hooked already."""
-        linear = self.parent._modules.get(self.name)
-        if linear is self.hooked:
-            return
+        """Hook the linear that currently has this path."""
+        linear = self.current()
         if linear is None:
             raise RoutingError(
                 f"{self.path} is no longer in the model, so its adapters would do nothing",
@@ -180,7 +180,7 @@ class Site:
 
     def check(self) -> None:
         """Raise if the linear was replaced after `attach`; hooks cannot be attached inside a compiled graph."""
-        if self.parent._modules.get(self.name) is not self.hooked:
+        if self.current() is not self.hooked:
             raise RoutingError(
                 f"{self.path} was replaced, and its adapters are not attached to the new module",
                 hint="before compiling, run one forward or call the decoder's attach_adapters()",
@@ -259,12 +259,12 @@ class Layer(_Module):
             output = super().forward(*args, **kwargs)
         finally:
             self.switch_scope.leave(token)
-        if switch_routing is None or torch.compiler.is_compiling():
+        if switch_routing is None or is_compiling():
             return output
-        if left_out := self.switch_paths - switch_routing.called:
+        if not self.switch_paths <= switch_routing.called:
             raise RoutingError(
                 f"{type(self).__name__} ran without calling linears that have adapters, so the adapters did nothing",
-                problems=sorted(left_out),
+                problems=sorted(self.switch_paths - switch_routing.called),
                 hint="a fused kernel bypasses them; load the model without it (use_kernels, Liger, Mamba kernels)",
             )
         return output

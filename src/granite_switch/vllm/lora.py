@@ -254,7 +254,7 @@ class EagerLinear(SwitchedLinear):
         if torch.compiler.is_compiling():
             torch.ops.vllm.granite_switch_add(y, x, self.name)
         else:
-            added = eager.add(x, y, self.router.groups, self.pairs, id(self))
+            added = eager.add(x, y, self.router.groups, self.pairs.get, id(self))
             if added is not y:  # gradients are recorded; not in vLLM itself, which runs in inference mode
                 y.data.copy_(added)
 
