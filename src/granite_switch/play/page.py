@@ -25,15 +25,14 @@ from granite_switch.play.session import Session, needs_text
 _INTERVAL = 0.08  # seconds between updates of a streamed answer
 
 
-def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait: bool = True) -> str:
-    """Serve the page and return its URL; with `wait`, only after Ctrl-C.
+def launch(engine: Engine, host: str, port: int | None, open_browser: bool) -> None:
+    """Serve the page until Ctrl-C.
 
     Raises:
         SwitchError: the port is taken, or the host is not an address of this machine.
     """
     css = files("granite_switch.play").joinpath("page.css").read_text(encoding="utf-8")
     page = build(engine)
-    url: str
     try:
         _, url, _ = page.queue(default_concurrency_limit=8).launch(
             server_name=host,
@@ -51,9 +50,7 @@ def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait
         place = f"port {port} is taken" if port else "no port from 7860 is free"
         raise SwitchError(f"{place}, or {host} is not an address of this machine", hint="--port N") from None
     print(f"open {url} (Ctrl-C stops the server)", flush=True)
-    if wait:
-        page.block_thread()
-    return url
+    page.block_thread()
 
 
 def build(engine: Engine) -> gr.Blocks:

@@ -201,10 +201,8 @@ def report(found: Report, spec: SwitchSpec) -> str:
     )
 
 
-def alert(problem: SwitchError | None) -> str:
-    """An error with its problems and hint; empty if there is none."""
-    if problem is None:
-        return ""
+def alert(problem: SwitchError) -> str:
+    """An error with its problems and hint."""
     more = "".join(f"<li>{escape(line)}</li>" for line in problem.problems)
     hint = f"<p>Hint: {escape(problem.hint)}</p>" if problem.hint else ""
     said = f"<p><b>Error:</b> {escape(problem.message)}</p>"
