@@ -5,7 +5,6 @@ import re
 import tempfile
 import time
 import traceback
-from base64 import b64encode
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -204,11 +203,6 @@ def _picture(folder: Path) -> str:
     try:
         with tempfile.TemporaryDirectory() as place:
             plot(strengths(folder), Path(place) / "strengths.svg")
-            data = b64encode((Path(place) / "strengths.svg").read_bytes()).decode()
+            return views.picture((Path(place) / "strengths.svg").read_bytes())
     except SwitchError as error:
         return views.alert(error)
-    title = "How strongly each adapter changes each projection of each layer"
-    return (
-        f'<h3>{title}</h3><div class="gs-scroll" tabindex="0" role="region" aria-label="{title}">'
-        f'<img class="gs-picture" src="data:image/svg+xml;base64,{data}" alt="{title}, as a heat map"></div>'
-    )
