@@ -14,7 +14,7 @@ from granite_switch.errors import SwitchError
 from granite_switch.play.engine import Answer, Model
 from granite_switch.play.session import Compared, Exchange, Measure
 
-_KINDS = {"alora": "aLoRA", "lora": "LoRA"}
+_TECHNOLOGIES = {"alora": "aLoRA", "lora": "LoRA"}
 _WORDS = re.compile(r"\w+|\s+|.", re.DOTALL)
 _EMPTY = "(only an end-of-text token)"
 
@@ -25,9 +25,9 @@ def title(model: str, place: str) -> str:
 
 
 def choice(spec: AdapterSpec) -> str:
-    """An adapter's label in the list of choices: name, kind, rank, invocation text."""
+    """An adapter's label in the list of choices: name, technology, rank, invocation text."""
     invoked = f", from {spec.invocation_text!r}" if spec.invocation_text else ", from the first token of its turn"
-    return f"{spec.name} ({_KINDS[spec.technology]}, rank {spec.rank}{invoked})"
+    return f"{spec.name} ({_TECHNOLOGIES[spec.technology]}, rank {spec.rank}{invoked})"
 
 
 def need(name: str, text: str) -> str:
@@ -63,7 +63,7 @@ def _figures(measure: Measure) -> str:
 
 
 def measures(exchanges: Sequence[Exchange], spec: SwitchSpec, as_lora: bool) -> str:
-    """A table with a row for each turn: cached and computed tokens (also with LoRA semantics), times, and bar charts."""
+    """A table with a row for each turn: cached and computed tokens (also with LoRA semantics), times, bar charts."""
     turns = [(i, e.ask.adapter, e.measure) for i, e in enumerate(exchanges, 1) if e.measure]
     if not turns:
         return '<p class="gs-empty">No answers yet.</p>'
@@ -168,13 +168,13 @@ def difference(left: str, right: str) -> str:
 
 def report(found: Report, spec: SwitchSpec) -> str:
     """The model's adapters, as a table."""
-    columns = ("adapter", "kind", "rank", "alpha", "projections", "parameters", "size", "invocation text", "token")
+    columns = ("adapter", "technology", "rank", "alpha", "projections", "parameters", "size", "invocation", "token")
     rows = []
     for a in found.adapters:
         low, high = a.ranks
         cells = (
             _badge(a.name, spec),
-            _KINDS[a.technology],
+            _TECHNOLOGIES[a.technology],
             f"{low} to {high}" if low != high else str(high),
             f"{a.alpha:g}{' (rslora)' if a.use_rslora else ''}",
             escape(", ".join(name.removesuffix("_proj") for name in a.target_modules)),
