@@ -155,8 +155,7 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
     stop.click(Session.stop, session, None, queue=False, **quiet)
     new.click(restart, [session, lora], [log, alert, figures, tokens], **quiet)
     lora.change(shown, [session, lora], [figures, tokens], **quiet)
-    needs = {name: needs_text(engine, name) for name in spec.names}
-    adapter.change(lambda name: views.need(name, needs.get(name, "")), adapter, need, **quiet)
+    adapter.change(lambda name: views.need(name, needs_text(engine.files.folder, name)), adapter, need, **quiet)
 
 
 def _compare(engine: Engine, session: gr.State, before: list[Any]) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from threading import Event, Lock
 
 from granite_switch.conversation import Conversation, Turn, common_length
@@ -136,7 +138,7 @@ class Session:
         """
         if not ask.text.strip():
             raise SwitchError("the message is empty")
-        if (text := needs_text(self.engine, ask.adapter)) and text not in ask.text:
+        if (text := needs_text(self.engine.files.folder, ask.adapter)) and text not in ask.text:
             raise SwitchError(
                 f"{ask.adapter} acts from {text} on, but the message does not contain it",
                 hint=f"write {text} where {ask.adapter} should start, or choose another adapter",
@@ -173,10 +175,12 @@ class Session:
             self._busy.release()
 
 
-def needs_text(engine: Engine, adapter: str) -> str:
+@cache
+def needs_text(folder: Path, adapter: str) -> str:
     """The text that a message to this adapter must contain; empty if the chat template writes it."""
+    talk = Conversation(folder)
     try:
-        engine.conversation(Setting()).ask("a", adapter)
+        talk.ask("a", adapter)
     except TemplateError:
-        return engine.files.spec.adapter(adapter).invocation_text
+        return talk.spec.adapter(adapter).invocation_text
     return ""
