@@ -126,7 +126,7 @@ class Conversation:
         # a rendered prompt uses one adapter, whichever adapters answered earlier
         before = [_unmarked(message) for message in self.messages] if rendered else self.messages
         ids = self._render([*before, *new], adapter) if rendered else (*self.ids, *self._continue(new, adapter))
-        reused = max((_common(ids, earlier) for earlier in self._computed), default=0)
+        reused = max((common_length(ids, earlier) for earlier in self._computed), default=0)
         messages = (*before, *new)
         self._turn = Turn(adapter, ids, min(reused, len(ids) - 1), rendered, aside, messages, self._variables)
         return self._turn
@@ -201,7 +201,7 @@ def _unmarked(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "adapter"}
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
     """Return the length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 

@@ -170,5 +170,5 @@ def test_side_by_side_answers_are_those_of_each_alone(engine: Engine) -> None:
 
 
 def test_who_needs_a_text_is_asked_of_the_template(local: Local) -> None:
-    needs = {name: needs_text(local, name) for name in ("base", *local.files.spec.names)}
+    needs = {name: needs_text(local.files.folder, name) for name in ("base", *local.files.spec.names)}
     assert {name: text for name, text in needs.items() if text} == {"query_rewrite": "<rewrite>"}

@@ -1,6 +1,5 @@
 """The interface of the engines: the model in this process (`local`), or a server that has it (`remote`)."""
 
-import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from granite_switch.core.layout import decoder_config
 from granite_switch.core.model import read_model
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
-from granite_switch.errors import SwitchError
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Engine(Protocol):
         """Yield the text so far after each update, and at the end the answer, which is then part of the conversation.
 
         Raises:
-            SwitchError: the turn cannot be asked or answered; the conversation is unchanged.
+            SwitchError: the turn cannot be answered; the conversation is unchanged.
         """
 
     def batch(self, turns: Sequence[Turn], sampling: Sampling, stop: Event) -> list[tuple[int, ...]]:
@@ -102,29 +100,3 @@ class Model:
             lambda ids: library.decode(list(ids), skip_special_tokens=True).rstrip("\ufffd"),
             lambda token: library.decode([token], skip_special_tokens=False),
         )
-
-
-def fitting(turn: Turn, limit: int) -> Turn:
-    """Return the turn.
-
-    Raises:
-        SwitchError: its prompt leaves no room for an answer.
-    """
-    if len(turn.ids) >= limit:
-        raise SwitchError(
-            f"the prompt has {len(turn.ids):,} tokens, but the model takes {limit:,} including the answer",
-            hint="shorten the message or the documents, or start a new conversation",
-        )
-    return turn
-
-
-def sentence(body: str) -> str:
-    """The message in an error response's body, in any of the forms that servers use."""
-    try:
-        data = json.loads(body)
-    except ValueError:
-        return "" if body.lstrip().startswith("<") else body.strip()[:300]
-    if not isinstance(data, dict):
-        return str(data)[:300]
-    error = data.get("error", data)
-    return str(error.get("message", error) if isinstance(error, dict) else data.get("detail", error))

@@ -1,8 +1,10 @@
 """The engine in this process, with transformers. It serves one conversation at a time; others wait."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from queue import Queue
 from threading import Event, Lock, Thread
 from typing import Any
@@ -15,7 +17,7 @@ from granite_switch.conversation import Conversation, Turn
 from granite_switch.errors import SwitchError
 from granite_switch.hf.conversation import Conversation as Cached
 from granite_switch.hf.conversation import Reply
-from granite_switch.play.engine import Answer, Ask, Model, Sampling, Setting, fitting
+from granite_switch.play.engine import Answer, Ask, Model, Sampling, Setting
 
 
 class Local:
@@ -39,16 +41,17 @@ class Local:
 
     def conversation(self, setting: Setting) -> Conversation:
         """As `Engine.conversation`."""
-        return _Bounded(self.model, self.files, setting)
+        return Cached(self.model, self.files.folder, **setting.options())
 
     def stream(
         self, talk: Conversation, ask: Ask, sampling: Sampling, stop: Event
     ) -> Generator[str | Answer, None, None]:
         """As `Engine.stream`. Closing the generator stops the model."""
-        assert isinstance(talk, _Bounded)
+        assert isinstance(talk, Cached)
         with self._alone(stop):
             self._embedded = 0
-            run = _Run(talk, ask, _options(sampling), self.limit, stop, lambda: self._embedded)
+            say = partial(talk.say, ask.text, ask.adapter, keep=ask.keep, **self._options(sampling, stop))
+            run = _Run(say, lambda: self._embedded)
             run.start()
             try:
                 while (ids := run.pieces.get()) is not None:
@@ -56,7 +59,10 @@ class Local:
             finally:
                 stop.set()
                 run.join()
-            reply = run.reply()
+            try:
+                reply = run.reply.result()
+            except torch.OutOfMemoryError:
+                raise SwitchError("the device ran out of memory", hint="start a new conversation") from None
         cached = len(reply.turn.ids) - run.computed
         yield Answer(reply.turn, reply.ids, reply.text, cached, run.first, run.seconds)
 
@@ -73,10 +79,15 @@ class Local:
                 ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 pad_token_id=pad,
-                stopping_criteria=[_Stop(stop, self.limit)],
-                **_options(sampling),
+                **self._options(sampling, stop),
             )
         return [_until(row, ends) for row in output[:, width:].tolist()]
+
+    def _options(self, sampling: Sampling, stop: Event) -> dict[str, Any]:
+        """The arguments for `generate`."""
+        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
+        options = {"do_sample": bool(chosen), "max_new_tokens": sampling.max_new_tokens, **chosen}
+        return {**options, "stopping_criteria": [_Stop(stop, self.limit)]}
 
     @contextmanager
     def _alone(self, stop: Event) -> Iterator[None]:
@@ -89,50 +100,30 @@ class Local:
             self._lock.release()
 
 
-class _Bounded(Cached):
-    """A conversation that refuses turns without room for an answer."""
-
-    def __init__(self, model: Any, files: Model, setting: Setting) -> None:
-        super().__init__(model, files.folder, **setting.options())
-        self.limit = files.limit
-
-    def ask(self, *arguments: Any, **options: Any) -> Turn:
-        turn = super().ask(*arguments, **options)
-        try:
-            return fitting(turn, self.limit)
-        except SwitchError:
-            self.withdraw()
-            raise
-
-
 class _Run(Thread, BaseStreamer):
-    """One turn in its own thread. `pieces` receives the ids so far after each token, and None at the end."""
+    """One turn in its own thread.
 
-    def __init__(self, talk: Cached, ask: Ask, options: dict[str, Any], limit: int, stop: Event, embedded: Any) -> None:
+    Args:
+        say: runs the turn.
+        embedded: returns how many tokens the model has read in this turn.
+    """
+
+    def __init__(self, say: Callable[..., Reply], embedded: Callable[[], int]) -> None:
         super().__init__(daemon=True)
-        self.pieces: Queue[tuple[int, ...] | None] = Queue()
+        self.pieces: Queue[tuple[int, ...] | None] = Queue()  # the ids so far after each token, and None at the end
+        self.reply: Future[Reply] = Future()
         self.computed, self.first, self.seconds = 0, 0.0, 0.0
-        self._talk, self._ask, self._embedded = talk, ask, embedded
-        self._options = {**options, "streamer": self, "stopping_criteria": [_Stop(stop, limit)]}
+        self._say, self._embedded = say, embedded
         self._ids: tuple[int, ...] | None = None  # None until `put` has received the prompt, which comes first
-        self._outcome: Reply | BaseException | None = None
 
     def run(self) -> None:
         self._began = time.perf_counter()
         try:
-            ask = self._ask
-            self._outcome = self._talk.say(ask.text, ask.adapter, keep=ask.keep, **self._options)
-        except BaseException as error:  # raised again by `reply`
-            self._outcome = error
+            self.reply.set_result(self._say(streamer=self))
+        except BaseException as error:
+            self.reply.set_exception(error)
         self.seconds = time.perf_counter() - self._began
         self.pieces.put(None)
-
-    def reply(self) -> Reply:
-        if isinstance(self._outcome, Reply):
-            return self._outcome
-        if isinstance(self._outcome, torch.OutOfMemoryError):
-            raise SwitchError("the device ran out of memory in this turn", hint="start a new conversation") from None
-        raise self._outcome or RuntimeError("the turn ended without an answer")
 
     def put(self, value: torch.Tensor) -> None:
         """Called by `generate` with the prompt, then with each token."""
@@ -155,11 +146,6 @@ class _Stop(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
         over = self.stop.is_set() or input_ids.shape[1] >= self.limit
         return torch.full((len(input_ids),), over, device=input_ids.device)
-
-
-def _options(sampling: Sampling) -> dict[str, Any]:
-    chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
-    return {"do_sample": bool(chosen), "max_new_tokens": sampling.max_new_tokens, **chosen}
 
 
 def _until(ids: list[int], ends: Sequence[int | None]) -> tuple[int, ...]:

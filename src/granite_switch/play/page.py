@@ -5,7 +5,6 @@ import re
 import tempfile
 import time
 import traceback
-from base64 import b64encode
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -25,15 +24,14 @@ from granite_switch.play.session import Session, needs_text
 _INTERVAL = 0.08  # seconds between updates of a streamed answer
 
 
-def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait: bool = True) -> str:
-    """Serve the page and return its URL; with `wait`, only after Ctrl-C.
+def launch(engine: Engine, host: str, port: int | None, open_browser: bool) -> None:
+    """Serve the page until Ctrl-C.
 
     Raises:
         SwitchError: the port is taken, or the host is not an address of this machine.
     """
     css = files("granite_switch.play").joinpath("page.css").read_text(encoding="utf-8")
     page = build(engine)
-    url: str
     try:
         _, url, _ = page.queue(default_concurrency_limit=8).launch(
             server_name=host,
@@ -51,9 +49,7 @@ def launch(engine: Engine, host: str, port: int | None, open_browser: bool, wait
         place = f"port {port} is taken" if port else "no port from 7860 is free"
         raise SwitchError(f"{place}, or {host} is not an address of this machine", hint="--port N") from None
     print(f"open {url} (Ctrl-C stops the server)", flush=True)
-    if wait:
-        page.block_thread()
-    return url
+    page.block_thread()
 
 
 def build(engine: Engine) -> gr.Blocks:
@@ -159,8 +155,7 @@ def _chat(engine: Engine, session: gr.State, before: list[Any]) -> None:
     stop.click(Session.stop, session, None, queue=False, **quiet)
     new.click(restart, [session, lora], [log, alert, figures, tokens], **quiet)
     lora.change(shown, [session, lora], [figures, tokens], **quiet)
-    needs = {name: needs_text(engine, name) for name in spec.names}
-    adapter.change(lambda name: views.need(name, needs.get(name, "")), adapter, need, **quiet)
+    adapter.change(lambda name: views.need(name, needs_text(engine.files.folder, name)), adapter, need, **quiet)
 
 
 def _compare(engine: Engine, session: gr.State, before: list[Any]) -> None:
@@ -207,11 +202,6 @@ def _picture(folder: Path) -> str:
     try:
         with tempfile.TemporaryDirectory() as place:
             plot(strengths(folder), Path(place) / "strengths.svg")
-            data = b64encode((Path(place) / "strengths.svg").read_bytes()).decode()
+            return views.picture((Path(place) / "strengths.svg").read_bytes())
     except SwitchError as error:
         return views.alert(error)
-    title = "How strongly each adapter changes each projection of each layer"
-    return (
-        f'<h3>{title}</h3><div class="gs-scroll" tabindex="0" role="region" aria-label="{title}">'
-        f'<img class="gs-picture" src="data:image/svg+xml;base64,{data}" alt="{title}, as a heat map"></div>'
-    )

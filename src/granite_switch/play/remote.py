@@ -16,7 +16,7 @@ import httpx
 from granite_switch.conversation import Conversation, Turn
 from granite_switch.core.border import Count, Record, TokenId, checked
 from granite_switch.errors import ServingError, SwitchError
-from granite_switch.play.engine import Answer, Ask, Model, Sampling, Setting, fitting, sentence
+from granite_switch.play.engine import Answer, Ask, Model, Sampling, Setting
 
 
 class Card(Record):
@@ -80,7 +80,7 @@ class Remote:
             answer = self._client.get("/v1/models")
             if answer.status_code != 200:
                 raise ServingError(
-                    f"{self.url} answers {answer.status_code} {sentence(answer.text) or answer.reason_phrase}"
+                    f"{self.url} answers {answer.status_code} {_message(answer.text) or answer.reason_phrase}"
                 )
             models = checked(Models, answer.json(), f"{self.url}/v1/models", ServingError).data
         cards = {card.id: card for card in models}
@@ -96,13 +96,12 @@ class Remote:
         self, talk: Conversation, ask: Ask, sampling: Sampling, stop: Event
     ) -> Generator[str | Answer, None, None]:
         """As `Engine.stream`."""
-        answered = False
         turn = talk.ask(ask.text, ask.adapter, keep=ask.keep)
         try:
             started, first, seconds = time.perf_counter(), 0.0, 0.0
             ids: tuple[int, ...] = ()
             usage: Usage | None = None
-            for new, said in self._events(fitting(turn, self.limit), sampling, stop):
+            for new, said in self._events(turn, sampling, stop):
                 usage = said or usage
                 if new:
                     seconds = time.perf_counter() - started
@@ -111,11 +110,11 @@ class Remote:
                     yield self.files.decode(ids)
             if not ids:
                 raise SwitchError("stopped before the first token" if stop.is_set() else "the server sent no tokens")
-            text, answered = talk.answer(ids), True
-            yield Answer(turn, ids, text, _cached(usage), first, seconds)
-        finally:
-            if not answered:
-                talk.withdraw()
+            text = talk.answer(ids)
+        except BaseException:  # GeneratorExit too: the reader left
+            talk.withdraw()
+            raise
+        yield Answer(turn, ids, text, _cached(usage), first, seconds)
 
     def batch(self, turns: Sequence[Turn], sampling: Sampling, stop: Event) -> list[tuple[int, ...]]:
         """As `Engine.batch`, with concurrent requests, which the server batches."""
@@ -139,7 +138,7 @@ class Remote:
         with self._reaching(), self._client.stream("POST", "/v1/completions", json=request) as answer:
             if answer.status_code != 200:
                 answer.read()
-                raise ServingError(f"the server refused the request: {sentence(answer.text)}")
+                raise ServingError(f"the server refused the request: {_message(answer.text)}")
             for line in answer.iter_lines():
                 if stop.is_set() or line == "data: [DONE]":
                     return
@@ -185,13 +184,25 @@ def _names(url: str, cards: Mapping[str, Card], adapters: Sequence[str]) -> tupl
 def _event(text: str) -> tuple[Sequence[int], Usage | None]:
     event = checked(Streamed, json.loads(text), "the server's answer", ServingError)
     if event.error is not None:
-        raise ServingError(f"error from the server: {sentence(text)}")
+        raise ServingError(f"error from the server: {_message(text)}")
     new: list[int] = []
     for choice in event.choices or ():
         if choice.text and choice.token_ids is None:
             raise ServingError("the server sends no token ids", hint="use vLLM 0.29 or later")
         new += choice.token_ids or ()
     return new, event.usage
+
+
+def _message(body: str) -> str:
+    """The message in an error response's body, in any of the forms that servers use."""
+    try:
+        data = json.loads(body)
+    except ValueError:
+        return "" if body.lstrip().startswith("<") else body.strip()[:300]
+    if not isinstance(data, dict):
+        return str(data)[:300]
+    error = data.get("error", data)
+    return str(error.get("message", error) if isinstance(error, dict) else data.get("detail", error))
 
 
 def _cached(usage: Usage | None) -> int | None:

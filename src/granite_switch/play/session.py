@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from functools import cache
+from pathlib import Path
 from threading import Event, Lock
 
-from granite_switch.conversation import Conversation
+from granite_switch.conversation import Conversation, Turn, common_length
 from granite_switch.errors import SwitchError, TemplateError
-from granite_switch.play.engine import Answer, Ask, Engine, Sampling, Setting, fitting
+from granite_switch.play.engine import Answer, Ask, Engine, Sampling, Setting
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,19 @@ class Session:
         Raises:
             SwitchError: the message cannot be answered; the conversation is unchanged.
         """
-        if not ask.text.strip():
-            raise SwitchError("the message is empty")
         with self._working():
-            note = self._prepare(setting)
-            assert self._talk is not None
-            self._check(ask)
+            talk, note = self._prepare(setting)
+            self._turn(talk, ask)
             self.exchanges.append(Exchange(ask, note=note))
-            said = len(self._talk.messages)
+            said = len(talk.messages)
             try:
-                with closing(self.engine.stream(self._talk, ask, sampling, self._stop)) as parts:
+                with closing(self.engine.stream(talk, ask, sampling, self._stop)) as parts:
                     for part in parts:
                         self._follow(part)
                         yield
             finally:
                 if self.exchanges[-1].measure is None:
-                    unread = len(self._talk.messages) > said  # the reader left, but the conversation has the turn
+                    unread = len(talk.messages) > said  # the reader left, but the conversation has the turn
                     left = [replace(self.exchanges[-1], note="The answer was cut off.")] if unread else []
                     self.exchanges[-1:] = left
 
@@ -106,17 +104,9 @@ class Session:
         """
         if len(adapters) < 2:
             raise SwitchError("choose at least two adapters")
-        if not text.strip():
-            raise SwitchError("the message is empty")
         with self._working():
-            if after:
-                self._prepare(setting)
-            talk = self._talk if after else self.engine.conversation(setting)
-            assert talk is not None
-            try:
-                turns = [fitting(talk.ask(text, adapter, aside=True), self.engine.limit) for adapter in adapters]
-            finally:
-                talk.withdraw()
+            talk = self._prepare(setting)[0] if after else self.engine.conversation(setting)
+            turns = [self._turn(talk, Ask(text, adapter)) for adapter in adapters]
             answers = self.engine.batch(turns, sampling, self._stop)
             return [Compared(a, self.engine.files.decode(ids)) for a, ids in zip(adapters, answers, strict=True)]
 
@@ -130,28 +120,43 @@ class Session:
         with self._working(wait=True):
             self.exchanges, self._plain, self._talk, self.last = [], [], None, None
 
-    def _prepare(self, setting: Setting) -> str:
-        """Make `_talk` a conversation with this setting and the messages so far; return a note if the cache is lost."""
+    def _prepare(self, setting: Setting) -> tuple[Conversation, str]:
+        """Return the conversation with this setting and the messages so far, and a note if the cache is lost."""
         if self._talk and setting == self._setting:
-            return ""
+            return self._talk, ""
         fresh, before = self.engine.conversation(setting), self._talk
         said = [message for message in before.messages if message["role"] != "system"] if before else []
         fresh.messages += said
         self._talk, self._setting = fresh, setting
-        return "The system prompt or the documents changed, so the whole chat is computed again." if said else ""
+        return fresh, "The system prompt or the documents changed, so the whole chat is computed again." if said else ""
 
-    def _check(self, ask: Ask) -> None:
-        if (text := needs_text(self.engine, ask.adapter)) and text not in ask.text:
+    def _turn(self, talk: Conversation, ask: Ask) -> Turn:
+        """Return the turn that would be next; the conversation is unchanged.
+
+        Raises:
+            SwitchError: the message is empty or too long, or lacks the adapter's invocation text.
+        """
+        if not ask.text.strip():
+            raise SwitchError("the message is empty")
+        if (text := needs_text(self.engine.files.folder, ask.adapter)) and text not in ask.text:
             raise SwitchError(
                 f"{ask.adapter} acts from {text} on, but the message does not contain it",
                 hint=f"write {text} where {ask.adapter} should start, or choose another adapter",
             )
+        turn, limit = talk.ask(ask.text, ask.adapter, keep=ask.keep), self.engine.limit
+        talk.withdraw()
+        if len(turn.ids) >= limit:
+            raise SwitchError(
+                f"the prompt has {len(turn.ids):,} tokens, but the model takes {limit:,} including the answer",
+                hint="shorten the message or the documents, or start a new conversation",
+            )
+        return turn
 
     def _measure(self, answer: Answer) -> Measure:
         ids, substitutes = answer.turn.ids, self.engine.files.spec.substitutes
         plain = tuple(substitutes.get(token, token) for token in (*ids, *answer.ids))
         mine = [earlier for adapter, earlier in self._plain if adapter == answer.turn.adapter]
-        shared = max((_common(plain, earlier) for earlier in mine), default=0)
+        shared = max((common_length(plain, earlier) for earlier in mine), default=0)
         self._plain.append((answer.turn.adapter, plain[:-1]))
         after = answer.seconds - answer.first
         rate = (len(answer.ids) - 1) / after if after > 0 else 0.0
@@ -170,14 +175,12 @@ class Session:
             self._busy.release()
 
 
-def needs_text(engine: Engine, adapter: str) -> str:
+@cache
+def needs_text(folder: Path, adapter: str) -> str:
     """The text that a message to this adapter must contain; empty if the chat template writes it."""
+    talk = Conversation(folder)
     try:
-        engine.conversation(Setting()).ask("a", adapter)
+        talk.ask("a", adapter)
     except TemplateError:
-        return engine.files.spec.adapter(adapter).invocation_text
+        return talk.spec.adapter(adapter).invocation_text
     return ""
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 
@@ -13,7 +14,7 @@ from granite_switch.errors import SwitchError
 from granite_switch.play.engine import Answer, Model
 from granite_switch.play.session import Compared, Exchange, Measure
 
-_KINDS = {"alora": "aLoRA", "lora": "LoRA"}
+_TECHNOLOGIES = {"alora": "aLoRA", "lora": "LoRA"}
 _WORDS = re.compile(r"\w+|\s+|.", re.DOTALL)
 _EMPTY = "(only an end-of-text token)"
 
@@ -24,9 +25,9 @@ def title(model: str, place: str) -> str:
 
 
 def choice(spec: AdapterSpec) -> str:
-    """An adapter's label in the list of choices: name, kind, rank, invocation text."""
+    """An adapter's label in the list of choices: name, technology, rank, invocation text."""
     invoked = f", from {spec.invocation_text!r}" if spec.invocation_text else ", from the first token of its turn"
-    return f"{spec.name} ({_KINDS[spec.technology]}, rank {spec.rank}{invoked})"
+    return f"{spec.name} ({_TECHNOLOGIES[spec.technology]}, rank {spec.rank}{invoked})"
 
 
 def need(name: str, text: str) -> str:
@@ -62,68 +63,62 @@ def _figures(measure: Measure) -> str:
 
 
 def measures(exchanges: Sequence[Exchange], spec: SwitchSpec, as_lora: bool) -> str:
-    """A table with a row for each turn: cached and computed tokens, times, and bar charts of them."""
-    rows = [(i, e, e.measure) for i, e in enumerate(exchanges, 1) if e.measure]
-    if not rows:
+    """A table with a row for each turn: cached and computed tokens (also with LoRA semantics), times, bar charts."""
+    turns = [(i, e.ask.adapter, e.measure) for i, e in enumerate(exchanges, 1) if e.measure]
+    if not turns:
         return '<p class="gs-empty">No answers yet.</p>'
-    longest = max(m.prompt for _, _, m in rows)
-    slowest, fastest = max(m.first for _, _, m in rows), max(m.rate for _, _, m in rows)
-    lora = '<th scope="col">computed with LoRA semantics</th>' if as_lora else ""
-    body = []
-    for number, exchange, m in rows:
-        bars = _bar(m, longest) + (_lora_bar(m, longest) if as_lora else "")
-        extra = f'<td data-is="as-lora">{m.as_lora:,}</td>' if as_lora else ""
-        body.append(
-            f'<tr><th scope="row">{number}</th><td>{_badge(exchange.ask.adapter, spec)}</td>'
+    longest = max(m.prompt for _, _, m in turns)
+    slowest, fastest = max(m.first for _, _, m in turns), max(m.rate for _, _, m in turns)
+    rows = []
+    for number, adapter, m in turns:
+        bars = _bar(m.prompt, m.computed, longest)
+        extra = ""
+        if as_lora:
+            bars += _bar(m.prompt, m.as_lora, longest, " with LoRA semantics")
+            extra = f'<td data-is="as-lora">{m.as_lora:,}</td>'
+        rows.append(
+            f'<tr><th scope="row">{number}</th><td>{_badge(adapter, spec)}</td>'
             f'<td data-is="prompt">{m.prompt:,}</td><td data-is="cached">{_count(m.cached)}</td>'
             f'<td data-is="computed">{_count(m.computed)}</td>{extra}<td class="gs-wide">{bars}</td>'
             f'<td data-is="generated">{m.generated:,}</td>'
-            f"<td>{_time(m.first)}{_small(m.first, slowest)}</td>"
-            f"<td>{f'{m.rate:,.0f}' if m.rate else '-'}{_small(m.rate, fastest)}</td></tr>"
+            f"<td>{_time(m.first)}{_small_bar(m.first, slowest)}</td>"
+            f"<td>{f'{m.rate:,.0f}' if m.rate else '-'}{_small_bar(m.rate, fastest)}</td></tr>"
         )
-    unknown = any(m.cached is None for _, _, m in rows)
-    why = " Unknown: the answer was stopped, after which a server reports no counts, or the server was started "
-    why += "without --enable-prompt-tokens-details."
-    more = (why if unknown else "") + (_total(rows) if as_lora else "")
+    columns = ["turn", "answered by", "prompt tokens", "cached", "computed"]
+    columns += ["computed with LoRA semantics"] if as_lora else []
+    columns += ["chart", "generated", "time to first token", "tokens per second"]
+    notes = [
+        '<span class="gs-key gs-cached"></span> cached (striped) '
+        '<span class="gs-key gs-computed"></span> computed (solid).'
+    ]
+    if any(m.cached is None for _, _, m in turns):
+        notes.append(
+            "Unknown: the answer was stopped, after which a server reports no counts, or the server was started "
+            "without --enable-prompt-tokens-details."
+        )
+    if as_lora:
+        notes.append(_total([m for _, _, m in turns]))
+    return _table("Figures of each turn", columns, rows) + f'<p class="gs-note">{" ".join(notes)}</p>'
+
+
+def _total(turns: Sequence[Measure]) -> str:
+    computed = [m.computed for m in turns if m.computed is not None]
+    here = f" instead of the {sum(computed):,} here" if len(computed) == len(turns) else ""
     return (
-        '<div class="gs-scroll" tabindex="0" role="region" aria-label="Figures of each turn"><table class="gs-table">'
-        f'<thead><tr><th scope="col">turn</th><th scope="col">answered by</th><th scope="col">prompt tokens</th>'
-        f'<th scope="col">cached</th><th scope="col">computed</th>{lora}<th scope="col">chart</th>'
-        '<th scope="col">generated</th><th scope="col">time to first token</th><th scope="col">tokens per second</th>'
-        f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        '<p class="gs-note"><span class="gs-key gs-cached"></span> cached (striped) '
-        f'<span class="gs-key gs-computed"></span> computed (solid).{more}</p>'
+        "With LoRA semantics every adapter acts from the first token and has a cache of its own: "
+        f"{sum(m.as_lora for m in turns):,} prompt tokens would have been computed{here}."
     )
 
 
-def _total(rows: Sequence[tuple[int, Exchange, Measure]]) -> str:
-    as_lora = sum(m.as_lora for _, _, m in rows)
-    computed = [m.computed for _, _, m in rows if m.computed is not None]
-    here = f" instead of the {sum(computed):,} here" if len(computed) == len(rows) else ""
-    return (
-        f" With LoRA semantics every adapter acts from the first token and has a cache of its own: {as_lora:,} prompt "
-        f"tokens would have been computed{here}."
-    )
-
-
-def _bar(m: Measure, longest: int) -> str:
-    cached = m.cached or 0
-    label = f"{cached:,} of {m.prompt:,} prompt tokens cached" if m.cached is not None else f"{m.prompt:,}"
-    return _two(cached, m.prompt - cached, longest, label)
-
-
-def _lora_bar(m: Measure, longest: int) -> str:
-    label = f"with LoRA semantics {m.prompt - m.as_lora:,} of {m.prompt:,} cached"
-    return _two(m.prompt - m.as_lora, m.as_lora, longest, label)
-
-
-def _two(cached: int, computed: int, longest: int, label: str) -> str:
-    parts = (("gs-cached", cached), ("gs-computed", computed))
+def _bar(prompt: int, computed: int | None, longest: int, how: str = "") -> str:
+    cached = 0 if computed is None else prompt - computed
+    label = f"{prompt:,} prompt tokens" if computed is None else f"{cached:,} of {prompt:,} prompt tokens cached{how}"
+    parts = (("gs-cached", cached), ("gs-computed", prompt - cached))
     spans = "".join(f'<span class="{kind}" style="width:{100 * count / longest:.1f}%"></span>' for kind, count in parts)
     return f'<div class="gs-bar" role="img" aria-label="{label}" title="{label}">{spans}</div>'
 
 
-def _small(value: float, largest: float) -> str:
+def _small_bar(value: float, largest: float) -> str:
     width = 100 * value / largest if largest else 0
     return f'<div class="gs-bar gs-small"><span class="gs-computed" style="width:{width:.1f}%"></span></div>'
 
@@ -173,13 +168,13 @@ def difference(left: str, right: str) -> str:
 
 def report(found: Report, spec: SwitchSpec) -> str:
     """The model's adapters, as a table."""
-    columns = ("adapter", "kind", "rank", "alpha", "projections", "parameters", "size", "invocation text", "token")
+    columns = ("adapter", "technology", "rank", "alpha", "projections", "parameters", "size", "invocation", "token")
     rows = []
     for a in found.adapters:
         low, high = a.ranks
         cells = (
             _badge(a.name, spec),
-            _KINDS[a.technology],
+            _TECHNOLOGIES[a.technology],
             f"{low} to {high}" if low != high else str(high),
             f"{a.alpha:g}{' (rslora)' if a.use_rslora else ''}",
             escape(", ".join(name.removesuffix("_proj") for name in a.target_modules)),
@@ -189,26 +184,38 @@ def report(found: Report, spec: SwitchSpec) -> str:
             f"<code>{escape(a.token)}</code>",
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     base = (
         f"{escape(found.base_model or found.base_model_type)}: {found.layers} layers of {found.hidden_size:,}, "
         f"{found.parameters:,} parameters, {size(found.nbytes)}, {', '.join(found.dtypes)}. "
         f"<code>{escape(found.return_to_base)}</code> returns to the base."
     )
-    return (
-        f'<p>{base}</p><div class="gs-scroll" tabindex="0" role="region" aria-label="Adapters">'
-        f'<table class="gs-table"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    )
+    return f"<p>{base}</p>{_table('Adapters', columns, rows)}"
 
 
-def alert(problem: SwitchError | None) -> str:
-    """An error with its problems and hint; empty if there is none."""
-    if problem is None:
-        return ""
+def picture(svg: bytes) -> str:
+    """The plot of `granite-switch inspect --plot`."""
+    label = "How strongly each adapter changes each projection of each layer"
+    source = f"data:image/svg+xml;base64,{b64encode(svg).decode()}"
+    image = f'<img class="gs-picture" src="{source}" alt="{label}, as a heat map">'
+    return f"<h3>{label}</h3>{_scrolling(label, image)}"
+
+
+def alert(problem: SwitchError) -> str:
+    """An error with its problems and hint."""
     more = "".join(f"<li>{escape(line)}</li>" for line in problem.problems)
     hint = f"<p>Hint: {escape(problem.hint)}</p>" if problem.hint else ""
     said = f"<p><b>Error:</b> {escape(problem.message)}</p>"
     return f'<div class="gs-alert" role="alert">{said}<ul>{more}</ul>{hint}</div>'
+
+
+def _table(label: str, columns: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return _scrolling(label, f'<table class="gs-table">{body}</table>')
+
+
+def _scrolling(label: str, content: str) -> str:
+    return f'<div class="gs-scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
 
 
 def _badge(name: str, spec: SwitchSpec) -> str:
