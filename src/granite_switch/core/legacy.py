@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from granite_switch.core.border import checked, shown
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, natural, parse_key
-from granite_switch.core.records import LegacyConfig, checked, read_config, shown
+from granite_switch.core.records import LegacyConfig, read_config
 from granite_switch.core.spec import (
     BASE_TOKEN,
     MODEL_TYPE,

@@ -10,11 +10,19 @@ from typing import Annotated, Any, Literal, TypeVar
 import regex
 from pydantic import ConfigDict, Field
 
-from granite_switch.core.border import LIMIT, Count, FileName, Name, Number, Pattern, Record, TokenId
-from granite_switch.core.border import checked as checked
-from granite_switch.core.border import read as read
-from granite_switch.core.border import read_json as read_json
-from granite_switch.core.border import shown as shown
+from granite_switch.core.border import (
+    Count,
+    FileName,
+    Name,
+    Number,
+    Pattern,
+    Record,
+    TokenId,
+    checked,
+    read,
+    read_json,
+    shown,
+)
 from granite_switch.core.files import inside
 from granite_switch.errors import AdapterError, CheckpointError, SwitchError
 
@@ -242,7 +250,7 @@ class Quantisation(Record):
 
 
 class DecoderConfig(Record):
-    """The decoder's part of config.json: the keys that composing uses."""
+    """The decoder's part of config.json: the keys that its users share."""
 
     num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
     vocab_size: Count
@@ -279,46 +287,14 @@ def read_config(path: Path, error: type[SwitchError] = CheckpointError, hint: st
     return dict(config)
 
 
-class AdapterRecord(Record):
-    """One of `switch.adapters` in config.json (docs/format.md)."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    name: Name
-    technology: Literal["lora", "alora"]
-    token: str
-    token_id: TokenId
-    substitute_token_id: TokenId
-    rank: Annotated[int, Field(ge=0, lt=LIMIT)]
-    alpha: Annotated[int | float, Field(ge=0, lt=LIMIT, allow_inf_nan=False)]
-    targets: list[str]
-    use_rslora: bool = False
-    rank_pattern: dict[str, Count] = {}
-    alpha_pattern: dict[str, Number] = {}
-    invocation_tokens: list[TokenId] = []
-    invocation_text: str = ""
-    invocation_placement: Literal["", "prefix", "suffix"] = ""
-    source: str = ""
-    sha256: str = ""
-    digest: str = ""
-    retired: bool = False
-    warnings: list[str] = []
-
-
-class LegacyConfig(Record):
+class LegacyConfig(DecoderConfig):
     """config.json of the legacy formats."""
 
-    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
-    vocab_size: Count
     hidden_size: Count
     num_attention_heads: Count
-    intermediate_size: Count | None = None
     shared_intermediate_size: Count | None = None
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
     projection_head_dim: Count | None = None
     num_local_experts: int | None = None
-    layer_types: list[str] | None = None
     num_adapters: Annotated[int, Field(ge=0, le=10_000)] | None = None
     adapter_names: list[Name] | None = None
     adapter_kinds: list[str] | None = None
@@ -328,31 +304,3 @@ class LegacyConfig(Record):
     lora_target_modules: list[str] | None = None
     hiding_groups: dict[str, list[str]] | None = None
     hiding_policy: dict[str, list[str]] | None = None
-
-
-class HidingRecord(Record):
-    """`switch.hiding`."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    groups: list[list[TokenId]]
-    policy: list[list[Annotated[int, Field(ge=0, lt=62)]]]
-
-
-class SwitchRecord(Record):
-    """The `switch` object of config.json (docs/format.md)."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    adapters: list[AdapterRecord]
-    base_token: str
-    base_token_id: Annotated[int, Field(ge=-1, lt=LIMIT)]
-    base_substitute_token_id: Annotated[int, Field(ge=-1, lt=LIMIT)]
-    base_model: str = ""
-    base_commit: str = ""
-    base_model_type: str = "granite"
-    base_architecture: str = "GraniteForCausalLM"
-    generatable: bool = False
-    reserved: Annotated[int, Field(ge=0, lt=65536)] = 0
-    format_version: int = 1
-    hiding: HidingRecord | None = None
