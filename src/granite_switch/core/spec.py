@@ -19,7 +19,9 @@ from granite_switch.errors import CheckpointError
 FORMAT_VERSION = 1
 MODEL_TYPE = "granite_switch"
 BASE_TOKEN = "<|return_to_base|>"
-_ControlToken = Annotated[int, Field(ge=-1, lt=LIMIT)]  # -1 in legacy formats that have no such token
+_BaseToken = Annotated[int, Field(ge=-1, lt=LIMIT)]  # -1 in legacy formats that have no such token
+_Rows = Annotated[int, Field(ge=0, lt=65536)]
+_Group = Annotated[int, Field(ge=0, lt=62)]  # index in `Hiding.groups`
 
 
 def architecture(base: str) -> str:
@@ -107,9 +109,7 @@ class Hiding(_Part):
     """Legacy format 1: control tokens stay in the sequence, hidden from attention by group."""
 
     groups: tuple[tuple[TokenId, ...], ...]  # ids of the control tokens in each group
-    policy: tuple[
-        tuple[Annotated[int, Field(ge=0, lt=62)], ...], ...
-    ]  # slot, the base's first -> groups hidden from it
+    policy: tuple[tuple[_Group, ...], ...]  # for each slot, the base first: the groups hidden from it
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,14 @@ class SwitchSpec(_Part):
 
     adapters: tuple[AdapterSpec, ...]
     base_token: str
-    base_token_id: _ControlToken
-    base_substitute_token_id: _ControlToken
+    base_token_id: _BaseToken
+    base_substitute_token_id: _BaseToken
     base_model: str = ""
     base_commit: str = ""  # of the hub repository, if the base came from one
     base_model_type: str = "granite"  # of the base's config.json
     base_architecture: str = "GraniteForCausalLM"
     generatable: bool = False
-    reserved: Annotated[int, Field(ge=0, lt=65536)] = (
-        0  # spare embedding rows after the last control token, reserved for adapters added later
-    )
+    reserved: _Rows = 0  # spare embedding rows after the last control token, reserved for adapters added later
     format_version: int = FORMAT_VERSION
     hiding: Hiding | None = None  # if set, control tokens are hidden instead of substituted
 
