@@ -125,9 +125,12 @@ class Conversation:
         rendered = not self.ids or not (self.keep if keep is None else keep)
         # a rendered prompt uses one adapter, whichever adapters answered earlier
         before = [_unmarked(message) for message in self.messages] if rendered else self.messages
-        ids = self._render([*before, *new], adapter) if rendered else (*self.ids, *self._continue(new, adapter))
-        reused = max((_common(ids, earlier) for earlier in self._computed), default=0)
         messages = (*before, *new)
+        if rendered:
+            ids = self._encode(self._text([_unmarked(message) for message in messages], adapter))
+        else:
+            ids = (*self.ids, *self._continue(new, adapter))
+        reused = max((_common(ids, earlier) for earlier in self._computed), default=0)
         self._turn = Turn(adapter, ids, min(reused, len(ids) - 1), rendered, aside, messages, self._variables)
         return self._turn
 
@@ -159,9 +162,6 @@ class Conversation:
     def withdraw(self) -> None:
         """Discard the last turn, so that another can be asked instead."""
         self._turn = None
-
-    def _render(self, messages: Sequence[Message], adapter: str) -> tuple[int, ...]:
-        return self._encode(self._text([_unmarked(message) for message in messages], adapter))
 
     def _text(self, messages: Sequence[Message], adapter: str) -> str:
         variables = {**self._tokenizer.special_tokens, **self._variables}

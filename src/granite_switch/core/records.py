@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import regex
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from granite_switch.core.border import (
     Count,
@@ -52,10 +52,8 @@ _NEUTRAL = {
 _INIT = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base's weights unchanged
 
 
-class AdapterConfig(Record):
+class AdapterConfig(Record, extra="allow"):
     """adapter_config.json of a LoRA or aLoRA adapter (PEFT's `LoraConfig`), with features that can be composed."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     r: Count = 8
     lora_alpha: Number = 8
@@ -159,10 +157,8 @@ class ShardIndex(Record):
     metadata: dict[str, Any] | None = None
 
 
-class ManifestEntry(Record):
+class ManifestEntry(Record, extra="forbid"):
     """An adapter in a YAML manifest."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     path: Annotated[str, Field(min_length=1)]
     name: Name | None = None
@@ -173,10 +169,8 @@ class ManifestEntry(Record):
     retired: Literal[False] | None = None
 
 
-class RetiredEntry(Record):
+class RetiredEntry(Record, extra="forbid"):
     """A removed adapter in a YAML manifest."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     name: Name
     retired: Literal[True]

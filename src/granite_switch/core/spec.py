@@ -19,6 +19,15 @@ from granite_switch.errors import CheckpointError
 FORMAT_VERSION = 1
 MODEL_TYPE = "granite_switch"
 BASE_TOKEN = "<|return_to_base|>"
+_SUFFIXES = (
+    "PreTrainedModel",
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "LMHeadModel",
+    "TextModel",
+    "Model",
+    "Config",
+)
 _BaseToken = Annotated[int, Field(ge=-1, lt=LIMIT)]  # -1 in legacy formats that have no such token
 _Rows = Annotated[int, Field(ge=0, lt=65536)]
 _Group = Annotated[int, Field(ge=0, lt=62)]  # index in `Hiding.groups`
@@ -26,18 +35,8 @@ _Group = Annotated[int, Field(ge=0, lt=62)]  # index in `Hiding.groups`
 
 def architecture(base: str) -> str:
     """Return the class name of a base's switch model: `Qwen3SwitchForCausalLM` for `Qwen3ForCausalLM`."""
-    for suffix in (
-        "PreTrainedModel",
-        "ForCausalLM",
-        "ForConditionalGeneration",
-        "LMHeadModel",
-        "TextModel",
-        "Model",
-        "Config",
-    ):
-        if base.endswith(suffix):
-            return f"{base.removesuffix(suffix)}Switch{suffix}"
-    return f"{base}Switch"
+    suffix = next((one for one in _SUFFIXES if base.endswith(one)), "")
+    return f"{base.removesuffix(suffix)}Switch{suffix}"
 
 
 def control_token(name: str) -> str:
