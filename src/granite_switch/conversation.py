@@ -96,9 +96,7 @@ class Conversation:
         self.ids: tuple[int, ...] = ()  # of the conversation so far, answers included
         self.keep = keep
         self._tokenizer = tokenizer
-        self._library = tokenizer.library
         self._added = added_texts(self.spec, tokenizer.library)
-        self._template = tokenizer.templates["default"]
         self._variables = {k: list(v) for k, v in (("documents", documents), ("tools", tools)) if v}
         self._computed: list[tuple[int, ...]] = []  # sequences whose keys and values an engine may have cached
         self._turn: Turn | None = None
@@ -149,7 +147,7 @@ class Conversation:
                 text = text.replace(added, " ")
             ids = self._encode(text)
         else:
-            ids, text = tuple(output), self._library.decode(list(output), skip_special_tokens=True)
+            ids, text = tuple(output), self._tokenizer.library.decode(list(output), skip_special_tokens=True)
         sequence = (*turn.ids, *ids)
         self._computed.append(sequence[:-1])  # the last token's keys and values are not computed yet
         if not turn.aside:
@@ -165,10 +163,11 @@ class Conversation:
 
     def _text(self, messages: Sequence[Message], adapter: str) -> str:
         variables = {**self._tokenizer.special_tokens, **self._variables}
-        return render(self._template, messages, add_generation_prompt=True, adapter_name=adapter, **variables)
+        template = self._tokenizer.templates["default"]
+        return render(template, messages, add_generation_prompt=True, adapter_name=adapter, **variables)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._library.encode(text, add_special_tokens=False).ids)
+        return tuple(self._tokenizer.library.encode(text, add_special_tokens=False).ids)
 
     def _continue(self, new: Sequence[Message], adapter: str) -> tuple[int, ...]:
         """Return the ids of the text that the template writes after the last answer, control tokens included."""
@@ -183,7 +182,7 @@ class Conversation:
         return ids[1:] if ids[:1] == self.ids[-1:] and self._is_special(ids[0]) else ids
 
     def _is_special(self, token: int) -> bool:
-        return not self._library.decode([token], skip_special_tokens=True)
+        return not self._tokenizer.library.decode([token], skip_special_tokens=True)
 
 
 def _folder(model: str | PathLike[str]) -> Path:
