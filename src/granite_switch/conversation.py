@@ -96,7 +96,9 @@ class Conversation:
         self.ids: tuple[int, ...] = ()  # of the conversation so far, answers included
         self.keep = keep
         self._tokenizer = tokenizer
+        self._library = tokenizer.library
         self._added = added_texts(self.spec, tokenizer.library)
+        self._template = tokenizer.templates["default"]
         self._variables = {k: list(v) for k, v in (("documents", documents), ("tools", tools)) if v}
         self._computed: list[tuple[int, ...]] = []  # sequences whose keys and values an engine may have cached
         self._turn: Turn | None = None
@@ -123,12 +125,9 @@ class Conversation:
         rendered = not self.ids or not (self.keep if keep is None else keep)
         # a rendered prompt uses one adapter, whichever adapters answered earlier
         before = [_unmarked(message) for message in self.messages] if rendered else self.messages
-        messages = (*before, *new)
-        if rendered:
-            ids = self._encode(self._text([_unmarked(message) for message in messages], adapter))
-        else:
-            ids = (*self.ids, *self._continue(new, adapter))
+        ids = self._render([*before, *new], adapter) if rendered else (*self.ids, *self._continue(new, adapter))
         reused = max((_common(ids, earlier) for earlier in self._computed), default=0)
+        messages = (*before, *new)
         self._turn = Turn(adapter, ids, min(reused, len(ids) - 1), rendered, aside, messages, self._variables)
         return self._turn
 
@@ -147,7 +146,7 @@ class Conversation:
                 text = text.replace(added, " ")
             ids = self._encode(text)
         else:
-            ids, text = tuple(output), self._tokenizer.library.decode(list(output), skip_special_tokens=True)
+            ids, text = tuple(output), self._library.decode(list(output), skip_special_tokens=True)
         sequence = (*turn.ids, *ids)
         self._computed.append(sequence[:-1])  # the last token's keys and values are not computed yet
         if not turn.aside:
@@ -161,13 +160,15 @@ class Conversation:
         """Discard the last turn, so that another can be asked instead."""
         self._turn = None
 
+    def _render(self, messages: Sequence[Message], adapter: str) -> tuple[int, ...]:
+        return self._encode(self._text([_unmarked(message) for message in messages], adapter))
+
     def _text(self, messages: Sequence[Message], adapter: str) -> str:
         variables = {**self._tokenizer.special_tokens, **self._variables}
-        template = self._tokenizer.templates["default"]
-        return render(template, messages, add_generation_prompt=True, adapter_name=adapter, **variables)
+        return render(self._template, messages, add_generation_prompt=True, adapter_name=adapter, **variables)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.library.encode(text, add_special_tokens=False).ids)
+        return tuple(self._library.encode(text, add_special_tokens=False).ids)
 
     def _continue(self, new: Sequence[Message], adapter: str) -> tuple[int, ...]:
         """Return the ids of the text that the template writes after the last answer, control tokens included."""
@@ -182,7 +183,7 @@ class Conversation:
         return ids[1:] if ids[:1] == self.ids[-1:] and self._is_special(ids[0]) else ids
 
     def _is_special(self, token: int) -> bool:
-        return not self._tokenizer.library.decode([token], skip_special_tokens=True)
+        return not self._library.decode([token], skip_special_tokens=True)
 
 
 def _folder(model: str | PathLike[str]) -> Path:
