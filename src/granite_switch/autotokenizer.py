@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from granite_switch.core.model import read_model
 from granite_switch.core.spec import SwitchSpec
+from granite_switch.core.tokenizer import SPECIALS
 
 _TEXTS: Sequence[str] = (
     "",
@@ -28,7 +29,6 @@ _TEXTS: Sequence[str] = (
     "word " * 700,
 )
 _ATTRIBUTES = ("padding_side", "truncation_side", "model_max_length", "model_input_names")
-_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def differences(folder: Path, base: Path | None = None) -> list[str]:
@@ -82,7 +82,7 @@ def _base_problems(composed: Any, base: Any) -> Iterator[str]:
     for name in _ATTRIBUTES:
         if getattr(composed, name) != getattr(base, name):
             yield f"{name} is {getattr(composed, name)}; the base has {getattr(base, name)}"
-    for name in _TOKENS:
+    for name in SPECIALS:
         ours, theirs = ((getattr(t, name), getattr(t, f"{name}_id")) for t in (composed, base))
         if ours != theirs:
             yield f"{name} is {ours}; the base has {theirs}"

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 
 from granite_switch.compose.reading import UNREGISTERED, read_as_base
 from granite_switch.compose.tokenizer import extended, extended_config
-from granite_switch.core.checkpoint import write_json
+from granite_switch.core.border import write_json
 from granite_switch.core.spec import MODEL_TYPE, AdapterSpec, SwitchSpec
 
 _CORPUS = [

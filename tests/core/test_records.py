@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from granite_switch.core.adapter_config import AdapterConfig, read_adapter_config
 from granite_switch.core.border import check_name, read_json, read_yaml
-from granite_switch.core.records import AdapterConfig, read_adapter_config
 from granite_switch.errors import AdapterError, CheckpointError, SwitchError
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from granite_switch import compose
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.border import read_json
 from granite_switch.core.spec import SwitchSpec
 
 INVOCATION = "<rewrite>"

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from granite_switch import compose
+from granite_switch.core.records import DecoderConfig
 from granite_switch.errors import CheckpointError, SwitchError
 from granite_switch.gguf import dialects, export, prepare
 from granite_switch.gguf.tensors import Target
@@ -232,15 +233,17 @@ def test_a_head_beside_a_tied_embedding(models: dict[str, Path], tmp_path: Path)
 
 
 def test_the_defaults_are_those_of_transformers() -> None:
+    elsewhere = {*DecoderConfig.model_fields} - {"max_position_embeddings", "tie_word_embeddings"}  # depend on others
+    elsewhere |= {"layers_block_type", "rope_parameters", "rope_scaling", "rope_theta"}
     for model_type, dialect in dialects.DIALECTS.items():
         config = CONFIG_MAPPING[model_type]()
-        for key, value in dialect.defaults.items():
-            if key not in ("head_dim", "num_key_value_heads", "layer_types"):  # these depend on other keys
-                assert getattr(config, key, None) == value, (model_type, key)
-    assert {*CONFIG_MAPPING["granitemoehybrid"]().layer_types} == {"linear_attention"}
-    assert (
-        CONFIG_MAPPING["mistral"]().num_key_value_heads == dialects.DIALECTS["mistral"].defaults["num_key_value_heads"]
-    )
+        own = {*dialect.model_fields} - elsewhere
+        assert {"hidden_act", "max_position_embeddings", "sliding_window", "tie_word_embeddings"} < own
+        for key in own:
+            assert getattr(config, key, None) == dialect.model_fields[key].default, (model_type, key)
+    assert {*CONFIG_MAPPING["granitemoehybrid"]().layer_types} == {*dialects.GraniteMoeHybrid.types}
+    mistral = dialects.Mistral.model_fields["num_key_value_heads"]
+    assert CONFIG_MAPPING["mistral"]().num_key_value_heads == mistral.default
 
 
 @pytest.mark.engine

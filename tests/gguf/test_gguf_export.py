@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
 from granite_switch import compose
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.border import read_json
 from granite_switch.core.layout import AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer

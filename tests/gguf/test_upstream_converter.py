@@ -13,7 +13,7 @@ from artefacts import edit_json
 from gguf import GGUFReader
 from safetensors.numpy import load_file, save_file
 
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.border import read_json
 from granite_switch.core.layout import AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.gguf import OUTTYPES, export

@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def spec(composed: Path) -> Any:
     """The composed model's `SwitchSpec`."""
-    from granite_switch.core.checkpoint import read_json
+    from granite_switch.core.border import read_json
     from granite_switch.core.spec import SwitchSpec
 
     return SwitchSpec.from_dict(read_json(composed / "config.json")["switch"])

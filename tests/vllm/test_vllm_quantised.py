@@ -12,7 +12,7 @@ from quantised import meant_by, quantise
 from vllm import SamplingParams
 
 import granite_switch
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.border import read_json
 from granite_switch.core.spec import SwitchSpec
 
 # mean differences of log-probabilities, from rounding to bfloat16 and from quantised activations

@@ -20,12 +20,13 @@ from granite_switch.compose.effect import effect_warnings
 from granite_switch.compose.recognise import refuse_foreign, without_weights
 from granite_switch.compose.sources import PROVENANCE, Found
 from granite_switch.compose.weights import Weights, nonfinite, read_weights
+from granite_switch.core.adapter_config import AdapterConfig, matches, read_adapter_config
 from granite_switch.core.border import check_name, checked, read, read_yaml, shown
 from granite_switch.core.checkpoint import Tensor, sha256
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, digest, natural
 from granite_switch.core.lora import scaling
-from granite_switch.core.records import AdapterConfig, IoConfig, Provenance, matches, read_adapter_config
+from granite_switch.core.records import IoConfig, Provenance
 from granite_switch.errors import AdapterError, SwitchError
 
 _QUANTISED = re.compile(r"(?:-unsloth)?-(?:bnb-)?(?:4bit|8bit|int4|int8|fp8|nf4|gptq|awq).*$")

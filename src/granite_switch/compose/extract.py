@@ -9,7 +9,8 @@ from granite_switch.compose.adapters import Adapter
 from granite_switch.compose.composed import VERIFY, Composed, read_composed
 from granite_switch.compose.names import PEFT
 from granite_switch.compose.sources import PROVENANCE, model_folder
-from granite_switch.core.checkpoint import copy_of, write, write_json
+from granite_switch.core.border import write_json
+from granite_switch.core.checkpoint import copy_of, write
 from granite_switch.core.layout import digest
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, held, staged

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from granite_switch.core.checkpoint import read_json
+from granite_switch.core.border import read_json
 from granite_switch.core.spec import MODEL_TYPE
 from granite_switch.errors import BaseModelError
 

@@ -17,8 +17,8 @@ from granite_switch.compose.base import Base
 from granite_switch.compose.composed import read_composed
 from granite_switch.compose.names import PEFT
 from granite_switch.compose.plan import Plan
-from granite_switch.core.border import check_name
-from granite_switch.core.checkpoint import Entry, write, write_json
+from granite_switch.core.border import check_name, write_json
+from granite_switch.core.checkpoint import Entry, write
 from granite_switch.errors import AdapterError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

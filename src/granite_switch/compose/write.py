@@ -14,6 +14,7 @@ from granite_switch.compose.card import model_card
 from granite_switch.compose.plan import Plan
 from granite_switch.compose.proof import finish_proof, start_proof
 from granite_switch.compose.tokenizer import extended_config
+from granite_switch.core.border import write_json
 from granite_switch.core.checkpoint import (
     INDEX,
     SINGLE,
@@ -23,7 +24,6 @@ from granite_switch.core.checkpoint import (
     read_header,
     write,
     write_index,
-    write_json,
 )
 from granite_switch.core.files import inside
 from granite_switch.core.layout import EMBEDDINGS, AdapterTensor, adapter_file

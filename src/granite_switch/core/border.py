@@ -9,7 +9,8 @@ import json
 import re
 import reprlib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -52,7 +53,8 @@ def _file_name(name: str) -> str:
 
 
 Count = Annotated[int, Field(gt=0, lt=LIMIT)]
-TokenId = Annotated[int, Field(ge=0, lt=LIMIT)]
+Natural = Annotated[int, Field(ge=0, lt=LIMIT)]
+TokenId = Natural
 Number = Annotated[int | float, Field(gt=0, lt=LIMIT, allow_inf_nan=False)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Name = Annotated[str, AfterValidator(_name)]
@@ -88,13 +90,20 @@ def checked(
         error: the error's class.
         hint: the error's hint.
     """
-    try:
+    with explained(where, error, hint):
         return kind.model_validate(data)
+
+
+@contextmanager
+def explained(where: Path | str, error: type[SwitchError] = CheckpointError, hint: str = "") -> Iterator[None]:
+    """Turn pydantic's error into one of class `error`, as in `checked`."""
+    try:
+        yield
     except ValidationError as found:
         problems = list(dict.fromkeys(_problem(item) for item in found.errors(include_url=False)))
-    if len(problems) == 1:
-        raise error(f"{where}: {problems[0]}", hint=hint)
-    raise error(f"{where}: {len(problems)} keys are wrong", problems=problems, hint=hint)
+        if len(problems) == 1:
+            raise error(f"{where}: {problems[0]}", hint=hint) from None
+        raise error(f"{where}: {len(problems)} keys are wrong", problems=problems, hint=hint) from None
 
 
 def _problem(item: Mapping[str, Any]) -> str:
@@ -102,8 +111,10 @@ def _problem(item: Mapping[str, Any]) -> str:
     if not item["loc"]:
         return "is not an object with keys" if item["type"].endswith("_type") else item["msg"]
     key = _key(item["loc"])
-    if item["type"] in ("missing", "extra_forbidden"):
-        return f"{key} is missing" if item["type"] == "missing" else f"unknown key {key}"
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {key}"
     if item["type"] == "value_error":
         return f"{key}: {item['msg'].removeprefix('Value error, ')}"
     if item["type"] in ("int_type", "float_type"):

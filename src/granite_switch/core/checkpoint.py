@@ -11,19 +11,17 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from granite_switch.core.border import read
-from granite_switch.core.border import read_json as read_json
-from granite_switch.core.border import write_json as write_json
+from granite_switch.core.border import read, write_json
 from granite_switch.core.files import copy_bytes, inside, sync_file
 from granite_switch.core.records import ShardIndex
 from granite_switch.errors import CheckpointError
@@ -178,7 +176,7 @@ def _tensor(path: Path, data: int, name: str, record: Mapping[str, Any]) -> Tens
 def write(
     path: Path,
     entries: Iterable[Entry],
-    on_bytes: Any = None,
+    on_bytes: Callable[[int], Any] | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
     *,
     aligned: int = PAGE,
@@ -205,23 +203,24 @@ def write(
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
             for part in entry.parts:
-                if isinstance(part, Tensor) and not isinstance(part, Columns):
-                    _stream(part, file, on_bytes)
-                else:
-                    data = part.read() if isinstance(part, Columns) else part
-                    file.write(data)
+                for count in _append(part, file):
                     if on_bytes:
-                        on_bytes(len(data))
+                        on_bytes(count)
         sync_file(file)
 
 
-def _stream(tensor: Tensor, file: Any, on_bytes: Any) -> None:
-    with tensor.path.open("rb") as source:
-        for count in copy_bytes(source, file, tensor.start, tensor.nbytes):
+def _append(part: Tensor | bytes, file: BinaryIO) -> Iterator[int]:
+    """Write part of an entry, and yield the number of bytes of each piece."""
+    if isinstance(part, Columns):
+        part = part.read()
+    if isinstance(part, bytes):
+        yield file.write(part)
+        return
+    with part.path.open("rb") as source:
+        for count in copy_bytes(source, file, part.start, part.nbytes):
             if not count:
-                raise CheckpointError(f"{tensor.path}: ends inside {tensor.name}", hint=_AGAIN)
-            if on_bytes:
-                on_bytes(count)
+                raise CheckpointError(f"{part.path}: ends inside {part.name}", hint=_AGAIN)
+            yield count
 
 
 class Checkpoint:

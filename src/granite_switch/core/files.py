@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +12,9 @@ from granite_switch.errors import CheckpointError, SwitchError
 
 _CHUNK = 8 << 20
 
-Way = Callable[[int, int, int, int], int]
-
 
 def copy_bytes(source: Any, target: Any, start: int, nbytes: int) -> Iterator[int]:
-    """Append a range of one open file to another, by the fastest method available.
+    """Append a range of one open file to another, by `sendfile` where the system can.
 
     Args:
         source: a file open for reading.
@@ -27,36 +26,19 @@ def copy_bytes(source: Any, target: Any, start: int, nbytes: int) -> Iterator[in
         The number of bytes of each piece copied; a last 0 if the source ends too early.
     """
     target.flush()
-    ways = _ways()
+    fast = hasattr(os, "sendfile")
     while nbytes:
-        try:
-            count = ways[0](source.fileno(), target.fileno(), start, min(nbytes, _CHUNK))
-        except OSError:
-            if len(ways) == 1:
-                raise
-            count = 0
-        if not count and len(ways) > 1:  # unsupported here; any other failure recurs with the next method
-            ways.pop(0)
-            continue
+        count = 0
+        if fast:
+            with suppress(OSError):
+                count = os.sendfile(target.fileno(), source.fileno(), start, min(nbytes, _CHUNK))
+            fast = count > 0  # unsupported here; any other failure recurs below
+        count = count or _read_write(source.fileno(), target.fileno(), start, min(nbytes, _CHUNK))
         yield count
         if not count:
             return
         start, nbytes = start + count, nbytes - count
     target.seek(0, os.SEEK_END)
-
-
-def _ways() -> list[Way]:
-    """Return the copy functions (source, target, start, limit) -> bytes copied, fastest first."""
-    fast = {"sendfile": _sendfile, "copy_file_range": _copy_file_range}
-    return [*(way for name, way in fast.items() if hasattr(os, name)), _read_write]
-
-
-def _sendfile(source: int, target: int, start: int, count: int) -> int:
-    return os.sendfile(target, source, start, count)
-
-
-def _copy_file_range(source: int, target: int, start: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, start)
 
 
 def _read_write(source: int, target: int, start: int, count: int) -> int:

@@ -104,7 +104,7 @@ def vocabulary(tensors: Mapping[str, Tensor], rows: int) -> Vocabulary | None:
     outside = [
         name
         for name, tensor in tensors.items()
-        if len(tensor.shape) == 2 and not parse_key(name) and not any(p.isdecimal() for p in name.split("."))
+        if len(tensor.shape) == 2 and not parse_key(name) and not at_layer(name)[1]
     ]
     heads = [name for name in outside if name.endswith(".weight") and name.split(".")[-2] in _HEADS]
     found = [name for name in outside if name not in heads and tensors[name].shape[0] == rows]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from granite_switch.core.border import checked, shown
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, natural, parse_key
-from granite_switch.core.records import LegacyConfig, checked, read_config, shown
+from granite_switch.core.records import LegacyConfig, read_config
 from granite_switch.core.spec import (
     BASE_TOKEN,
     MODEL_TYPE,
@@ -187,7 +188,8 @@ def read(folder: Path) -> Old:
     checkpoint = Checkpoint(folder)
     spec = SwitchSpec.from_dict(config["switch"])
     _check_stacks(checkpoint, spec, _rows(config))
-    return Old(number, config, spec, checkpoint, dict(_renamed(checkpoint, config)))
+    tensors = {name: tensor.named(name) for name, tensor in split(checkpoint.tensors.items(), config)}
+    return Old(number, config, spec, checkpoint, tensors)
 
 
 def describe(folder: Path) -> list[str]:
@@ -249,11 +251,6 @@ def _pieces(found: re.Match[str], spec: SwitchSpec, rows: Mapping[str, int]) -> 
 def _is_format_1(found: re.Match[str]) -> bool:
     """Whether format 1 has the same name: `self_attn.o_proj.weight` is called so in every format."""
     return found[2] == "self_attn.o_proj" and bool(found[4]) and not found[3]
-
-
-def _renamed(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in split(checkpoint.tensors.items(), config):
-        yield name, tensor.named(name)
 
 
 def _spec(config: Mapping[str, Any]) -> SwitchSpec:
@@ -320,7 +317,11 @@ def _check(config: Mapping[str, Any]) -> None:
     count = config.get("num_adapters") or 0
     known = {*_SWITCH_KEYS, *_RELEASES}
     problems = [f"unknown key {key!r}" for key in config if key.startswith(_SWITCH_PREFIXES) and key not in known]
-    problems += _kind_problems(config)
+    names = config.get("adapter_names") or range(count)
+    for name, kind in zip(names, config.get("adapter_kinds") or (), strict=False):
+        if kind != "lora":
+            what = "a label head, which outputs classes, not text" if kind == "classifier" else "an unknown kind"
+            problems.append(f"adapter_kinds: {name} is {shown(kind)}: {what}; only 'lora' can be read")
     if config.get("switch_type") not in (None, "single", "multi"):
         problems.append(f"switch_type {config['switch_type']!r} is unknown")
     if config.get("dual_stream") or config.get("cross_stream_rank") or config.get("unfused_qkv"):
@@ -338,7 +339,7 @@ def _check(config: Mapping[str, Any]) -> None:
     if config["num_hidden_layers"] <= _extra_layers(config):
         problems.append(f"num_hidden_layers {config['num_hidden_layers']} leaves no layer for the decoder")
     problems += [f"unknown target module {m!r}" for m in config.get("lora_target_modules") or () if m not in _TARGETS]
-    for key in ("adapter_names", "adapter_ranks", "adapter_token_ids", "adapter_substitute_token_ids"):
+    for key in ("adapter_kinds", "adapter_names", "adapter_ranks", "adapter_token_ids", "adapter_substitute_token_ids"):
         value = config.get(key)
         allowed = (count, count + 1) if key.endswith("_ids") and legacy_format(config) == 3 else (count,)
         required = bool(count) and key in ("adapter_ranks", "adapter_token_ids")
@@ -350,23 +351,6 @@ def _check(config: Mapping[str, Any]) -> None:
             problems=problems,
             hint="pip install --upgrade granite-switch, or compose the model again from its adapters",
         )
-
-
-def _kind_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return a problem for each slot that holds something other than a LoRA."""
-    kinds = config.get("adapter_kinds")
-    count = config.get("num_adapters") or 0
-    if kinds is None:
-        return []
-    if not isinstance(kinds, list) or len(kinds) != count:
-        return [f"adapter_kinds must have {count} entries: {shown(kinds)}"]
-    names = config.get("adapter_names") or range(count)
-    what = {"classifier": "a label head, which outputs classes, not text"}
-    return [
-        f"adapter_kinds: {name} is {shown(kind)}: {what.get(str(kind), 'an unknown kind')}; only 'lora' can be read"
-        for name, kind in zip(names, kinds, strict=False)
-        if kind != "lora"
-    ]
 
 
 def _release(config: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from granite_switch.core.checkpoint import Tensor
-from granite_switch.core.layout import parse_key
+from granite_switch.core.layout import at_layer, parse_key
 from granite_switch.core.packed import FORMS, Packed, Shape
 
 
@@ -26,7 +26,7 @@ def linears(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     quantisation = config.get("quantization_config") or {}
     for name, tensor in tensors.items():
         path, _, kind = name.rpartition(".")
-        if kind not in FORMS or not any(part.isdecimal() for part in path.split(".")) or parse_key(name):
+        if kind not in FORMS or not at_layer(path)[1] or parse_key(name):
             continue
         if kind != "weight" and len(tensor.shape) != 2:
             continue

@@ -1,139 +1,13 @@
-"""Records for files that others wrote, checked by the rules of `border.py`; they list the keys in use.
+"""Records for files that others wrote, checked by the rules of `border.py`; they list the keys in use."""
 
-`read_adapter_config` also decides which PEFT features can be composed, and allows them by name.
-"""
-
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import regex
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from granite_switch.core.border import LIMIT, Count, FileName, Name, Number, Pattern, Record, TokenId
-from granite_switch.core.border import checked as checked
-from granite_switch.core.border import read as read
-from granite_switch.core.border import read_json as read_json
-from granite_switch.core.border import shown as shown
+from granite_switch.core.border import Count, FileName, Name, Record, TokenId, checked, read, read_json
 from granite_switch.core.files import inside
-from granite_switch.errors import AdapterError, CheckpointError, SwitchError
-
-_SECONDS = 0.25  # to match one pattern with one module's path; microseconds are usual
-
-# keys of adapter_config.json that change more than a pair of matrices, and why they cannot be composed
-_OFF: Mapping[str, str] = {
-    "use_dora": "DoRA rescales the base's weights; docs/train.md shows how to take a LoRA from the merged model",
-    "use_qalora": "QALoRA pools the adapter's input",
-    "lora_bias": "biases are not part of the update; train with lora_bias=False",
-    "modules_to_save": "whole modules replace the base's; train LoRA on linears only",
-    "fan_in_fan_out": "transposed (Conv1D) weights",
-    "target_parameters": "LoRA on bare parameters (stacked experts); target attention and shared linears instead",
-    "trainable_token_indices": "retrained embeddings replace the base's; use text that the tokenizer already has",
-    "layer_replication": "the base's layers are repeated",
-    "use_bdlora": "block-diagonal matrices",
-    "arrow_config": "a router over several adapters",
-    "kasa_config": "the base's weights are truncated",
-    "monteclora_config": "sampled matrices",
-}
-# keys that record the adapter's origin and training, without effect when it runs
-_NEUTRAL = {
-    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
-    *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-}
-_INIT = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base's weights unchanged
-
-
-class AdapterConfig(Record):
-    """adapter_config.json of a LoRA or aLoRA adapter (PEFT's `LoraConfig`), with features that can be composed."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
-
-    r: Count = 8
-    lora_alpha: Number = 8
-    use_rslora: bool = False
-    rank_pattern: dict[Pattern, Count] | None = None
-    alpha_pattern: dict[Pattern, Number] | None = None
-    target_modules: str | list[str] | None = None
-    alora_invocation_tokens: list[TokenId] | None = None
-    invocation_string: str | None = None  # written by older aLoRA trainers
-    base_model_name_or_path: str | None = None
-    init_lora_weights: bool | str | None = True
-    bias: str = "none"
-
-    def rank_of(self, module: str) -> int:
-        """Return the rank of a module, given its path (`model.layers.0.self_attn.q_proj`)."""
-        return _matched(self.rank_pattern, module, self.r)
-
-    def alpha_of(self, module: str) -> float:
-        """Return alpha of a module, given its path."""
-        return _matched(self.alpha_pattern, module, self.lora_alpha)
-
-
-V = TypeVar("V")
-
-
-def _matched(patterns: Mapping[str, V] | None, path: str, default: V) -> V:
-    """Return the value of the first pattern that matches the end of the path (PEFT `get_pattern_key`)."""
-    return next((value for key, value in (patterns or {}).items() if matches(key, path)), default)
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` matches a module's path."""
-    try:
-        return bool(regex.match(rf"(.*\.)?({pattern})$", path, timeout=_SECONDS))
-    except TimeoutError:
-        raise AdapterError(
-            f"adapter_config.json: the pattern {shown(pattern)} takes too long to match {path}",
-            hint="write it without nested *",
-        ) from None
-
-
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read adapter_config.json.
-
-    Raises:
-        AdapterError: lists every key that is wrong or asks for an unsupported feature. Unknown keys must be off (null,
-            false or empty), because a newer PEFT may compute differently with them.
-    """
-    path = folder / "adapter_config.json"
-    hint = "a PEFT adapter folder contains adapter_config.json"
-    try:
-        data = read_json(inside(folder, path.name))
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint=hint) from None
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path}: is not a JSON object", hint=hint)
-    if data.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{path}: peft_type {shown(data.get('peft_type'))} cannot be composed",
-            hint="LoRA and activated LoRA can be; `peft.save_as_lora` converts many others to LoRA (docs/train.md)",
-        )
-    config = checked(AdapterConfig, data, path, AdapterError, "train or save it again, or correct the file")
-    _refuse_features(path, config)
-    return config
-
-
-def _refuse_features(path: Path, config: AdapterConfig) -> None:
-    extra = {key: value for key, value in (config.model_extra or {}).items() if key not in (*_NEUTRAL, "peft_type")}
-    asked = {key: value for key, value in extra.items() if value not in (None, False, {}, [])}
-    problems = [f"{key}: {_OFF[key]}" for key in asked if key in _OFF]
-    problems += [f"{key}={shown(asked[key])}: is unknown to this release" for key in asked if key not in _OFF]
-    if config.bias != "none":
-        problems.append(f"bias={shown(config.bias)}: the base's biases are retrained; train with bias='none'")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower() not in _INIT:
-        problems.append(
-            f"init_lora_weights={shown(init)}: it changes the base's weights; PEFT's save_pretrained converts it with "
-            "path_initial_model_for_weight_conversion"
-        )
-    if problems:
-        raise AdapterError(
-            f"{path.parent}: uses PEFT features that cannot be composed",
-            problems=problems,
-            hint="train it again without them, or convert it to plain LoRA with PEFT; a key that has no effect when "
-            "the adapter runs can be removed from adapter_config.json",
-        )
+from granite_switch.errors import CheckpointError, SwitchError
 
 
 class Provenance(Record):
@@ -151,10 +25,8 @@ class ShardIndex(Record):
     metadata: dict[str, Any] | None = None
 
 
-class ManifestEntry(Record):
+class ManifestEntry(Record, extra="forbid"):
     """An adapter in a YAML manifest."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     path: Annotated[str, Field(min_length=1)]
     name: Name | None = None
@@ -165,10 +37,8 @@ class ManifestEntry(Record):
     retired: Literal[False] | None = None
 
 
-class RetiredEntry(Record):
+class RetiredEntry(Record, extra="forbid"):
     """A removed adapter in a YAML manifest."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     name: Name
     retired: Literal[True]
@@ -242,7 +112,7 @@ class Quantisation(Record):
 
 
 class DecoderConfig(Record):
-    """The decoder's part of config.json: the keys that composing uses."""
+    """The decoder's part of config.json: the keys that its users share."""
 
     num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
     vocab_size: Count
@@ -279,46 +149,14 @@ def read_config(path: Path, error: type[SwitchError] = CheckpointError, hint: st
     return dict(config)
 
 
-class AdapterRecord(Record):
-    """One of `switch.adapters` in config.json (docs/format.md)."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    name: Name
-    technology: Literal["lora", "alora"]
-    token: str
-    token_id: TokenId
-    substitute_token_id: TokenId
-    rank: Annotated[int, Field(ge=0, lt=LIMIT)]
-    alpha: Annotated[int | float, Field(ge=0, lt=LIMIT, allow_inf_nan=False)]
-    targets: list[str]
-    use_rslora: bool = False
-    rank_pattern: dict[str, Count] = {}
-    alpha_pattern: dict[str, Number] = {}
-    invocation_tokens: list[TokenId] = []
-    invocation_text: str = ""
-    invocation_placement: Literal["", "prefix", "suffix"] = ""
-    source: str = ""
-    sha256: str = ""
-    digest: str = ""
-    retired: bool = False
-    warnings: list[str] = []
-
-
-class LegacyConfig(Record):
+class LegacyConfig(DecoderConfig):
     """config.json of the legacy formats."""
 
-    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
-    vocab_size: Count
     hidden_size: Count
     num_attention_heads: Count
-    intermediate_size: Count | None = None
     shared_intermediate_size: Count | None = None
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
     projection_head_dim: Count | None = None
     num_local_experts: int | None = None
-    layer_types: list[str] | None = None
     num_adapters: Annotated[int, Field(ge=0, le=10_000)] | None = None
     adapter_names: list[Name] | None = None
     adapter_kinds: list[str] | None = None
@@ -328,31 +166,3 @@ class LegacyConfig(Record):
     lora_target_modules: list[str] | None = None
     hiding_groups: dict[str, list[str]] | None = None
     hiding_policy: dict[str, list[str]] | None = None
-
-
-class HidingRecord(Record):
-    """`switch.hiding`."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    groups: list[list[TokenId]]
-    policy: list[list[Annotated[int, Field(ge=0, lt=62)]]]
-
-
-class SwitchRecord(Record):
-    """The `switch` object of config.json (docs/format.md)."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    adapters: list[AdapterRecord]
-    base_token: str
-    base_token_id: Annotated[int, Field(ge=-1, lt=LIMIT)]
-    base_substitute_token_id: Annotated[int, Field(ge=-1, lt=LIMIT)]
-    base_model: str = ""
-    base_commit: str = ""
-    base_model_type: str = "granite"
-    base_architecture: str = "GraniteForCausalLM"
-    generatable: bool = False
-    reserved: Annotated[int, Field(ge=0, lt=65536)] = 0
-    format_version: int = 1
-    hiding: HidingRecord | None = None

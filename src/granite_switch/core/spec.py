@@ -3,37 +3,40 @@
 The records are frozen and have one reader and one writer. docs/format.md is normative.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from granite_switch.core.border import checked, shown
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from granite_switch.core.border import LIMIT, Count, Name, Natural, Number, TokenId, explained, shown
 from granite_switch.core.layout import AdapterTensor, fold, unfold
 from granite_switch.core.lora import scaling
-from granite_switch.core.records import SwitchRecord
 from granite_switch.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MODEL_TYPE = "granite_switch"
 BASE_TOKEN = "<|return_to_base|>"
-_PATTERNS = ("rank_pattern", "alpha_pattern")
+_SUFFIXES = (
+    "PreTrainedModel",
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "LMHeadModel",
+    "TextModel",
+    "Model",
+    "Config",
+)
+_BaseToken = Annotated[int, Field(ge=-1, lt=LIMIT)]  # -1 in legacy formats that have no such token
+_Rows = Annotated[int, Field(ge=0, lt=65536)]
+_Group = Annotated[int, Field(ge=0, lt=62)]  # index in `Hiding.groups`
 
 
 def architecture(base: str) -> str:
     """Return the class name of a base's switch model: `Qwen3SwitchForCausalLM` for `Qwen3ForCausalLM`."""
-    for suffix in (
-        "PreTrainedModel",
-        "ForCausalLM",
-        "ForConditionalGeneration",
-        "LMHeadModel",
-        "TextModel",
-        "Model",
-        "Config",
-    ):
-        if base.endswith(suffix):
-            return f"{base.removesuffix(suffix)}Switch{suffix}"
-    return f"{base}Switch"
+    suffix = next((one for one in _SUFFIXES if base.endswith(one)), "")
+    return f"{base.removesuffix(suffix)}Switch{suffix}"
 
 
 def control_token(name: str) -> str:
@@ -41,22 +44,28 @@ def control_token(name: str) -> str:
     return f"<|{name}|>"
 
 
+class _Part:
+    """The rules by which `SwitchSpec.from_dict` reads the JSON of a dataclass; its constructor checks nothing."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+
 @dataclass(frozen=True)
-class AdapterSpec:
+class AdapterSpec(_Part):
     """One adapter of a checkpoint. Its slot is its position in `SwitchSpec.adapters`, counted from 1."""
 
-    name: str
+    name: Name
     technology: Literal["lora", "alora"]
     token: str
-    token_id: int
-    substitute_token_id: int
-    rank: int
-    alpha: float
+    token_id: TokenId
+    substitute_token_id: TokenId
+    rank: Natural
+    alpha: Annotated[int | float, Field(ge=0, lt=LIMIT, allow_inf_nan=False)]
     targets: tuple[str, ...]  # paths of the linears that it updates
     use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # linear -> rank, if it is not `rank`
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    invocation_tokens: tuple[int, ...] = ()
+    rank_pattern: Mapping[str, Count] = field(default_factory=dict)  # linear -> rank, if it is not `rank`
+    alpha_pattern: Mapping[str, Number] = field(default_factory=dict)
+    invocation_tokens: tuple[TokenId, ...] = ()
     invocation_text: str = ""
     invocation_placement: Literal["", "prefix", "suffix"] = ""  # where the template writes a missing invocation text
     source: str = ""
@@ -95,27 +104,27 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
-class Hiding:
+class Hiding(_Part):
     """Legacy format 1: control tokens stay in the sequence, hidden from attention by group."""
 
-    groups: tuple[tuple[int, ...], ...]  # ids of the control tokens in each group
-    policy: tuple[tuple[int, ...], ...]  # for each slot, the base first: indices of the groups hidden from it
+    groups: tuple[tuple[TokenId, ...], ...]  # ids of the control tokens in each group
+    policy: tuple[tuple[_Group, ...], ...]  # for each slot, the base first: the groups hidden from it
 
 
 @dataclass(frozen=True)
-class SwitchSpec:
+class SwitchSpec(_Part):
     """Everything that a backend needs to know about a checkpoint's adapters."""
 
     adapters: tuple[AdapterSpec, ...]
     base_token: str
-    base_token_id: int  # -1 in legacy formats that have no such token
-    base_substitute_token_id: int
+    base_token_id: _BaseToken
+    base_substitute_token_id: _BaseToken
     base_model: str = ""
     base_commit: str = ""  # of the hub repository, if the base came from one
     base_model_type: str = "granite"  # of the base's config.json
     base_architecture: str = "GraniteForCausalLM"
     generatable: bool = False
-    reserved: int = 0  # spare embedding rows after the last control token, reserved for adapters added later
+    reserved: _Rows = 0  # spare embedding rows after the last control token, reserved for adapters added later
     format_version: int = FORMAT_VERSION
     hiding: Hiding | None = None  # if set, control tokens are hidden instead of substituted
 
@@ -179,10 +188,9 @@ class SwitchSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `switch` object of config.json; adapters are written without default values."""
-        head = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("adapters", "hiding")}
-        if self.hiding:
-            head["hiding"] = _lists(asdict(self.hiding))
-        return {**head, "adapters": [_plain(adapter) for adapter in self.adapters]}
+        head = _JSON.dump_python(replace(self, adapters=()), mode="json", exclude={"adapters"}, exclude_none=True)
+        folded = replace(self, adapters=tuple(_with_paths(a, fold) for a in self.adapters))
+        return {**head, **_JSON.dump_python(folded, mode="json", include={"adapters"}, exclude_defaults=True)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "SwitchSpec":
@@ -197,13 +205,12 @@ class SwitchSpec:
                 f"the checkpoint has format {shown(version)}; this release reads format {FORMAT_VERSION}",
                 hint="pip install --upgrade granite-switch",
             )
-        plain = checked(SwitchRecord, data, "config.json: switch").model_dump(exclude_unset=True)
+        with explained("config.json: switch"):
+            spec = _JSON.validate_json(json.dumps(data))
         try:
-            adapters = tuple(AdapterSpec(**_tuples(_unfolded(record))) for record in plain["adapters"])
+            spec = replace(spec, adapters=tuple(_with_paths(a, unfold) for a in spec.adapters))
         except ValueError as error:
             raise CheckpointError(f"config.json: switch: targets cannot be read ({shown(str(error))})") from None
-        hiding = Hiding(**_tuples(plain["hiding"])) if plain.get("hiding") else None
-        spec = cls(**{**plain, "adapters": adapters, "hiding": hiding})
         spec._check()
         return spec
 
@@ -239,34 +246,14 @@ class SwitchSpec:
         return [f"{name}: token {i} is not in the vocabulary of {self.rows}" for name, i in named if i >= self.rows]
 
 
-def _plain(adapter: AdapterSpec) -> dict[str, Any]:
-    """Return an adapter's record for JSON, without default values except for the fields in `always`."""
-    always = {"name", "technology", "rank", "alpha", "targets"}
-    result = {}
-    values = asdict(adapter)
-    values["targets"] = list(fold(dict.fromkeys(adapter.targets)))
-    values |= {key: fold(values[key]) for key in _PATTERNS}
-    for f in fields(adapter):
-        value = values[f.name]
-        empty = value in (f.default, (), {}, "")
-        if f.name in always or not empty:
-            result[f.name] = value
-    return _lists(result)
+_JSON = TypeAdapter(SwitchSpec)
 
 
-def _unfolded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record in which each linear has its own path."""
-    targets = list(unfold(dict.fromkeys(record["targets"])))
-    return {**record, "targets": targets, **{key: unfold(record[key]) for key in _PATTERNS if key in record}}
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+def _with_paths(adapter: AdapterSpec, rewrite: Callable[[Mapping[str, Any]], dict[str, Any]]) -> AdapterSpec:
+    """Return a record whose linears' paths are folded or unfolded."""
+    return replace(
+        adapter,
+        targets=tuple(rewrite(dict.fromkeys(adapter.targets))),
+        rank_pattern=rewrite(adapter.rank_pattern),
+        alpha_pattern=rewrite(adapter.alpha_pattern),
+    )

@@ -104,18 +104,21 @@ def restore(target: Path) -> None:
 
 def check_file(target: Path, *, force: bool = False) -> None:
     """Refuse a target that exists, unless `force` is set and it is a file."""
-    if (target.exists() or target.is_symlink()) and not force:
-        raise OutputError(f"{target}: already exists", hint="choose another name, or use --force to replace it")
+    _check_new(target, force)
     if target.is_dir():
         raise OutputError(f"{target}: is a folder, not a file", hint="choose another name")
 
 
 def check_target(target: Path, *, force: bool = False) -> None:
     """Refuse a target that exists, unless `force` is set and it is a folder."""
-    if (target.exists() or target.is_symlink()) and not force:
-        raise OutputError(f"{target}: already exists", hint="choose another name, or use --force to replace it")
+    _check_new(target, force)
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file, not a folder", hint="choose another name")
+
+
+def _check_new(target: Path, force: bool) -> None:
+    if (target.exists() or target.is_symlink()) and not force:
+        raise OutputError(f"{target}: already exists", hint="choose another name, or use --force to replace it")
 
 
 @contextmanager

@@ -1,18 +1,19 @@
 """The bases that llama.cpp's `graniteswitch` can run, and their names for the parts of Granite's decoder.
 
 The engine implements one decoder, Granite's. A base can be exported if its `model_type` is listed here, because it
-computes the same under other names. Every config key that changes the computation is read here, with transformers'
-default, and refused by name if the engine does not support its value.
+computes the same under other names. Every config key that changes the computation is read here and refused by name if
+the engine does not support its value.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from granite_switch.core.border import LIMIT, Count, Number, Record, checked
+from granite_switch.core.records import DecoderConfig
 from granite_switch.errors import CheckpointError
 
 _Factor = Annotated[int | float, Field(gt=-LIMIT, lt=LIMIT, allow_inf_nan=False)] | None
@@ -33,36 +34,6 @@ class Rope(Record):
     mscale: Number | None = None
     mscale_all_dim: Number | None = None
     truncate: bool | None = None
-
-
-class EngineConfig(Record):
-    """config.json: every key that an export reads, of any dialect."""
-
-    hidden_size: Count
-    num_attention_heads: Count
-    intermediate_size: Count | None = None
-    shared_intermediate_size: Count | None = None
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
-    hidden_act: str | None = None
-    max_position_embeddings: Count = 1
-    rms_norm_eps: Number = 1
-    attention_bias: bool | None = None
-    mlp_bias: bool | None = None
-    sliding_window: int | None = None
-    attention_chunk_size: int | None = None
-    num_local_experts: int | None = None
-    position_embedding_type: str | None = None
-    layers_block_type: list[str] | None = None
-    embedding_multiplier: _Factor = None
-    logits_scaling: _Factor = None
-    residual_multiplier: _Factor = None
-    attention_multiplier: _Factor = None
-    rope_theta: Number | None = None
-    rope_scaling: Rope | None = None
-    rope_parameters: Rope | None = None
-    partial_rotary_factor: Number | None = None
-    original_max_position_embeddings: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -96,25 +67,6 @@ _SHARED = (
 FUSED = ("attn_q", "attn_k", "attn_v")  # one matrix in the engine, `attn_qkv`
 ROTARY = ("attn_q", "attn_k")
 
-# key -> transformers' default if config.json omits it
-_DEFAULTS: Mapping[str, Any] = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "sliding_window": None,
-    "attention_chunk_size": None,
-    "layer_types": None,
-}
-_MULTIPLIERS: Mapping[str, Any] = {
-    "embedding_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-}
 # key -> (supported values, reason)
 _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "llama.cpp's architecture supports only silu"),
@@ -127,38 +79,95 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """One `model_type`'s names for Granite's decoder."""
+class Dialect(DecoderConfig):
+    """config.json of a base that computes what Granite's decoder does: every key that an export reads.
 
-    rows: tuple[Row, ...] = _PLAIN
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # every key that is read -> transformers' default
-    mlp: str = "intermediate_size"  # the key of the MLP's width
+    A subclass is one `model_type`; keys that only some types have are declared there, all with transformers' defaults.
+    """
+
+    rows: ClassVar[tuple[Row, ...]] = _PLAIN
+    mlp: ClassVar[str] = "intermediate_size"  # the key of the MLP's width
+    scales: ClassVar[Mapping[str, str]] = {}  # key of a multiplier -> field of `Decoder`
+    types: ClassVar[tuple[str, ...]] = ()  # of layers, if config.json does not say
+
+    hidden_size: Count
+    num_attention_heads: Count
+    hidden_act: str | None = "silu"
+    max_position_embeddings: Count = 2048
+    rms_norm_eps: Number = 1e-6
+    tie_word_embeddings: bool | None = False
+    sliding_window: int | None = None
+    attention_chunk_size: int | None = None
+    layers_block_type: list[str] | None = None
+    rope_theta: Number | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    partial_rotary_factor: Number | None = None
+    original_max_position_embeddings: Count | None = None
+
+    @property
+    def positions(self) -> bool:
+        """Whether it has rotary embeddings."""
+        return True
 
 
-DIALECTS: Mapping[str, Dialect] = {
-    "granite": Dialect(defaults={**_DEFAULTS, **_MULTIPLIERS, "mlp_bias": False}),
-    "granitemoehybrid": Dialect(
-        rows=_SHARED,
-        defaults={
-            **_DEFAULTS,
-            **_MULTIPLIERS,
-            "num_local_experts": 8,
-            "position_embedding_type": None,
-            "layer_types": ["linear_attention"],
-            "shared_intermediate_size": 1024,
-        },
-        mlp="shared_intermediate_size",
-    ),
-    "llama": Dialect(defaults={**_DEFAULTS, "mlp_bias": False}),
-    "mistral": Dialect(
-        defaults={
-            **{key: value for key, value in _DEFAULTS.items() if key != "attention_bias"},
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-        },
-    ),
+class _Multiplied(Dialect):
+    scales: ClassVar[Mapping[str, str]] = {
+        "embedding_multiplier": "embedding_scale",
+        "logits_scaling": "logit_scale",
+        "residual_multiplier": "residual_scale",
+        "attention_multiplier": "attention_scale",
+    }
+
+    attention_bias: bool | None = False
+    embedding_multiplier: _Factor = 1.0
+    logits_scaling: _Factor = 1.0
+    residual_multiplier: _Factor = 1.0
+    attention_multiplier: _Factor = 1.0
+
+
+class Granite(_Multiplied):
+    """IBM's dense Granite."""
+
+    mlp_bias: bool | None = False
+
+
+class GraniteMoeHybrid(_Multiplied):
+    """Granite 4: can be exported if it has attention layers only and no experts."""
+
+    rows: ClassVar[tuple[Row, ...]] = _SHARED
+    mlp: ClassVar[str] = "shared_intermediate_size"
+    types: ClassVar[tuple[str, ...]] = ("linear_attention",)
+
+    num_local_experts: int | None = 8
+    position_embedding_type: str | None = None
+    shared_intermediate_size: Count | None = 1024
+
+    @property
+    def positions(self) -> bool:
+        return self.position_embedding_type == "rope"
+
+
+class Llama(Dialect):
+    """Llama and bases that are stored as Llama."""
+
+    attention_bias: bool | None = False
+    mlp_bias: bool | None = False
+
+
+class Mistral(Dialect):
+    """Mistral without its sliding window."""
+
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131072
+    sliding_window: int | None = 4096
+
+
+DIALECTS: Mapping[str, type[Dialect]] = {
+    "granite": Granite,
+    "granitemoehybrid": GraniteMoeHybrid,
+    "llama": Llama,
+    "mistral": Mistral,
 }
 _ATTENTION_LAYERS = {"attention", "full_attention"}
 
@@ -232,57 +241,51 @@ def read_decoder(config: Mapping[str, Any], model_type: str) -> tuple[Decoder, l
             f"model_type {model_type!r} is not supported by llama.cpp's architecture graniteswitch",
             hint=f"it supports {', '.join(DIALECTS)}; run this model in transformers or vLLM",
         )
-    checked(EngineConfig, config, "config.json")
-    keys = {key: config.get(key, default) for key, default in dialect.defaults.items()}
-    heads, mlp = config["num_attention_heads"], config.get(dialect.mlp, keys.get(dialect.mlp))
-    if not mlp or (heads > config["hidden_size"] and not keys.get("head_dim")):
+    read = checked(dialect, config, "config.json")
+    heads, mlp = read.num_attention_heads, getattr(read, dialect.mlp)
+    head = read.head_dim or read.hidden_size // heads
+    if not mlp or not head:
         raise CheckpointError(f"config.json: {dialect.mlp} is missing" if not mlp else "config.json: heads of size 0")
-    head = keys.get("head_dim") or config["hidden_size"] // heads
-    positions = keys.get("position_embedding_type", "rope") == "rope"
-    problems = [*_problems(keys, config, dialect), *([f"head_dim: {head} is odd"] if head % 2 else [])]
+    problems = [*_problems(read, config), *([f"head_dim: {head} is odd"] if head % 2 else [])]
     scaling: Mapping[str, Any] = {}
     try:
-        scaling = rope_scaling(config, keys["max_position_embeddings"]) if positions else {}
+        scaling = rope_scaling(config, read.max_position_embeddings) if read.positions else {}
     except ValueError as error:
         problems.append(f"{'rope_scaling' if config.get('rope_scaling') else 'rope_parameters'}: {error}")
     decoder = Decoder(
         rows=dialect.rows,
-        layers=config["num_hidden_layers"],
-        vocab_size=config["vocab_size"],
-        hidden=config["hidden_size"],
+        layers=read.num_hidden_layers,
+        vocab_size=read.vocab_size,
+        hidden=read.hidden_size,
         mlp=mlp,
         heads=heads,
-        kv_heads=keys["num_key_value_heads"] or heads,
+        kv_heads=read.num_key_value_heads or heads,
         head=head,
-        context=keys["max_position_embeddings"],
-        epsilon=keys["rms_norm_eps"],
-        tied=bool(keys["tie_word_embeddings"]),
-        positions=positions,
-        rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0),
+        context=read.max_position_embeddings,
+        epsilon=read.rms_norm_eps,
+        tied=bool(read.tie_word_embeddings),
+        positions=read.positions,
+        rope_theta=float(_rope(config).get("rope_theta") or read.rope_theta or 10000.0),
         rope_scaling=scaling,
-        attention_scale=keys.get("attention_multiplier", head**-0.5),
-        embedding_scale=keys.get("embedding_multiplier", 1.0),
-        residual_scale=keys.get("residual_multiplier", 1.0),
-        logit_scale=keys.get("logits_scaling", 1.0),
+        attention_scale=head**-0.5,
     )
-    return decoder, problems
+    return replace(decoder, **{field: getattr(read, key) for key, field in dialect.scales.items()}), problems
 
 
-def _problems(keys: Mapping[str, Any], config: Mapping[str, Any], dialect: Dialect) -> Iterator[str]:
+def _problems(read: Dialect, config: Mapping[str, Any]) -> Iterator[str]:
     """Config values that the engine does not support."""
-    for key, (allowed, reason) in _FIXED.items():
-        if key in keys and keys[key] not in allowed:
-            yield f"{key} {keys[key]!r}: {reason}"
-    for key in _MULTIPLIERS:
-        if key in keys and not keys[key]:
-            yield f"{key} {keys[key]!r}: llama.cpp treats it as 1"
+    for key, value in read:
+        allowed, reason = _FIXED.get(key, ((value,), ""))
+        if value not in allowed:
+            yield f"{key} {value!r}: {reason}"
+        if key in read.scales and not value:
+            yield f"{key} {value!r}: llama.cpp treats it as 1"
     if config.get("quantization_config"):
         yield (
             "quantization_config: the base is quantised; compose with the unquantised base and export with "
             "--outtype q8_0"
         )
-    types = config.get("layer_types") or config.get("layers_block_type") or dialect.defaults["layer_types"] or ()
-    if other := sorted({*map(str, types)} - _ATTENTION_LAYERS):
+    if other := sorted({*(read.layer_types or read.layers_block_type or read.types)} - _ATTENTION_LAYERS):
         yield f"layer_types {', '.join(other)}: llama.cpp's architecture has only full attention layers"
 
 

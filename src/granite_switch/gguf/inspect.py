@@ -3,12 +3,12 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from gguf import GGUFReader, LlamaFileType, ReaderTensor
 from pydantic import Field
 
-from granite_switch.core.border import LIMIT, Count, Record, TokenId, checked
+from granite_switch.core.border import LIMIT, Count, Natural, Record, TokenId, checked
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import CheckpointError
 from granite_switch.gguf.write import ARCH
@@ -21,7 +21,7 @@ class Keys(Record):
     layers: Count = Field(alias="graniteswitch.block_count")
     context: Count = Field(alias="graniteswitch.context_length")
     vocab_size: Count | None = Field(None, alias="graniteswitch.vocab_size")
-    rank: Annotated[int, Field(ge=0, lt=LIMIT)] = Field(alias="graniteswitch.adapters.lora_rank")
+    rank: Natural = Field(alias="graniteswitch.adapters.lora_rank")
     activate: list[TokenId] = Field(alias="graniteswitch.adapters.token_ids_activate")
     substitute: list[TokenId] = Field(alias="graniteswitch.adapters.token_ids_substitute")
     tokens: list[str] = Field([], alias="tokenizer.ggml.tokens")

@@ -77,10 +77,8 @@ def _merge_problems(data: Mapping[str, Any]) -> Iterator[str]:
         if len(made) > 1 and (len({*"".join(made)}) > 1 or level != longest_first):
             yield f"tokenizer.json: merges of {made[0]!r} and {made[1]!r} alternate, but llama.cpp ranks tokens"
     vocab = data["model"]["vocab"]
-    pairs, added = (
-        {pair for level in levels for pair in level},
-        {token["content"] for token in data.get("added_tokens", ())},
-    )
+    pairs = {pair for level in levels for pair in level}
+    added = {token["content"] for token in data.get("added_tokens", ())}
     for text in vocab:
         for at in range(1, len(text) if text not in added else 0):
             left, right = text[:at], text[at:]

@@ -207,5 +207,4 @@ def _rows(tensor: Tensor) -> Iterator[Array]:
 def _cut(tensor: Tensor, row: Row, decoder: Decoder) -> Tensor:
     """The rows of a linear's weight that belong to one matrix."""
     start = decoder.start(row)
-    result: Tensor = tensor[(slice(start, start + decoder.shape(row)[0]),)]
-    return result
+    return tensor[(slice(start, start + decoder.shape(row)[0]),)]

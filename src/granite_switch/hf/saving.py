@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from granite_switch.core.border import read_json
 from granite_switch.core.checkpoint import (
     INDEX,
     SINGLE,
@@ -18,7 +19,6 @@ from granite_switch.core.checkpoint import (
     Tensor,
     copy_of,
     read_header,
-    read_json,
     write,
     write_index,
 )
