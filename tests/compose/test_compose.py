@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from granite_switch import compose, verify
-from granite_switch.compose import prepare
-from granite_switch.compose.sources import scan
+from granite_switch.composition.compose import prepare
+from granite_switch.composition.sources import scan
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import AdapterError
 

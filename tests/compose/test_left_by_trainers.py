@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, GraniteForCausalLM, Trainer, Trai
 
 import granite_switch.hf  # noqa: F401
 from granite_switch import compose
-from granite_switch.compose import Plan, prepare
-from granite_switch.compose.adapters import other_base
-from granite_switch.compose.names import Linears, parse
+from granite_switch.composition.adapters import other_base
+from granite_switch.composition.compose import Plan, prepare
+from granite_switch.composition.names import Linears, parse
 from granite_switch.errors import SwitchError, shortened
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

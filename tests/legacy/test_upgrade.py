@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
 from granite_switch.cli import app
-from granite_switch.compose.upgrade import upgrade
-from granite_switch.compose.verify import verify
+from granite_switch.composition.upgrade import upgrade
+from granite_switch.composition.verify import verify
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.errors import CheckpointError, SwitchError

@@ -9,9 +9,9 @@ from recipes import ASSISTANT, Recipe, assert_same, contents
 from tokenizers import Tokenizer
 
 from granite_switch import compose
-from granite_switch.compose.edit import add, remove, rename, update
-from granite_switch.compose.extract import extract
-from granite_switch.compose.verify import verify
+from granite_switch.composition.edit import add, remove, rename, update
+from granite_switch.composition.extract import extract
+from granite_switch.composition.verify import verify
 from granite_switch.errors import SwitchError
 
 SHARDS = ("model-00001-of-00001.safetensors", "embeddings.safetensors")

@@ -14,7 +14,7 @@ from granite_switch.cli.console import console, notes, progress, say, say_json, 
 from granite_switch.errors import AdapterError
 
 if TYPE_CHECKING:
-    from granite_switch.compose import Plan
+    from granite_switch.composition.compose import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +52,7 @@ def compose(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, the list, or the error.")] = False,
 ) -> None:
     """Compose a base model and adapters into one checkpoint."""
-    from granite_switch.compose import prepare
+    from granite_switch.composition.compose import prepare
     from granite_switch.core.staging import check_target
 
     if technology not in ("", "lora", "alora"):
@@ -107,7 +107,7 @@ def _places(options: Sequence[str]) -> dict[str, str]:
 
 def _default_output(base: str) -> Path:
     """BASE-switch, in the current folder."""
-    from granite_switch.compose.hub import parse_ref
+    from granite_switch.composition.hub import parse_ref
 
     name = Path(base).resolve().name if os.path.exists(base) else parse_ref(base).repo.split("/")[-1]
     return Path(f"{name}-switch")
@@ -126,7 +126,7 @@ def report(plan: "Plan", written: str, as_json: bool) -> None:
 
 def _push(plan: "Plan", output: Path | None, repository: str, private: bool) -> None:
     """Upload the model; without an output folder, write it to a temporary one first."""
-    from granite_switch.compose.push import push
+    from granite_switch.composition.push import push
 
     with TemporaryDirectory() as temporary:
         model = output or Path(temporary) / "model"
@@ -136,7 +136,7 @@ def _push(plan: "Plan", output: Path | None, repository: str, private: bool) -> 
 
 
 def _write(plan: "Plan", output: Path, force: bool) -> None:
-    from granite_switch.compose.write import write_model
+    from granite_switch.composition.write import write_model
     from granite_switch.core.staging import staged
 
     with staged(output, force=force) as folder, progress("composing", total_bytes(plan)) as advance:
@@ -179,7 +179,7 @@ def show_sources(sources: list[str], revision: str | None, selection: tuple[Any,
         selection: the base, and the fields of `Selection`.
         as_json: print JSON.
     """
-    from granite_switch.compose.sources import Selection, own_name, scan
+    from granite_switch.composition.sources import Selection, own_name, scan
 
     base, base_name, *rest = selection
     found = scan(sources, revision, Selection(base_name or own_name(base, Path(base)), *rest))

@@ -33,7 +33,7 @@ def gguf(
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
     """Write one GGUF file for llama.cpp, with all adapters."""
-    from granite_switch.compose.sources import model_folder
+    from granite_switch.composition.sources import model_folder
     from granite_switch.core.staging import check_file, staged_file
     from granite_switch.gguf import OUTTYPES, prepare, write
 

@@ -14,8 +14,8 @@ from granite_switch.cli.console import console, notes, say, say_json, size, warn
 from granite_switch.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
-    from granite_switch.compose.inspect import Report
-    from granite_switch.compose.plan import Plan
+    from granite_switch.composition.inspect import Report
+    from granite_switch.composition.plan import Plan
     from granite_switch.core.spec import SwitchSpec
 
 Model: TypeAlias = Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")]
@@ -47,10 +47,10 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Image file: how strongly adapters change each projection.")] = None,
 ) -> None:
     """Show the contents of a composed model."""
-    from granite_switch.compose.inspect import inspect as look
-    from granite_switch.compose.inspect import plot as draw
-    from granite_switch.compose.inspect import strengths
-    from granite_switch.compose.sources import model_folder
+    from granite_switch.composition.inspect import inspect as look
+    from granite_switch.composition.inspect import plot as draw
+    from granite_switch.composition.inspect import strengths
+    from granite_switch.composition.sources import model_folder
     from granite_switch.core.files import inside
     from granite_switch.core.legacy import describe, legacy_format
     from granite_switch.core.records import read_config
@@ -91,8 +91,8 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the comparisons, or the error.")] = False,
 ) -> None:
     """Check a composed model's files; with --against, also compare its logits with PEFT's."""
-    from granite_switch.compose.sources import model_folder
-    from granite_switch.compose.verify import verify as check
+    from granite_switch.composition.sources import model_folder
+    from granite_switch.composition.verify import verify as check
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter("must be float32, bfloat16 or float16", param_hint="--dtype")
@@ -134,7 +134,7 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add adapters. The others keep their slots and token ids."""
-    from granite_switch.compose import edit, slot
+    from granite_switch.composition import edit, slot
 
     if bool(new) == bool(sources):
         raise typer.BadParameter("give either adapter sources or --new NAME", param_hint="SOURCE")
@@ -161,7 +161,7 @@ def update(
     as_json: Json = False,
 ) -> None:
     """Replace adapters by others of the same name. They keep their slots and token ids."""
-    from granite_switch.compose import edit
+    from granite_switch.composition import edit
 
     selection = _selection(base_name, include, exclude, technology, revision)
     _changed(edit.update(model, sources, output=output, force=force, **selection), output or model, as_json)
@@ -175,7 +175,7 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Remove adapters. Their slots and token ids are not reused."""
-    from granite_switch.compose import edit
+    from granite_switch.composition import edit
 
     _changed(edit.remove(model, names, output=output, force=force), output or model, as_json)
 
@@ -189,7 +189,7 @@ def rename(
     as_json: Json = False,
 ) -> None:
     """Rename an adapter. It keeps its slot and token id."""
-    from granite_switch.compose import edit
+    from granite_switch.composition import edit
 
     _changed(edit.rename(model, old, new, output=output, force=force), output or model, as_json)
 
@@ -201,7 +201,7 @@ def extract(
     force: Force = False,
 ) -> None:
     """Write an adapter as a PEFT adapter folder."""
-    from granite_switch.compose.extract import extract as take
+    from granite_switch.composition.extract import extract as take
 
     say(f"written: {take(model, name, output, force=force)}")
 
@@ -214,7 +214,7 @@ def push(
     message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "",
 ) -> None:
     """Verify a composed model and upload it to the hub."""
-    from granite_switch.compose.push import push as upload
+    from granite_switch.composition.push import push as upload
 
     url = upload(model, repo, private=private, revision=revision, message=message)
     say(f"pushed: {url}")
@@ -304,8 +304,8 @@ def _matched(
     spec: "SwitchSpec", sources: list[str], base_name: str, technology: str, revision: str | None
 ) -> tuple[Path | None, dict[str, Path]]:
     """The base among the sources, and adapter -> folder, matched by name, or by hash if it was renamed."""
-    from granite_switch.compose.hub import parse_ref
-    from granite_switch.compose.sources import Selection, base_folder, discover
+    from granite_switch.composition.hub import parse_ref
+    from granite_switch.composition.sources import Selection, base_folder, discover
     from granite_switch.core.checkpoint import sha256
 
     bases = [s for s in sources if (Path(s) / "config.json").is_file() or parse_ref(s).repo == spec.base_model]
@@ -327,7 +327,7 @@ def _matched(
 def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: str) -> list[Any]:
     try:
         import granite_switch.hf  # noqa: F401  (registers the Auto classes)
-        from granite_switch.compose.proof import differences, start_proof
+        from granite_switch.composition.proof import differences, start_proof
         from granite_switch.hf.verify import compare
     except ImportError as error:
         raise CheckpointError(

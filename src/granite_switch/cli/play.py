@@ -25,7 +25,7 @@ def play(
 ) -> None:
     """Serve a page to chat with the adapters, compare them, and see what is cached."""
     require("gradio", "httpx", extra="play")
-    from granite_switch.compose.sources import model_folder
+    from granite_switch.composition.sources import model_folder
     from granite_switch.play.engine import Engine, Model
 
     engine: Engine

@@ -22,9 +22,9 @@ def upgrade(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or the error.")] = False,
 ) -> None:
     """Convert a checkpoint from a legacy format to format 1."""
-    from granite_switch.compose.sources import model_folder
-    from granite_switch.compose.upgrade import prepare
-    from granite_switch.compose.write import write_model
+    from granite_switch.composition.sources import model_folder
+    from granite_switch.composition.upgrade import prepare
+    from granite_switch.composition.write import write_model
     from granite_switch.core.staging import check_target, staged
 
     if not dry_run:

@@ -16,7 +16,7 @@ from granite_switch.cli.console import error, notes
 from granite_switch.errors import AdapterError, SwitchError
 
 if TYPE_CHECKING:
-    from granite_switch.compose.base import Base
+    from granite_switch.composition.base import Base
 
 _BASE = "ibm-granite/granite-4.1-3b"
 _OUTPUT = "./granite-with-all-aloras"
@@ -125,8 +125,8 @@ def _settings(options: argparse.Namespace, base: "Base") -> dict[str, Any]:
 
 def _add_empty(options: argparse.Namespace) -> int:
     """Add the empty slots to the composed model."""
-    from granite_switch.compose.composed import read_composed
-    from granite_switch.compose.slot import add_empty
+    from granite_switch.composition.composed import read_composed
+    from granite_switch.composition.slot import add_empty
 
     settings = _settings(options, read_composed(Path(options.output)).base)
     for name in options.built_in_adapters:
@@ -136,9 +136,9 @@ def _add_empty(options: argparse.Namespace) -> int:
 
 def _empty_slots(options: argparse.Namespace, folder: Path) -> list[Path]:
     """Write the empty slots as adapter folders, to be composed when there are no other adapters."""
-    from granite_switch.compose.base import read_base
-    from granite_switch.compose.slot import write_empty
-    from granite_switch.compose.sources import base_folder
+    from granite_switch.composition.base import read_base
+    from granite_switch.composition.slot import write_empty
+    from granite_switch.composition.sources import base_folder
 
     base = read_base(base_folder(options.base_model))
     settings = _settings(options, base)

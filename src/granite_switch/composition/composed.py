@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, Retired, io_problem
-from granite_switch.compose.base import Base
-from granite_switch.compose.tokenizer import without
-from granite_switch.compose.write import io_config
+from granite_switch.composition.adapters import Adapter, Retired, io_problem
+from granite_switch.composition.base import Base
+from granite_switch.composition.tokenizer import without
+from granite_switch.composition.write import io_config
 from granite_switch.core import legacy
 from granite_switch.core.border import shown
 from granite_switch.core.chat import unwrap

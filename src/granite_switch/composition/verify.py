@@ -8,13 +8,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from granite_switch.compose import placement as place
-from granite_switch.compose.adapters import io_problem
-from granite_switch.compose.composed import tensor_problems, unwrapped
-from granite_switch.compose.proof import differences, start_proof
-from granite_switch.compose.sources import model_folder
-from granite_switch.compose.weights import nonfinite
-from granite_switch.compose.write import adapter_index, io_config
+from granite_switch.composition import placement as place
+from granite_switch.composition.adapters import io_problem
+from granite_switch.composition.composed import tensor_problems, unwrapped
+from granite_switch.composition.proof import differences, start_proof
+from granite_switch.composition.sources import model_folder
+from granite_switch.composition.weights import nonfinite
+from granite_switch.composition.write import adapter_index, io_config
 from granite_switch.core.border import read, read_json
 from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor
 from granite_switch.core.files import inside, steady

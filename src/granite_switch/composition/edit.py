@@ -12,12 +12,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, Retired
-from granite_switch.compose.card import model_card
-from granite_switch.compose.composed import VERIFY, Composed, read_composed
-from granite_switch.compose.plan import Plan, assemble, read_slots
-from granite_switch.compose.sources import Discovery, Selection, discover, model_folder
-from granite_switch.compose.write import write_model
+from granite_switch.composition.adapters import Adapter, Retired
+from granite_switch.composition.card import model_card
+from granite_switch.composition.composed import VERIFY, Composed, read_composed
+from granite_switch.composition.plan import Plan, assemble, read_slots
+from granite_switch.composition.sources import Discovery, Selection, discover, model_folder
+from granite_switch.composition.write import write_model
 from granite_switch.core.border import check_name
 from granite_switch.core.files import in_hub_cache, inside
 from granite_switch.core.layout import adapter_file

@@ -15,11 +15,11 @@ from typing import Literal
 import regex
 import yaml
 
-from granite_switch.compose.base import Base
-from granite_switch.compose.effect import effect_warnings
-from granite_switch.compose.recognise import refuse_foreign, without_weights
-from granite_switch.compose.sources import PROVENANCE, Found
-from granite_switch.compose.weights import Weights, nonfinite, read_weights
+from granite_switch.composition.base import Base
+from granite_switch.composition.effect import effect_warnings
+from granite_switch.composition.recognise import refuse_foreign, without_weights
+from granite_switch.composition.sources import PROVENANCE, Found
+from granite_switch.composition.weights import Weights, nonfinite, read_weights
 from granite_switch.core.border import check_name, checked, read, read_yaml, shown
 from granite_switch.core.checkpoint import Tensor, sha256
 from granite_switch.core.files import inside

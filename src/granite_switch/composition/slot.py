@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from granite_switch.compose import edit
-from granite_switch.compose.base import Base
-from granite_switch.compose.composed import read_composed
-from granite_switch.compose.names import PEFT
-from granite_switch.compose.plan import Plan
+from granite_switch.composition import edit
+from granite_switch.composition.base import Base
+from granite_switch.composition.composed import read_composed
+from granite_switch.composition.names import PEFT
+from granite_switch.composition.plan import Plan
 from granite_switch.core.border import check_name
 from granite_switch.core.checkpoint import Entry, write, write_json
 from granite_switch.errors import AdapterError

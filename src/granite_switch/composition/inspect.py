@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from granite_switch.compose.composed import Composed, read_composed
-from granite_switch.compose.effect import product_norm
-from granite_switch.compose.sources import model_folder
+from granite_switch.composition.composed import Composed, read_composed
+from granite_switch.composition.effect import product_norm
+from granite_switch.composition.sources import model_folder
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import steady
 from granite_switch.core.layout import AdapterTensor, at_layer, decoder_config

@@ -5,10 +5,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter
-from granite_switch.compose.composed import VERIFY, Composed, read_composed
-from granite_switch.compose.names import PEFT
-from granite_switch.compose.sources import PROVENANCE, model_folder
+from granite_switch.composition.adapters import Adapter
+from granite_switch.composition.composed import VERIFY, Composed, read_composed
+from granite_switch.composition.names import PEFT
+from granite_switch.composition.sources import PROVENANCE, model_folder
 from granite_switch.core.checkpoint import copy_of, write, write_json
 from granite_switch.core.layout import digest
 from granite_switch.core.spec import AdapterSpec

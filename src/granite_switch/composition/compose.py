@@ -1,18 +1,16 @@
 """Compose a base model and adapters into one checkpoint, as a stream of files."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from granite_switch.compose.base import read_base
-from granite_switch.compose.hub import snapshot_of
-from granite_switch.compose.plan import Plan, assemble, read_slots
-from granite_switch.compose.sources import Selection, base_folder, discover, own_name, placed
-from granite_switch.compose.write import write_model
+from granite_switch.composition.base import read_base
+from granite_switch.composition.hub import snapshot_of
+from granite_switch.composition.plan import Plan, assemble, read_slots
+from granite_switch.composition.sources import Selection, base_folder, discover, own_name, placed
+from granite_switch.composition.write import write_model
 from granite_switch.core.staging import check_target, staged
 
 __all__ = ["Plan", "compose", "prepare"]
@@ -97,13 +95,3 @@ def prepare(
         base_commit=(snapshot.revision or "") if snapshot else "",
     )
     return replace(planned, notes=(*planned.notes, *map(str, there.left)))
-
-
-class _Callable(ModuleType):
-    """Importing this package binds it to the name `granite_switch.compose`, which must also be the function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Plan:
-        return compose(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -14,8 +14,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from granite_switch.compose.hub import HubRef, Repository, files_below, open_repository, parse_ref, snapshot_of
-from granite_switch.compose.recognise import refuse, what_file_is
+from granite_switch.composition.hub import HubRef, Repository, files_below, open_repository, parse_ref, snapshot_of
+from granite_switch.composition.recognise import refuse, what_file_is
 from granite_switch.core.border import checked, read_yaml
 from granite_switch.core.records import ManifestEntry, RetiredEntry, read_adapter_config
 from granite_switch.core.remote import MODULE

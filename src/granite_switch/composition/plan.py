@@ -10,12 +10,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.compose import placement as place
-from granite_switch.compose.adapters import Adapter, Retired, other_base, read_adapter, read_retired
-from granite_switch.compose.base import Base
-from granite_switch.compose.reading import UNREGISTERED
-from granite_switch.compose.sources import Found
-from granite_switch.compose.tokenizer import extended
+from granite_switch.composition import placement as place
+from granite_switch.composition.adapters import Adapter, Retired, other_base, read_adapter, read_retired
+from granite_switch.composition.base import Base
+from granite_switch.composition.reading import UNREGISTERED
+from granite_switch.composition.sources import Found
+from granite_switch.composition.tokenizer import extended
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.layout import decoder_config
 from granite_switch.core.remote import AUTO_MAP

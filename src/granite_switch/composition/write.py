@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import io_text
-from granite_switch.compose.card import model_card
-from granite_switch.compose.plan import Plan
-from granite_switch.compose.proof import finish_proof, start_proof
-from granite_switch.compose.tokenizer import extended_config
+from granite_switch.composition.adapters import io_text
+from granite_switch.composition.card import model_card
+from granite_switch.composition.plan import Plan
+from granite_switch.composition.proof import finish_proof, start_proof
+from granite_switch.composition.tokenizer import extended_config
 from granite_switch.core.checkpoint import (
     INDEX,
     SINGLE,

@@ -12,13 +12,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter
-from granite_switch.compose.base import Base
-from granite_switch.compose.plan import Plan, assemble
-from granite_switch.compose.reading import as_read, joined
-from granite_switch.compose.sources import model_folder
-from granite_switch.compose.tokenizer import without
-from granite_switch.compose.write import write_model
+from granite_switch.composition.adapters import Adapter
+from granite_switch.composition.base import Base
+from granite_switch.composition.plan import Plan, assemble
+from granite_switch.composition.reading import as_read, joined
+from granite_switch.composition.sources import model_folder
+from granite_switch.composition.tokenizer import without
+from granite_switch.composition.write import write_model
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
