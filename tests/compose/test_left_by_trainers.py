@@ -59,7 +59,7 @@ def error(base: Path, source: Path | str, **options: object) -> SwitchError:
 
 def same_tensors(one: Plan, other: Plan) -> bool:
     ours, theirs = (next(iter(plan.adapters.values())) for plan in (one, other))
-    return ours.digest == theirs.digest and ours.targets == theirs.targets
+    return ours.spec.digest == theirs.spec.digest and ours.spec.targets == theirs.spec.targets
 
 
 # --- names -------------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line's arguments; those of the process by default.
     """
     options, unknown = _parser().parse_known_args(arguments)
+    if options.lora_alpha is None:
+        options.lora_alpha = float(options.lora_rank)
     try:
         _refuse_unknown(unknown)
         ignored = [name for name in _IGNORED if getattr(options, name)]
@@ -112,15 +114,13 @@ def _command(options: argparse.Namespace) -> list[str]:
 
 
 def _added(options: argparse.Namespace, name: str) -> list[str]:
-    alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
     command = ["granite-switch", "add", options.output, "--new", name, "--rank", str(options.lora_rank)]
-    return [*command, "--alpha", f"{alpha:g}", "--targets", ",".join(_LINEARS[:7])]
+    return [*command, "--alpha", f"{options.lora_alpha:g}", "--targets", ",".join(_LINEARS[:7])]
 
 
 def _settings(options: argparse.Namespace, base: "Base") -> dict[str, Any]:
-    alpha = float(options.lora_rank if options.lora_alpha is None else options.lora_alpha)
     targets = [name for name in _LINEARS if any(path.endswith(f".{name}") for path in base.linears)]
-    return {"rank": options.lora_rank, "alpha": alpha, "targets": targets}
+    return {"rank": options.lora_rank, "alpha": options.lora_alpha, "targets": targets}
 
 
 def _add_empty(options: argparse.Namespace) -> int:
@@ -146,14 +146,10 @@ def _empty_slots(options: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 def _run(arguments: list[str]) -> int:
-    before = sys.argv
-    sys.argv = ["granite-switch", *arguments]
     try:
-        cli.main()
+        cli.main(arguments)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
-    finally:
-        sys.argv = before
     return 0
 
 

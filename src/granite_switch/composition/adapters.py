@@ -8,9 +8,8 @@ follows. The tests compare composed models with PEFT. `recognise.py` identifies 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import regex
 import yaml
@@ -24,8 +23,8 @@ from granite_switch.core.border import check_name, checked, read, read_yaml, sho
 from granite_switch.core.checkpoint import Tensor, sha256
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, digest, natural
-from granite_switch.core.lora import scaling
 from granite_switch.core.records import AdapterConfig, IoConfig, Provenance, matches, read_adapter_config
+from granite_switch.core.spec import AdapterSpec
 from granite_switch.errors import AdapterError, SwitchError
 
 _QUANTISED = re.compile(r"(?:-unsloth)?-(?:bnb-)?(?:4bit|8bit|int4|int8|fp8|nf4|gptq|awq).*$")
@@ -34,27 +33,18 @@ _PACKAGED = re.compile(r"@.*$|\.git$")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter that fits the base, with its patterns resolved to linears."""
+    """An adapter that fits the base."""
 
-    name: str
-    technology: str
-    rank: int
-    alpha: float
-    use_rslora: bool
-    targets: tuple[str, ...]
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    invocation_tokens: tuple[int, ...]
+    spec: AdapterSpec  # of a new adapter: without tokens and texts, which `plan.assemble` adds
     tensors: Mapping[AdapterTensor, Tensor]
-    source: str
-    sha256: str
-    digest: str
     io_yaml: Path | None
-    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text is written
     file: Path | None = None  # of a composed model, if it contains these tensors under this adapter's name
     made_for: str = ""  # its `base_model_name_or_path`
     notes: tuple[str, ...] = ()  # where it was read differently from what its files say
-    warnings: tuple[str, ...] = ()  # possible mistakes that do not prevent composing
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +83,6 @@ def read_adapter(found: Found, base: Base) -> Adapter:
     _refuse_nonfinite(path, tensors)
     rank, rank_pattern = _compact(ranks, config.r)
     alphas = {linear: config.alpha_of(weights.paths[linear]) for linear in ranks}
-    scales = {linear: scaling(alphas[linear], r, config.use_rslora) for linear, r in ranks.items()}
     invocation, notes = _invocation(found.folder, config, base)
     if found.invocation_placement and not invocation:
         raise AdapterError(f"{found.name}: has no invocation text to place; a LoRA acts from the first token")
@@ -104,30 +93,33 @@ def read_adapter(found: Found, base: Base) -> Adapter:
         raise AdapterError(problem, hint="clients cannot load it; add the keys (as null if unused) or remove the file")
     contents = digest(tensors)
     source, file_hash = _provenance(found, contents) or (found.source, sha256(path))
-    return Adapter(
+    spec = AdapterSpec(
         name=found.name,
         technology="alora" if invocation else "lora",
+        token="",
+        token_id=-1,
+        substitute_token_id=-1,
         rank=rank,
         alpha=config.lora_alpha,
-        use_rslora=config.use_rslora,
         targets=tuple(ranks),
+        use_rslora=config.use_rslora,
         rank_pattern=rank_pattern,
         alpha_pattern={linear: value for linear, value in alphas.items() if value != config.lora_alpha},
         invocation_tokens=invocation,
-        tensors=tensors,
+        invocation_placement=found.invocation_placement,
         source=source,
         sha256=file_hash,
         digest=contents,
-        io_yaml=io_yaml if io_yaml.is_file() else None,
-        invocation_placement=found.invocation_placement,
+    )
+    warnings = [found.note] if found.note else []
+    warnings += [*weights.warnings, *_config_warnings(config, weights)]
+    warnings += effect_warnings(spec, tensors, base.checkpoint)
+    return Adapter(
+        replace(spec, warnings=tuple(warnings)),
+        tensors,
+        io_yaml if io_yaml.is_file() else None,
         made_for=config.base_model_name_or_path or "",
         notes=(*weights.notes, *notes),
-        warnings=(
-            *([found.note] if found.note else []),
-            *weights.warnings,
-            *_config_warnings(config, weights),
-            *effect_warnings(tensors, scales, base.checkpoint),
-        ),
     )
 
 

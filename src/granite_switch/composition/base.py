@@ -68,6 +68,12 @@ class Base:
         return max(self.tokenizer.size, rows, self.vocab_size)
 
 
+def resized(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return a config.json with another vocabulary size."""
+    inner, size = decoder_config(config), {"vocab_size": rows}
+    return {**config, **(size if inner is config else {"text_config": {**inner, **size}})}
+
+
 def read_base(folder: Path) -> Base:
     """Read a base model and check that it can carry adapters.
 

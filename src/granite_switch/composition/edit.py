@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from granite_switch.composition.adapters import Adapter, Retired
 from granite_switch.composition.card import model_card
 from granite_switch.composition.composed import VERIFY, Composed, read_composed
 from granite_switch.composition.plan import Plan, assemble, read_slots
-from granite_switch.composition.sources import Discovery, Selection, discover, model_folder
+from granite_switch.composition.sources import Source, discover_for, model_folder
 from granite_switch.composition.write import write_model
 from granite_switch.core.border import check_name
 from granite_switch.core.files import in_hub_cache, inside
@@ -25,7 +24,6 @@ from granite_switch.core.model import read_model
 from granite_switch.core.staging import check_target, held, link_or_copy, restore, staged
 from granite_switch.errors import AdapterError, CheckpointError, OutputError
 
-Source = str | PathLike[str]
 Slots = list[Adapter | Retired]
 
 _SMALL = 1 << 20  # bytes; smaller files are copied, not linked, so that editing one leaves the other unchanged
@@ -57,20 +55,18 @@ def add(
         SwitchError: lists everything that is wrong; the model is then unchanged.
     """
     folder = folder_of(model, output)
-    sources_hold = _discover(folder, sources, **selection)
-    found = sources_hold.found
+    there = discover_for(read_model(folder)[1], sources, **selection)
 
     def change(old: Composed) -> Slots:
-        there = [one.name for one in found if one.name in old.adapters and not one.retired]
-        if there:
+        if twice := [one.name for one in there.found if one.name in old.adapters and not one.retired]:
             raise AdapterError(
-                f"{folder}: already has {', '.join(there)}",
+                f"{folder}: already has {', '.join(twice)}",
                 hint="`granite-switch update` replaces an adapter; a YAML manifest gives it another name",
             )
-        return [*old.slots, *read_slots(found, old.base)]
+        return [*old.slots, *read_slots(there.found, old.base)]
 
     plan = _edit(folder, output, force, change, create_io_yaml)
-    return replace(plan, notes=(*plan.notes, *map(str, sources_hold.left)))
+    return replace(plan, notes=(*plan.notes, *there.left))
 
 
 def update(
@@ -81,7 +77,7 @@ def update(
     Args, returns, raises: as for `add`.
     """
     folder = folder_of(model, output)
-    found = _discover(folder, sources, **selection).found
+    found = discover_for(read_model(folder)[1], sources, **selection).found
 
     def change(old: Composed) -> Slots:
         _must_have(old, [one.name for one in found], "`granite-switch add` adds new ones, --include selects some")
@@ -131,7 +127,9 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
             kind = "an" if new in model.adapters else "a removed"
             raise AdapterError(f"{folder}: {new} is the name of {kind} adapter", hint="choose another name")
         return [
-            replace(slot, name=new, file=None) if slot.name == old and isinstance(slot, Adapter) else slot
+            replace(slot, spec=replace(slot.spec, name=new), file=None)
+            if slot.name == old and isinstance(slot, Adapter)
+            else slot
             for slot in model.slots
         ]
 
@@ -149,19 +147,6 @@ def folder_of(model: Source, output: Source | None) -> Path:
             hint="choose where to write the changed model with --output",
         )
     return model_folder(model)
-
-
-def _discover(
-    folder: Path,
-    sources: Sequence[Source],
-    revision: str | None = None,
-    base_name: str = "",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    technology: str = "",
-) -> Discovery:
-    name = base_name or read_model(folder)[1].base_model.rstrip("/").split("/")[-1]
-    return discover([str(s) for s in sources], Selection(name, tuple(include), tuple(exclude), technology), revision)
 
 
 def _must_have(model: Composed, names: Sequence[str], more: str = "") -> None:

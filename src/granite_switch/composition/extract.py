@@ -1,21 +1,18 @@
 """Extract an adapter from a composed model as a PEFT adapter folder."""
 
 from collections.abc import Iterable, Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from granite_switch.composition.adapters import Adapter
 from granite_switch.composition.composed import VERIFY, Composed, read_composed
 from granite_switch.composition.names import PEFT
-from granite_switch.composition.sources import PROVENANCE, model_folder
+from granite_switch.composition.sources import PROVENANCE, Source, model_folder
 from granite_switch.core.checkpoint import copy_of, write, write_json
 from granite_switch.core.layout import digest
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, held, staged
 from granite_switch.errors import CheckpointError
-
-Source = str | PathLike[str]
 
 
 def extract(model: Source, name: str, output: Source, *, force: bool = False) -> Path:

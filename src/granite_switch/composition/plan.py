@@ -12,12 +12,11 @@ from tokenizers import Tokenizer
 
 from granite_switch.composition import placement as place
 from granite_switch.composition.adapters import Adapter, Retired, other_base, read_adapter, read_retired
-from granite_switch.composition.base import Base
+from granite_switch.composition.base import Base, resized
 from granite_switch.composition.reading import UNREGISTERED
 from granite_switch.composition.sources import Found
 from granite_switch.composition.tokenizer import extended
 from granite_switch.core.checkpoint import Checkpoint, Tensor
-from granite_switch.core.layout import decoder_config
 from granite_switch.core.remote import AUTO_MAP
 from granite_switch.core.spec import BASE_TOKEN, MODEL_TYPE, AdapterSpec, SwitchSpec, architecture, control_token
 from granite_switch.core.tokenizer import BaseTokenizer
@@ -48,19 +47,11 @@ class Plan:
         return {slot.name: slot for slot in self.slots if isinstance(slot, Adapter)}
 
     @property
-    def vocab_size(self) -> int:
-        return self.spec.rows
-
-    @property
     def config(self) -> dict[str, Any]:
         """config.json of the composed model."""
         head = {"architectures": [architecture(self.base.architecture)], "model_type": MODEL_TYPE}
         base = {key: value for key, value in self.base.config.items() if key not in ("auto_map", "_name_or_path")}
-        if decoder_config(base) is base:
-            base["vocab_size"] = self.vocab_size
-        else:
-            base["text_config"] = {**decoder_config(base), "vocab_size": self.vocab_size}
-        return {**base, **head, **UNREGISTERED, **AUTO_MAP, "switch": self.spec.to_dict()}
+        return {**resized(base, self.spec.rows), **head, **UNREGISTERED, **AUTO_MAP, "switch": self.spec.to_dict()}
 
     @property
     def grown(self) -> dict[str, Tensor]:
@@ -70,6 +61,12 @@ class Plan:
     @property
     def adapter_bytes(self) -> int:
         return sum(adapter.nbytes for adapter in self.adapters.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: the base's with its new rows, and the adapters'."""
+        new_rows = sum(t.nbytes // t.shape[0] * (self.spec.rows - t.shape[0]) for t in self.grown.values())
+        return self.checkpoint.nbytes + self.adapter_bytes + new_rows
 
 
 def assemble(
@@ -97,7 +94,7 @@ def assemble(
     fresh = [slot for slot in slots if isinstance(slot, Adapter) and not slot.file]
     library = base.tokenizer.library
     template = base.tokenizer.templates.get("default")
-    warnings = [f"{slot.name}: {warning}" for slot in fresh for warning in slot.warnings]
+    warnings = [f"{slot.name}: {warning}" for slot in fresh for warning in slot.spec.warnings]
     if template is None:
         samples: list[place.Chat] = []
         first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))
@@ -138,7 +135,7 @@ def _with_base_warning(slot: Adapter | Retired, base_model: str) -> Adapter | Re
     """Add a warning to a new adapter that was trained on another base."""
     if not isinstance(slot, Adapter) or slot.file or not (warning := other_base(slot.made_for, base_model)):
         return slot
-    return replace(slot, warnings=(warning, *slot.warnings), made_for="")
+    return replace(slot, spec=replace(slot.spec, warnings=(warning, *slot.spec.warnings)), made_for="")
 
 
 def read_slots(found: Sequence[Found], base: Base) -> list[Adapter | Retired]:
@@ -204,26 +201,14 @@ def _record(slot: Adapter | Retired, token: str, token_id: int, opening_id: int,
     if isinstance(slot, Retired):
         substitute = opening_id if slot.substitute_token_id is None else slot.substitute_token_id
         return AdapterSpec(slot.name, "lora", token, token_id, substitute, 0, 0, (), retired=True)
-    invocation = slot.invocation_tokens
-    return AdapterSpec(
-        name=slot.name,
+    invocation = slot.spec.invocation_tokens
+    return replace(
+        slot.spec,
         technology="alora" if invocation else "lora",
         token=token,
         token_id=token_id,
         substitute_token_id=invocation[0] if invocation else opening_id,
-        rank=slot.rank,
-        alpha=slot.alpha,
-        targets=slot.targets,
-        use_rslora=slot.use_rslora,
-        rank_pattern=slot.rank_pattern,
-        alpha_pattern=slot.alpha_pattern,
-        invocation_tokens=invocation,
         invocation_text=tokenizer.decode(list(invocation), skip_special_tokens=False),
-        source=slot.source,
-        sha256=slot.sha256,
-        digest=slot.digest,
-        invocation_placement=slot.invocation_placement,
-        warnings=slot.warnings,
     )
 
 

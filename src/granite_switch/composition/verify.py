@@ -14,11 +14,11 @@ from granite_switch.composition.composed import tensor_problems, unwrapped
 from granite_switch.composition.proof import differences, start_proof
 from granite_switch.composition.sources import model_folder
 from granite_switch.composition.weights import nonfinite
-from granite_switch.composition.write import adapter_index, io_config
+from granite_switch.composition.write import adapter_index
 from granite_switch.core.border import read, read_json
-from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor
+from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint
 from granite_switch.core.files import inside, steady
-from granite_switch.core.layout import AdapterTensor, decoder_config, digest, parse_key, vocabulary
+from granite_switch.core.layout import by_adapter, decoder_config, digest, io_config, vocabulary
 from granite_switch.core.model import read_model
 from granite_switch.core.records import ShardIndex
 from granite_switch.core.remote import AUTO_MAP, MODULE
@@ -110,13 +110,12 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
 
 def _deep_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
     problems = [problem for tensor in checkpoint.tensors.values() if (problem := nonfinite(tensor))]
-    for adapter in spec.active:
-        tensors: dict[AdapterTensor, Tensor] = {}
-        for name, tensor in checkpoint.tensors.items():
-            if (key := parse_key(name)) and key.adapter == adapter.name:
-                tensors[key] = tensor
-        if adapter.digest and digest(tensors) != adapter.digest:
-            problems.append(f"{adapter.name}: its weights differ from those that were composed (by their digest)")
+    own = by_adapter(checkpoint.tensors)
+    problems += [
+        f"{adapter.name}: its weights differ from those that were composed (by their digest)"
+        for adapter in spec.active
+        if adapter.digest and digest(own.get(adapter.name, {})) != adapter.digest
+    ]
     names = vocabulary(checkpoint.tensors, decoder_config(config)["vocab_size"])
     for name in names.names if names else ():
         matrix = checkpoint[name]
