@@ -28,12 +28,13 @@ from granite_switch.core.spec import AdapterSpec
 from granite_switch.errors import AdapterError, SwitchError
 
 _QUANTISED = re.compile(r"(?:-unsloth)?-(?:bnb-)?(?:4bit|8bit|int4|int8|fp8|nf4|gptq|awq).*$")
+UNSET = -1  # a token id that `plan.assemble` sets
 _PACKAGED = re.compile(r"@.*$|\.git$")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits the base."""
+    """An adapter that fits the base, or a removed one, whose slot and token stay reserved (`spec.retired`)."""
 
     spec: AdapterSpec  # of a new adapter: without tokens and texts, which `plan.assemble` adds
     tensors: Mapping[AdapterTensor, Tensor]
@@ -49,14 +50,6 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class Retired:
-    """A removed adapter, whose slot and token stay reserved."""
-
-    name: str
-    substitute_token_id: int | None  # None: the base's own
 
 
 def read_adapter(found: Found, base: Base) -> Adapter:
@@ -97,8 +90,8 @@ def read_adapter(found: Found, base: Base) -> Adapter:
         name=found.name,
         technology="alora" if invocation else "lora",
         token="",
-        token_id=-1,
-        substitute_token_id=-1,
+        token_id=UNSET,
+        substitute_token_id=UNSET,
         rank=rank,
         alpha=config.lora_alpha,
         targets=tuple(ranks),
@@ -123,13 +116,18 @@ def read_adapter(found: Found, base: Base) -> Adapter:
     )
 
 
-def read_retired(found: Found, base: Base) -> Retired:
+def read_retired(found: Found, base: Base) -> Adapter:
     """Check a manifest's entry for a removed adapter."""
     check_name(found.name)
     token = found.substitute_token_id
     if token is not None and not 0 <= token < base.vocab_size:
         raise AdapterError(f"{found.name}: substitute_token_id {token} is not in the base's vocabulary")
-    return Retired(found.name, token)
+    return retired(found.name, UNSET if token is None else token)
+
+
+def retired(name: str, substitute_token_id: int) -> Adapter:
+    """Return the slot of a removed adapter."""
+    return Adapter(AdapterSpec(name, "lora", "", UNSET, substitute_token_id, 0, 0, (), retired=True), {}, None)
 
 
 def io_problem(path: Path) -> str:

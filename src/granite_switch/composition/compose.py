@@ -84,9 +84,9 @@ def prepare(
     planned = assemble(
         read,
         read_slots(found, read),
-        str(replace(snapshot, revision=None)) if snapshot else name,
-        generatable,
-        create_io_yaml=create_io_yaml,
+        base_model=str(replace(snapshot, revision=None)) if snapshot else name,
         base_commit=(snapshot.revision or "") if snapshot else "",
+        generatable=generatable,
+        create_io_yaml=create_io_yaml,
     )
     return replace(planned, notes=(*planned.notes, *there.left))

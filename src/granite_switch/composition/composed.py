@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.composition.adapters import Adapter, Retired, io_problem
+from granite_switch.composition.adapters import Adapter, io_problem, retired
 from granite_switch.composition.base import Base, resized
 from granite_switch.composition.tokenizer import without
 from granite_switch.core import legacy
@@ -33,12 +33,12 @@ class Composed:
     folder: Path
     config: Mapping[str, Any]  # config.json
     base: Base  # without control tokens and their rows; templates are unwrapped
-    slots: tuple[Adapter | Retired, ...]
+    slots: tuple[Adapter, ...]
     spec: SwitchSpec
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        return {slot.name: slot for slot in self.slots if isinstance(slot, Adapter)}
+        return {slot.name: slot for slot in self.slots if not slot.spec.retired}
 
 
 def read_composed(folder: Path) -> Composed:
@@ -150,9 +150,9 @@ def _base_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any], first: i
     return checkpoint.of(files)
 
 
-def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint) -> Adapter | Retired:
+def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint) -> Adapter:
     if adapter.retired:
-        return Retired(adapter.name, adapter.substitute_token_id)
+        return retired(adapter.name, adapter.substitute_token_id)
     io_yaml = inside(folder, io_config(adapter.name))
     there = io_yaml.is_file()
     if there and (problem := io_problem(io_yaml)):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.composition.adapters import Adapter, Retired
+from granite_switch.composition.adapters import Adapter, retired
 from granite_switch.composition.card import model_card
 from granite_switch.composition.composed import VERIFY, Composed, read_composed
 from granite_switch.composition.plan import Plan, assemble, read_slots
@@ -24,7 +24,7 @@ from granite_switch.core.model import read_model
 from granite_switch.core.staging import check_target, held, link_or_copy, restore, staged
 from granite_switch.errors import AdapterError, CheckpointError, OutputError
 
-Slots = list[Adapter | Retired]
+Change = Callable[[Composed], list[Adapter]]  # returns the slots of the changed model
 
 _SMALL = 1 << 20  # bytes; smaller files are copied, not linked, so that editing one leaves the other unchanged
 
@@ -57,7 +57,7 @@ def add(
     folder = folder_of(model, output)
     there = discover_for(read_model(folder)[1], sources, **selection)
 
-    def change(old: Composed) -> Slots:
+    def change(old: Composed) -> list[Adapter]:
         if twice := [one.name for one in there.found if one.name in old.adapters and not one.retired]:
             raise AdapterError(
                 f"{folder}: already has {', '.join(twice)}",
@@ -79,10 +79,10 @@ def update(
     folder = folder_of(model, output)
     found = discover_for(read_model(folder)[1], sources, **selection).found
 
-    def change(old: Composed) -> Slots:
+    def change(old: Composed) -> list[Adapter]:
         _must_have(old, [one.name for one in found], "`granite-switch add` adds new ones, --include selects some")
         new = {slot.name: slot for slot in read_slots(found, old.base)}
-        return [new.get(slot.name, slot) if isinstance(slot, Adapter) else slot for slot in old.slots]
+        return [slot if slot.spec.retired else new.get(slot.name, slot) for slot in old.slots]
 
     return _edit(folder, output, force, change)
 
@@ -98,12 +98,9 @@ def remove(model: Source, names: Sequence[str], *, output: Source | None = None,
     """
     folder = folder_of(model, output)
 
-    def change(old: Composed) -> Slots:
+    def change(old: Composed) -> list[Adapter]:
         _must_have(old, names)
-        return [
-            Retired(slot.name, spec.substitute_token_id) if slot.name in names and isinstance(slot, Adapter) else slot
-            for slot, spec in zip(old.slots, old.spec.adapters, strict=True)
-        ]
+        return [retired(slot.name, slot.spec.substitute_token_id) if slot.name in names else slot for slot in old.slots]
 
     return _edit(folder, output, force, change)
 
@@ -121,14 +118,14 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
     folder = folder_of(model, output)
     check_name(new)
 
-    def change(model: Composed) -> Slots:
+    def change(model: Composed) -> list[Adapter]:
         _must_have(model, [old])
         if new in {adapter.name for adapter in model.spec.adapters}:
             kind = "an" if new in model.adapters else "a removed"
             raise AdapterError(f"{folder}: {new} is the name of {kind} adapter", hint="choose another name")
         return [
             replace(slot, spec=replace(slot.spec, name=new), file=None)
-            if slot.name == old and isinstance(slot, Adapter)
+            if slot.name == old and not slot.spec.retired
             else slot
             for slot in model.slots
         ]
@@ -161,7 +158,7 @@ def _edit(
     folder: Path,
     output: Source | None,
     force: bool,
-    change: Callable[[Composed], Slots],
+    change: Change,
     create_io_yaml: bool = False,
 ) -> Plan:
     """Write the changed model to `output`, or in place."""
@@ -177,13 +174,12 @@ def _edit(
         return _write(folder, partial, change, create_io_yaml)
 
 
-def _write(folder: Path, partial: Path, change: Callable[[Composed], Slots], create_io_yaml: bool) -> Plan:
+def _write(folder: Path, partial: Path, change: Change, create_io_yaml: bool) -> Plan:
     old = read_composed(folder)
     slots = change(old)
-    spec = old.spec
-    plan = assemble(old.base, slots, spec.base_model, spec.generatable, create_io_yaml=create_io_yaml, kept=spec)
+    plan = assemble(old.base, slots, kept=old.spec, create_io_yaml=create_io_yaml)
     _check_kept(old, plan)
-    write_model(plan, partial, same_rows=plan.spec.copied_rows == spec.copied_rows)
+    write_model(plan, partial, same_rows=plan.spec.copied_rows == old.spec.copied_rows)
     kept = _carry_over(old, plan, partial)
     return replace(plan, warnings=(*plan.warnings, *kept))
 
@@ -207,7 +203,7 @@ def _check_kept(old: Composed, plan: Plan) -> None:
 def _carry_over(old: Composed, plan: Plan, partial: Path) -> list[str]:
     """Copy the folder's other files, and return a warning if README.md was edited and is kept."""
     gone = {adapter_file(name) for name in old.adapters}
-    same = {slot.name for slot in plan.slots if isinstance(slot, Adapter) and slot in old.slots}
+    same = {slot.name for slot in plan.slots if not slot.spec.retired and slot in old.slots}
     for parent, _, names in os.walk(old.folder):
         for name in names:
             source = Path(parent, name)

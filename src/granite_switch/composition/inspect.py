@@ -91,7 +91,7 @@ def inspect(model: str | PathLike[str]) -> Report:
         format_version=spec.format_version,
         base_model=spec.base_model,
         base_model_type=spec.base_model_type,
-        layers=decoder_config(base.config)["num_hidden_layers"],
+        layers=base.layers,
         hidden_size=base.checkpoint[base.vocabulary.embedding].shape[1],
         vocab_size=decoder_config(composed.config)["vocab_size"],
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors})),

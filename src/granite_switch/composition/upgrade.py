@@ -77,7 +77,7 @@ def prepare(folder: Path) -> Plan:
         tokens = tuple(tokenizer.library.encode(triggers[spec.name], add_special_tokens=False).ids)
         slots.append(_adapter(old, spec, pairs.get(spec.name, {}), tokens, _io_yaml(folder, spec.name, index)))
     base_model = index.model_info.base_model or folder.resolve().name
-    planned = assemble(_base(old, tokenizer, first), slots, base_model, False)
+    planned = assemble(_base(old, tokenizer, first), slots, base_model=base_model)
     _check_substitutes(old, planned)
     return planned
 
