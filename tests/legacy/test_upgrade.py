@@ -25,7 +25,10 @@ MESSAGES = [{"role": "user", "content": "Where does Anna live?"}]
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_is_what_compose_makes(version: int, old: Callable[..., Path], composed: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
-    plan = upgrade(old(version), new)
+    calls: list[tuple[int, int]] = []
+    plan = upgrade(old(version), new, progress=lambda *call: calls.append(call))
+    assert sum(count for count, _ in calls) == plan.nbytes
+    assert {total for _, total in calls} == {plan.nbytes}
     verify(new, deep=True)
     made, fresh = Checkpoint(new), Checkpoint(composed)
     assert made.tensors.keys() == fresh.tensors.keys()

@@ -33,11 +33,11 @@ for command in (
     maintain.extract,
     maintain.push,
     play.play,
+    serve.serve,
     check,
     upgrade.upgrade,
 ):
-    app.command()(command)
-app.command(context_settings=serve.PASSES_ON)(serve.serve)
+    app.command(context_settings=serve.PASSES_ON if command is serve.serve else None)(command)
 app.add_typer(export.group, name="export")
 dress(app)
 

@@ -54,14 +54,8 @@ def compose(
 
     sources = [*adapters, *(more or ())]
     chosen = options.selection(base_name, include, exclude, technology)
-    settings = {
-        **chosen,
-        "revision": revision,
-        "adapter_revision": adapter_revision,
-        "generatable": generatable,
-        "create_io_yaml": create_io_yaml,
-        "place": _places(place or ()),
-    }
+    settings = {**chosen, "revision": revision, "adapter_revision": adapter_revision}
+    settings |= {"generatable": generatable, "create_io_yaml": create_io_yaml, "place": _places(place or ())}
     own = own_name(base, Path(base))
     if list_:
         chosen["base_name"] = base_name or own

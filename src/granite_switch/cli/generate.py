@@ -47,10 +47,10 @@ def generate(
         from transformers import TextStreamer
 
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "streamer": streamer}
+    settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "streamer": streamer}
     if temperature > 0:
-        options["temperature"] = temperature
-    sequence = loaded.generate(**prompt.to(loaded.device), **options)[0].tolist()
+        settings["temperature"] = temperature
+    sequence = loaded.generate(**prompt.to(loaded.device), **settings)[0].tolist()
 
     from granite_switch.cli import trace as tracing
 

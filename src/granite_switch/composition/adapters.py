@@ -80,10 +80,7 @@ def read_adapter(found: Found, base: Base) -> Adapter:
     if found.invocation_placement and not invocation:
         raise AdapterError(f"{found.name}: has no invocation text to place; a LoRA acts from the first token")
     io_yaml = found.folder / "io.yaml"
-    if io_yaml.is_file() and (missing := io_missing(io_yaml)):
-        notes = [*notes, f"io.yaml lacks {', '.join(missing)}, which clients require; written as null"]
-    elif io_yaml.is_file() and (problem := io_problem(io_yaml)):
-        raise AdapterError(problem, hint="clients cannot load it; add the keys (as null if unused) or remove the file")
+    notes += _io_notes(io_yaml) if io_yaml.is_file() else []
     contents = digest(tensors)
     source, file_hash = _provenance(found, contents) or (found.source, sha256(path))
     spec = AdapterSpec(
@@ -128,6 +125,15 @@ def read_retired(found: Found, base: Base) -> Adapter:
 def retired(name: str, substitute_token_id: int) -> Adapter:
     """Return the slot of a removed adapter."""
     return Adapter(AdapterSpec(name, "lora", "", UNSET, substitute_token_id, 0, 0, (), retired=True), {}, None)
+
+
+def _io_notes(path: Path) -> list[str]:
+    """Check an adapter's io.yaml; return a note on keys that are added to it."""
+    if missing := io_missing(path):
+        return [f"io.yaml lacks {', '.join(missing)}, which clients require; written as null"]
+    if problem := io_problem(path):
+        raise AdapterError(problem, hint="clients cannot load it; add the keys (as null if unused) or remove the file")
+    return []
 
 
 def io_problem(path: Path) -> str:

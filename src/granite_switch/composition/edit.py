@@ -91,10 +91,8 @@ def remove(model: Source, names: Sequence[str], *, output: Source | None = None,
     """Remove adapters. Their slots and tokens are retired: the tokens return to the base and are not reused.
 
     Args:
-        model: a composed model; a hub id needs an `output`.
         names: the adapters' names.
-        output: a folder to create; by default the model is changed in place.
-        force: replace an existing output.
+        model, output, force: as for `add`.
     """
     folder = folder_of(model, output)
 
@@ -109,11 +107,9 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
     """Rename an adapter and its control token. Slot and token id do not change.
 
     Args:
-        model: a composed model; a hub id needs an `output`.
         old: the adapter's name.
         new: its new name.
-        output: a folder to create; by default the model is changed in place.
-        force: replace an existing output.
+        model, output, force: as for `add`.
     """
     folder = folder_of(model, output)
     check_name(new)

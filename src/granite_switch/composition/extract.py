@@ -42,17 +42,18 @@ def extract(model: Source, name: str, output: Source, *, force: bool = False) ->
                 f"{adapter.file}: its weights differ from those that were composed", hint=f"{VERIFY} --deep {folder}"
             )
         with staged(target, force=force) as partial:
-            _write(adapter, spec, composed, partial)
+            _write(adapter, composed, partial)
             record = {"source": spec.source, "sha256": spec.sha256, "digest": contents}
             write_json(partial / PROVENANCE, record)
     return target
 
 
-def _write(adapter: Adapter, spec: AdapterSpec, composed: Composed, folder: Path) -> None:
+def _write(adapter: Adapter, composed: Composed, folder: Path) -> None:
     tensors = {f"{PEFT}{key.linear}.lora_{key.matrix}.weight": tensor for key, tensor in adapter.tensors.items()}
     entries = [copy_of(tensors[name], name) for name in sorted(tensors)]
     write(folder / "adapter_model.safetensors", entries, aligned=8)  # byte for byte what PEFT writes
-    write_json(folder / "adapter_config.json", _peft_config(spec, composed.spec.base_model, composed.base.linears))
+    config = _peft_config(adapter.spec, composed.spec.base_model, composed.base.linears)
+    write_json(folder / "adapter_config.json", config)
     if adapter.io_yaml:
         (folder / "io.yaml").write_bytes(adapter.io_yaml.read_bytes())
 

@@ -39,14 +39,12 @@ def add_empty(
     """Add an adapter to a composed model that has no effect until it is trained.
 
     Args:
-        model: a composed model; a hub id needs an `output`.
+        model, output, force: as for `add`.
         name: the adapter's name.
         rank: the rank of A and B.
         alpha: the scale is alpha / rank; twice the rank by default.
         targets: paths of linears, or their last parts; the attention projections by default.
         invocation: the text from which an aLoRA acts; by default the adapter is a LoRA and acts from the first token.
-        output: a folder to create; by default the model is changed in place.
-        force: replace an existing output.
 
     Returns:
         The plan of the changed model.

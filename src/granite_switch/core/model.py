@@ -1,4 +1,4 @@
-"""Read a composed model's config.json, and compare tensors with what it says: what everything that opens one does."""
+"""What everything that opens a composed model does: read its config.json, and compare its tensors with it."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -39,6 +39,7 @@ def write(plan: Plan, path: Path, progress: Progress | None = None) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    total = plan.nbytes
     assert writer.fout is not None
     (file,) = writer.fout
     try:
@@ -47,7 +48,7 @@ def write(plan: Plan, path: Path, progress: Progress | None = None) -> None:
             for data in target.encoded():
                 file.write(data)
                 if progress:
-                    progress(len(data), plan.nbytes)
+                    progress(len(data), total)
         writer.write_padding(file, file.tell())
     finally:
         writer.close()
