@@ -33,7 +33,7 @@ WORK = Path(mkdtemp())
 import time
 
 import granite_switch
-from granite_switch.compose import prepare
+from granite_switch.composition.compose import prepare
 
 plan = prepare(BASE, [LIBRARY], base_name=NAME)
 print(f"{plan.spec.base_model}: {plan.checkpoint.nbytes / 1e6:.1f} MB, adapters {plan.adapter_bytes / 1e6:.1f} MB")
@@ -68,7 +68,7 @@ for path in sorted((WORK / "model").iterdir()):
 # %%
 from IPython.display import SVG
 
-from granite_switch.compose.inspect import plot, strengths
+from granite_switch.composition.inspect import plot, strengths
 
 plot(strengths(WORK / "model"), WORK / "strengths.svg")
 SVG(str(WORK / "strengths.svg"))

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from granite_switch import compose, verify
-from granite_switch.compose import prepare
-from granite_switch.compose.sources import scan
+from granite_switch.composition.compose import prepare
+from granite_switch.composition.sources import scan
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import AdapterError
 
@@ -260,3 +260,11 @@ def test_user_text_never_switches_through_the_tokenizer(composed: Path) -> None:
     ids = tokenizer.apply_chat_template(chat, adapter_name="query_rewrite", **options)["input_ids"]
     found = [i for i in ids if i in controls]
     assert found == [spec_of(composed).adapter("query_rewrite").token_id]
+
+
+def test_progress_ends_at_its_total(base: Path, adapters: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    plan = compose(base, [adapters], tmp_path / "model", progress=lambda *call: calls.append(call))
+    assert len(calls) > 1
+    assert sum(count for count, _ in calls) == plan.nbytes
+    assert {total for _, total in calls} == {plan.nbytes}

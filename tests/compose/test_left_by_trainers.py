@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, GraniteForCausalLM, Trainer, Trai
 
 import granite_switch.hf  # noqa: F401
 from granite_switch import compose
-from granite_switch.compose import Plan, prepare
-from granite_switch.compose.adapters import other_base
-from granite_switch.compose.names import Linears, parse
+from granite_switch.composition.adapters import other_base
+from granite_switch.composition.compose import Plan, prepare
+from granite_switch.composition.names import Linears, parse
 from granite_switch.errors import SwitchError, shortened
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -59,7 +59,7 @@ def error(base: Path, source: Path | str, **options: object) -> SwitchError:
 
 def same_tensors(one: Plan, other: Plan) -> bool:
     ours, theirs = (next(iter(plan.adapters.values())) for plan in (one, other))
-    return ours.digest == theirs.digest and ours.targets == theirs.targets
+    return ours.spec.digest == theirs.spec.digest and ours.spec.targets == theirs.spec.targets
 
 
 # --- names -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from granite_switch import compose
-from granite_switch.compose.placement import chats, opening, turn
-from granite_switch.compose.verify import verify
+from granite_switch.composition.placement import chats, opening, turn
+from granite_switch.composition.verify import verify
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import AdapterError, SwitchError

@@ -12,7 +12,7 @@ from quantised import FORMATS, quantise
 from safetensors.torch import load_file, save_file
 
 from granite_switch import compose
-from granite_switch.compose.base import read_base
+from granite_switch.composition.base import read_base
 from granite_switch.errors import AdapterError, BaseModelError
 
 

@@ -11,9 +11,9 @@ from artefacts import edit_json
 
 from granite_switch import compose
 from granite_switch.cli import main
-from granite_switch.compose import prepare
-from granite_switch.compose.hub import HubRef, parse_ref, snapshot_of
-from granite_switch.compose.sources import Selection, discover, scan
+from granite_switch.composition.compose import prepare
+from granite_switch.composition.hub import HubRef, parse_ref, snapshot_of
+from granite_switch.composition.sources import Selection, discover, scan
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import AdapterError, SwitchError
 

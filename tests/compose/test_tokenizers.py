@@ -23,9 +23,9 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 import granite_switch.hf  # noqa: F401  (registers the Auto classes; the worker does without)
 from granite_switch import Conversation, compose
 from granite_switch.autotokenizer import differences
-from granite_switch.compose.proof import finish_proof, start_proof
-from granite_switch.compose.reading import _REGISTERED, read_as_base
-from granite_switch.compose.verify import find_problems
+from granite_switch.composition.proof import finish_proof, start_proof
+from granite_switch.composition.reading import _REGISTERED, read_as_base
+from granite_switch.composition.verify import find_problems
 from granite_switch.core.tokenizer import read_tokenizer
 from granite_switch.errors import BaseModelError
 

@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
-from granite_switch.compose.reading import UNREGISTERED, read_as_base
-from granite_switch.compose.tokenizer import extended, extended_config
+from granite_switch.composition.reading import UNREGISTERED, read_as_base
+from granite_switch.composition.tokenizer import extended, extended_config
 from granite_switch.core.border import write_json
 from granite_switch.core.spec import MODEL_TYPE, AdapterSpec, SwitchSpec
 

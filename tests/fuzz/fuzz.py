@@ -27,15 +27,15 @@ from granite_switch import gguf
 from granite_switch.cli.generate import read_document
 from granite_switch.cli.maintain import inspect as cli_inspect
 from granite_switch.cli.serve import _check as check_serving
-from granite_switch.compose import compose
-from granite_switch.compose.base import read_base
-from granite_switch.compose.edit import add, remove, rename, update
-from granite_switch.compose.extract import extract
-from granite_switch.compose.inspect import inspect, strengths
-from granite_switch.compose.push import format_files
-from granite_switch.compose.sources import scan
-from granite_switch.compose.upgrade import upgrade
-from granite_switch.compose.verify import find_problems, verify
+from granite_switch.composition.base import read_base
+from granite_switch.composition.compose import compose
+from granite_switch.composition.edit import add, remove, rename, update
+from granite_switch.composition.extract import extract
+from granite_switch.composition.inspect import inspect, strengths
+from granite_switch.composition.push import format_files
+from granite_switch.composition.sources import scan
+from granite_switch.composition.upgrade import upgrade
+from granite_switch.composition.verify import find_problems, verify
 from granite_switch.conversation import Conversation
 from granite_switch.core.model import read_model
 from granite_switch.errors import SwitchError
@@ -45,7 +45,7 @@ from granite_switch.vllm.calls import PATHS, Catalogue, Refused
 
 # comparing the tokenizer with transformers starts a process, which takes seconds: skip it in most cases
 for _module in ("write", "verify"):
-    sys.modules[f"granite_switch.compose.{_module}"].start_proof = lambda *_: None
+    sys.modules[f"granite_switch.composition.{_module}"].start_proof = lambda *_: list
 
 SECONDS = 20
 MEMORY = 1 << 30

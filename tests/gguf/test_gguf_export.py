@@ -244,18 +244,19 @@ def test_the_same_bytes_twice(model: Path, exported: Path, tmp_path: Path) -> No
 
 
 def test_the_file_appears_whole_or_not_at_all(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(count: int) -> None:
+    def fail(count: int, total: int) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OutputError, match="No space left"):
-        export(model, tmp_path / "out.gguf", on_bytes=fail)
+        export(model, tmp_path / "out.gguf", progress=fail)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out.gguf").write_text("mine")
     with pytest.raises(OutputError, match="already exists"):
         export(model, tmp_path / "out.gguf")
-    written: list[int] = []
-    plan = export(model, tmp_path / "out.gguf", force=True, on_bytes=written.append)
-    assert sum(written) == plan.nbytes
+    calls: list[tuple[int, int]] = []
+    plan = export(model, tmp_path / "out.gguf", force=True, progress=lambda *call: calls.append(call))
+    assert sum(count for count, _ in calls) == plan.nbytes
+    assert {total for _, total in calls} == {plan.nbytes}
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import granite_switch.hf  # noqa: F401
 from granite_switch import compose
-from granite_switch.compose.verify import verify
+from granite_switch.composition.verify import verify
 from granite_switch.core.remote import MODULE
 from granite_switch.errors import CheckpointError
 

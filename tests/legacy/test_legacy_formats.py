@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GraniteForCausalLM
 
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
-from granite_switch.compose.composed import read_composed
+from granite_switch.composition.composed import read_composed
 from granite_switch.core import legacy
 from granite_switch.core.routing import substitute
 from granite_switch.errors import CheckpointError

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
-from granite_switch.compose.upgrade import upgrade
+from granite_switch.composition.upgrade import upgrade
 from granite_switch.core import legacy
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "legacy"

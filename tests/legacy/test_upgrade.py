@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
 from granite_switch.cli import app
-from granite_switch.compose.upgrade import upgrade
-from granite_switch.compose.verify import verify
+from granite_switch.composition.upgrade import upgrade
+from granite_switch.composition.verify import verify
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.errors import CheckpointError, SwitchError
@@ -25,7 +25,10 @@ MESSAGES = [{"role": "user", "content": "Where does Anna live?"}]
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_is_what_compose_makes(version: int, old: Callable[..., Path], composed: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
-    plan = upgrade(old(version), new)
+    calls: list[tuple[int, int]] = []
+    plan = upgrade(old(version), new, progress=lambda *call: calls.append(call))
+    assert sum(count for count, _ in calls) == plan.nbytes
+    assert {total for _, total in calls} == {plan.nbytes}
     verify(new, deep=True)
     made, fresh = Checkpoint(new), Checkpoint(composed)
     assert made.tensors.keys() == fresh.tensors.keys()

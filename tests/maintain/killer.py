@@ -13,8 +13,8 @@ from pathlib import Path
 
 from recipes import contents
 
-from granite_switch.compose.edit import add, remove, rename, update
-from granite_switch.compose.verify import verify
+from granite_switch.composition.edit import add, remove, rename, update
+from granite_switch.composition.verify import verify
 
 
 def changes(model: Path, pool: Path, names: tuple[str, ...]) -> list:

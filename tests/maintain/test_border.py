@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
 from granite_switch import compose
 from granite_switch.cli.serve import _check as check_serving
-from granite_switch.compose.card import model_card
-from granite_switch.compose.composed import read_composed
-from granite_switch.compose.edit import remove, rename, update
-from granite_switch.compose.extract import extract
-from granite_switch.compose.inspect import inspect
-from granite_switch.compose.verify import verify
+from granite_switch.composition.card import model_card
+from granite_switch.composition.composed import read_composed
+from granite_switch.composition.edit import remove, rename, update
+from granite_switch.composition.extract import extract
+from granite_switch.composition.inspect import inspect
+from granite_switch.composition.verify import verify
 from granite_switch.conversation import Conversation
 from granite_switch.errors import SwitchError
 from granite_switch.gguf import prepare

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from artefacts import GRANITE_TEMPLATE, make_adapter, make_base
 from recipes import ASSISTANT, Recipe, assert_same, contents
 from tokenizers import Tokenizer
 
 from granite_switch import compose
-from granite_switch.compose.edit import add, remove, rename, update
-from granite_switch.compose.extract import extract
-from granite_switch.compose.verify import verify
+from granite_switch.composition.edit import add, remove, rename, update
+from granite_switch.composition.extract import extract
+from granite_switch.composition.verify import verify
 from granite_switch.errors import SwitchError
 
 SHARDS = ("model-00001-of-00001.safetensors", "embeddings.safetensors")
@@ -237,3 +238,16 @@ def test_the_hubs_cache_is_not_changed_in_place(
         assert "--output" in caught.value.hint
         change(output=tmp_path / f"new-{number}")
     assert contents(snapshot) == before
+
+
+def test_after_an_alora_whose_invocation_opens_a_turn(tmp_path: Path) -> None:
+    """Prompts open with another token than turns; the removed adapter keeps its own substitute."""
+    base = make_base(tmp_path / "base", template="{{- '<tool_call>' }}" + GRANITE_TEMPLATE)
+    make_adapter(tmp_path / "adapters/a", base, invocation=ASSISTANT)
+    make_adapter(tmp_path / "adapters/b", base)
+    compose(base, [tmp_path / "adapters"], tmp_path / "model")
+    remove(tmp_path / "model", ["a"])
+    gone = switch(tmp_path / "model")["adapters"][0]
+    rename(tmp_path / "model", "b", "c")
+    assert switch(tmp_path / "model")["adapters"][0] == gone
+    verify(tmp_path / "model", deep=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from recipes import SOAK, Recipe, contents
 
-from granite_switch.compose.edit import add, remove
-from granite_switch.compose.verify import verify
+from granite_switch.composition.edit import add, remove
+from granite_switch.composition.verify import verify
 from granite_switch.core.staging import held
 from granite_switch.errors import OutputError
 
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 ADD = """
 import sys, time
-from granite_switch.compose.edit import add
+from granite_switch.composition.edit import add
 from granite_switch.errors import OutputError
 while True:
     try:

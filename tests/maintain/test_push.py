@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hub import Hub, hub
 
-from granite_switch.compose.edit import remove
+from granite_switch.composition.edit import remove
 
 
 @pytest.fixture

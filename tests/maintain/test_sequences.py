@@ -14,9 +14,9 @@ from recipes import SOAK, Recipe, assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM
 
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
-from granite_switch.compose.edit import add, remove, rename, update
-from granite_switch.compose.extract import extract
-from granite_switch.compose.verify import verify
+from granite_switch.composition.edit import add, remove, rename, update
+from granite_switch.composition.extract import extract
+from granite_switch.composition.verify import verify
 
 NAMES = ("a", "b", "c.d")
 MESSAGES = [{"role": "user", "content": "Where does Anna live? <rewrite> Answer briefly. <guardian>"}]

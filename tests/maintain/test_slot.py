@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM
 import granite_switch.hf  # noqa: F401
 from granite_switch import compose, extract, verify
 from granite_switch.cli import main
-from granite_switch.compose.base import read_base
-from granite_switch.compose.slot import add_empty, write_empty
+from granite_switch.composition.base import read_base
+from granite_switch.composition.slot import add_empty, write_empty
 from granite_switch.core.layout import adapter_file
 from granite_switch.errors import AdapterError
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import granite_switch.hf  # noqa: F401  (registers the Auto classes)
 from granite_switch.cli import app
-from granite_switch.compose.edit import add
-from granite_switch.compose.inspect import inspect, plot, strengths
-from granite_switch.compose.verify import find_problems, verify
+from granite_switch.composition.edit import add
+from granite_switch.composition.inspect import inspect, plot, strengths
+from granite_switch.composition.verify import find_problems, verify
 from granite_switch.errors import CheckpointError, SwitchError
 from granite_switch.hf.verify import compare
 

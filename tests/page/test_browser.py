@@ -179,7 +179,7 @@ def test_by_keyboard_alone(page: str, browse: Callable[..., Any]) -> None:
 
 
 def test_side_by_side_and_the_model(page: str, browse: Callable[..., Any], model: Any, sample: Path) -> None:
-    from granite_switch.compose.inspect import inspect
+    from granite_switch.composition.inspect import inspect
 
     seen = browse(page)
     seen.settings(DOCUMENTS[0])

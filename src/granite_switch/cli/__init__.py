@@ -5,6 +5,7 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 (failed), 
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -13,14 +14,31 @@ from granite_switch.cli import compose, export, generate, maintain, play, serve,
 from granite_switch.cli.command import START, dress
 from granite_switch.cli.console import calm_libraries, console, error, say_json
 from granite_switch.errors import SwitchError
+from granite_switch.vllm.check import check
 
 app = typer.Typer(
     name="granite-switch",
     help="One Granite checkpoint, many LoRA and aLoRA adapters, switched per token.",
     pretty_exceptions_enable=False,
 )
-for group in (compose, export, generate, maintain, play, serve, upgrade):
-    group.register(app)
+for command in (
+    compose.compose,
+    generate.generate,
+    maintain.inspect,
+    maintain.verify,
+    maintain.add,
+    maintain.remove,
+    maintain.update,
+    maintain.rename,
+    maintain.extract,
+    maintain.push,
+    play.play,
+    serve.serve,
+    check,
+    upgrade.upgrade,
+):
+    app.command(context_settings=serve.PASSES_ON if command is serve.serve else None)(command)
+app.add_typer(export.group, name="export")
 dress(app)
 
 
@@ -43,14 +61,18 @@ def _options(
         console.print(START, markup=False)
 
 
-def main() -> None:
-    """Entry point. Bad input ends with a message and exit code 1, not a traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Bad input ends with a message and exit code 1, not a traceback.
+
+    Args:
+        arguments: those of the process by default.
+    """
     calm_libraries()
     try:
-        app()
+        app(arguments)
     except SwitchError as problem:
         error(problem)
-        if "--json" in sys.argv:
+        if "--json" in (sys.argv if arguments is None else arguments):
             say_json(problem.to_dict())
         sys.exit(1)
     except KeyboardInterrupt:

@@ -5,14 +5,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
+from granite_switch.core.progress import Progress
 from granite_switch.errors import SwitchError, shortened
 
 # output to a file or pipe is not wrapped at the width of a terminal
@@ -75,18 +78,39 @@ def notes(lines: Sequence[str]) -> None:
         stderr.print(f"[bold]note:[/] {escape(line)}")
 
 
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Collection[str] = ()
+) -> Table:
+    """Return a table of plain text; the columns named in `right` are aligned right."""
+    result = Table(title=escape(title) or None, title_justify="left")
+    for heading in headings:
+        result.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*map(Text, row))
+    return result
+
+
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar in bytes on stderr; yields the function that advances it."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def progress(label: str) -> Iterator[Progress]:
+    """Yield a callback that shows a progress bar in bytes on stderr, from its first call on."""
+    import rich.progress as rich
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True, disable=not shows_progress()) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
+    bar = rich.Progress(*columns, console=stderr, transient=True, disable=not shows_progress())
+
+    def advance(count: int, total: int) -> None:
+        if not bar.tasks:
+            bar.start()
+            bar.add_task(label, total=total)
+        bar.advance(bar.tasks[0].id, count)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

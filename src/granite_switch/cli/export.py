@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from granite_switch.cli import options
 from granite_switch.cli.console import notes, progress, say, size, warn
 
 if TYPE_CHECKING:
@@ -16,38 +17,35 @@ _LIMITS = (
 )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    group = typer.Typer(no_args_is_help=True, help="Write the model in another engine's format.")
-    group.command("gguf")(gguf)
-    app.add_typer(group, name="export")
+group = typer.Typer(no_args_is_help=True, help="Write the model in another engine's format.")
 
 
+@group.command()
 def gguf(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")],
+    model: options.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to create.")],
     outtype: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0; by default the model's own dtype.")] = "",
     pre: Annotated[str, typer.Option(help="llama.cpp's pre-tokenizer, if it cannot be detected.")] = "",
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Also write Ollama Modelfiles.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
+    revision: options.Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
     """Write one GGUF file for llama.cpp, with all adapters."""
-    from granite_switch.compose.sources import model_folder
-    from granite_switch.core.staging import check_file, staged_file
-    from granite_switch.gguf import OUTTYPES, prepare, write
+    from granite_switch.composition.sources import model_folder
+    from granite_switch.core.staging import check_file
+    from granite_switch.gguf import OUTTYPES, export, prepare
 
     if outtype not in ("", *OUTTYPES):
         raise typer.BadParameter(f"must be one of {', '.join(OUTTYPES)}", param_hint="--outtype")
     check_file(output, force=force)
-    plan = prepare(model_folder(model, revision), outtype=outtype, pre=pre)
-    texts = _modelfiles(plan, output) if modelfile else {}
+    folder = model_folder(model, revision)
+    texts = _modelfiles(prepare(folder, outtype=outtype, pre=pre), output) if modelfile else {}
     for path in texts:
         check_file(path, force=force)
+    with progress("exporting") as advance:
+        plan = export(folder, output, outtype=outtype, pre=pre, force=force, progress=advance)
     for warning in plan.warnings:
         warn(warning)
-    with staged_file(output, force=force) as path, progress("exporting", plan.nbytes) as advance:
-        write(plan, path, advance)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     adapters = ", ".join(plan.spec.names)

@@ -7,18 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from granite_switch.cli import options
 from granite_switch.cli.command import require
 from granite_switch.cli.console import calm_libraries, console, shows_progress, stderr
 from granite_switch.errors import CheckpointError, SwitchError, TemplateError
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("generate")(generate)
-
-
 def generate(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")],
+    model: options.Model,
     message: Annotated[
         list[str], typer.Option("--message", "-m", help="User message; repeat to alternate user and assistant.")
     ],
@@ -31,7 +27,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    device_map: Annotated[str, typer.Option(help="transformers' device_map.")] = "auto",
+    device_map: options.DeviceMap = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Print each token in its slot's colour.")] = False,
     trace_html: Annotated[Path | None, typer.Option(help="Write the trace to an HTML file.")] = None,
@@ -51,10 +47,10 @@ def generate(
         from transformers import TextStreamer
 
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "streamer": streamer}
+    settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "streamer": streamer}
     if temperature > 0:
-        options["temperature"] = temperature
-    sequence = loaded.generate(**prompt.to(loaded.device), **options)[0].tolist()
+        settings["temperature"] = temperature
+    sequence = loaded.generate(**prompt.to(loaded.device), **settings)[0].tolist()
 
     from granite_switch.cli import trace as tracing
 

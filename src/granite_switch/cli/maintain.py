@@ -1,44 +1,23 @@
 """`granite-switch inspect`, `verify`, `add`, `remove`, `update`, `rename`, `extract` and `push`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
+from granite_switch.cli import options
 from granite_switch.cli.compose import report
-from granite_switch.cli.console import console, notes, say, say_json, size, warn
+from granite_switch.cli.console import console, say, say_json, size, table, warn
 from granite_switch.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
-    from granite_switch.compose.inspect import Report
-    from granite_switch.compose.plan import Plan
+    from granite_switch.composition.inspect import Report
     from granite_switch.core.spec import SwitchSpec
 
-Model: TypeAlias = Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")]
-Local: TypeAlias = Annotated[Path, typer.Argument(help="Composed model: local folder.", metavar="MODEL")]
-SOURCES = "PEFT adapter folder, library folder, YAML manifest or hub id."
-Sources: TypeAlias = Annotated[list[str], typer.Argument(help=SOURCES, metavar="SOURCE")]
-Output: TypeAlias = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder to create; by default the model is changed in place.")
-]
-Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace an existing folder.")]
-BaseName: TypeAlias = Annotated[str, typer.Option(help="The base's folder name in libraries; by default its own name.")]
-Include: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to include; repeatable.")]
-Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to exclude; repeatable.")]
-Technology: TypeAlias = Annotated[str, typer.Option(help="Only adapters of this kind: alora or lora.")]
-Revision: TypeAlias = Annotated[str | None, typer.Option(help="Revision of the hub repositories.")]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON: the plan, or the error.")]
-CreateIoYaml: TypeAlias = Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")]
 
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    for command in (inspect, verify, add, remove, update, rename, extract, push):
-        app.command()(command)
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def inspect(
@@ -47,10 +26,10 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Image file: how strongly adapters change each projection.")] = None,
 ) -> None:
     """Show the contents of a composed model."""
-    from granite_switch.compose.inspect import inspect as look
-    from granite_switch.compose.inspect import plot as draw
-    from granite_switch.compose.inspect import strengths
-    from granite_switch.compose.sources import model_folder
+    from granite_switch.composition.inspect import inspect as look
+    from granite_switch.composition.inspect import plot as draw
+    from granite_switch.composition.inspect import strengths
+    from granite_switch.composition.sources import model_folder
     from granite_switch.core.files import inside
     from granite_switch.core.legacy import describe, legacy_format
     from granite_switch.core.records import read_config
@@ -61,9 +40,10 @@ def inspect(
     folder = model_folder(model)
     if number := legacy_format(read_config(inside(folder, "config.json"))):
         lines = describe(folder)
-        console.print(
-            json.dumps({"legacy_format": number, "notes": lines}) if as_json else "\n".join(lines), markup=False
-        )
+        if as_json:
+            say_json({"legacy_format": number, "notes": lines})
+        else:
+            console.print("\n".join(lines), markup=False)
         return
     found = look(folder)
     if plot:
@@ -77,25 +57,25 @@ def inspect(
 
 
 def verify(
-    model: Model,
+    model: options.Model,
     against: Annotated[
         list[str] | None, typer.Option(help="Adapter source or base model for a comparison with PEFT; repeatable.")
     ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also read all weights: digests, NaN, control tokens' rows.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="With --against: float32, bfloat16 or float16.")] = "float32",
-    base_name: BaseName = "",
-    technology: Technology = "",
-    revision: Revision = None,
+    dtype: Annotated[
+        str, typer.Option(help="With --against: float32, bfloat16 or float16.", callback=options.one_of(*_DTYPES))
+    ] = "float32",
+    base_name: options.BaseName = "",
+    technology: options.Technology = "",
+    revision: options.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the comparisons, or the error.")] = False,
 ) -> None:
     """Check a composed model's files; with --against, also compare its logits with PEFT's."""
-    from granite_switch.compose.sources import model_folder
-    from granite_switch.compose.verify import verify as check
+    from granite_switch.composition.sources import model_folder
+    from granite_switch.composition.verify import verify as check
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter("must be float32, bfloat16 or float16", param_hint="--dtype")
     folder = model_folder(model, revision)
     spec = check(folder, deep=deep)
     results: list[Any] = []
@@ -116,129 +96,109 @@ def verify(
 
 
 def add(
-    model: Model,
-    sources: Annotated[list[str] | None, typer.Argument(help=SOURCES, metavar="SOURCE")] = None,
+    model: options.Model,
+    sources: Annotated[list[str] | None, typer.Argument(help=options.SOURCES, metavar="SOURCE")] = None,
     new: Annotated[str, typer.Option(help="Instead of sources: name of a new, zero adapter to train.")] = "",
     rank: Annotated[int, typer.Option(help="With --new: the rank.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="With --new: lora_alpha; by default twice the rank.")] = None,
     targets: Annotated[str, typer.Option(help="With --new: linears (q_proj,v_proj); by default attention's.")] = "",
     invocation: Annotated[str, typer.Option(help="With --new: invocation text, for an aLoRA.")] = "",
-    output: Output = None,
-    base_name: BaseName = "",
-    include: Include = None,
-    exclude: Exclude = None,
-    technology: Technology = "",
-    revision: Revision = None,
-    create_io_yaml: CreateIoYaml = False,
-    force: Force = False,
-    as_json: Json = False,
+    output: options.Output = None,
+    base_name: options.BaseName = "",
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    technology: options.Technology = "",
+    revision: options.Revision = None,
+    create_io_yaml: options.CreateIoYaml = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Add adapters. The others keep their slots and token ids."""
-    from granite_switch.compose import edit, slot
+    from granite_switch.composition import edit, slot
 
     if bool(new) == bool(sources):
         raise typer.BadParameter("give either adapter sources or --new NAME", param_hint="SOURCE")
     if new:
         names = [name.strip() for name in targets.split(",") if name.strip()]
         settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": names, "invocation": invocation}
-        _changed(slot.add_empty(model, new, output=output, force=force, **settings), output or model, as_json)
-        return
-    selection = _selection(base_name, include, exclude, technology, revision)
-    plan = edit.add(model, sources or [], output=output, force=force, create_io_yaml=create_io_yaml, **selection)
-    _changed(plan, output or model, as_json)
+        plan = slot.add_empty(model, new, output=output, force=force, **settings)
+    else:
+        settings = {"revision": revision, **options.selection(base_name, include, exclude, technology)}
+        plan = edit.add(model, sources or [], output=output, force=force, create_io_yaml=create_io_yaml, **settings)
+    report(plan, f"written: {output or model}", as_json)
 
 
 def update(
-    model: Model,
-    sources: Sources,
-    output: Output = None,
-    base_name: BaseName = "",
-    include: Include = None,
-    exclude: Exclude = None,
-    technology: Technology = "",
-    revision: Revision = None,
-    force: Force = False,
-    as_json: Json = False,
+    model: options.Model,
+    sources: options.Sources,
+    output: options.Output = None,
+    base_name: options.BaseName = "",
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    technology: options.Technology = "",
+    revision: options.Revision = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Replace adapters by others of the same name. They keep their slots and token ids."""
-    from granite_switch.compose import edit
+    from granite_switch.composition import edit
 
-    selection = _selection(base_name, include, exclude, technology, revision)
-    _changed(edit.update(model, sources, output=output, force=force, **selection), output or model, as_json)
+    chosen = options.selection(base_name, include, exclude, technology)
+    plan = edit.update(model, sources, output=output, force=force, revision=revision, **chosen)
+    report(plan, f"written: {output or model}", as_json)
 
 
 def remove(
-    model: Model,
+    model: options.Model,
     names: Annotated[list[str], typer.Argument(help="Names of adapters.", metavar="NAME")],
-    output: Output = None,
-    force: Force = False,
-    as_json: Json = False,
+    output: options.Output = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Remove adapters. Their slots and token ids are not reused."""
-    from granite_switch.compose import edit
+    from granite_switch.composition import edit
 
-    _changed(edit.remove(model, names, output=output, force=force), output or model, as_json)
+    report(edit.remove(model, names, output=output, force=force), f"written: {output or model}", as_json)
 
 
 def rename(
-    model: Model,
+    model: options.Model,
     old: Annotated[str, typer.Argument(help="The adapter's name.", metavar="OLD")],
     new: Annotated[str, typer.Argument(help="Its new name.", metavar="NEW")],
-    output: Output = None,
-    force: Force = False,
-    as_json: Json = False,
+    output: options.Output = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Rename an adapter. It keeps its slot and token id."""
-    from granite_switch.compose import edit
+    from granite_switch.composition import edit
 
-    _changed(edit.rename(model, old, new, output=output, force=force), output or model, as_json)
+    report(edit.rename(model, old, new, output=output, force=force), f"written: {output or model}", as_json)
 
 
 def extract(
-    model: Model,
+    model: options.Model,
     name: Annotated[str, typer.Argument(help="The adapter's name.", metavar="NAME")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
-    force: Force = False,
+    force: options.Force = False,
 ) -> None:
     """Write an adapter as a PEFT adapter folder."""
-    from granite_switch.compose.extract import extract as take
+    from granite_switch.composition.extract import extract as take
 
     say(f"written: {take(model, name, output, force=force)}")
 
 
 def push(
-    model: Local,
+    model: options.Local,
     repo: Annotated[str, typer.Argument(help="Hub repository: owner/name.", metavar="REPO")],
-    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    private: options.Private = False,
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "",
 ) -> None:
     """Verify a composed model and upload it to the hub."""
-    from granite_switch.compose.push import push as upload
+    from granite_switch.composition.push import push as upload
 
     url = upload(model, repo, private=private, revision=revision, message=message)
     say(f"pushed: {url}")
-
-
-def _selection(
-    base_name: str, include: list[str] | None, exclude: list[str] | None, technology: str, revision: str | None
-) -> dict[str, Any]:
-    if technology not in ("", "lora", "alora"):
-        raise typer.BadParameter("must be alora or lora", param_hint="--technology")
-    return {
-        "base_name": base_name,
-        "include": include or (),
-        "exclude": exclude or (),
-        "technology": technology,
-        "revision": revision,
-    }
-
-
-def _changed(plan: "Plan", where: str | Path, as_json: bool) -> None:
-    notes(plan.notes)
-    for warning in plan.warnings:
-        warn(warning)
-    report(plan, f"written: {where}", as_json)
 
 
 def _show(report: "Report") -> None:
@@ -249,30 +209,28 @@ def _show(report: "Report") -> None:
         f"{'; control tokens can be generated' if report.generatable else ''}",
         markup=False,
     )
-    table = Table()
-    for heading in ("slot", "adapter", "kind", "rank", "alpha", "targets", "parameters", "size", "share"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("control token", "substitute", "acts from", "source", "sha256"):
-        table.add_column(heading, overflow="fold")
-    for one in report.adapters:
-        low, high = one.ranks
-        table.add_row(
+    headings = ["slot", "adapter", "kind", "rank", "alpha", "targets", "parameters", "size", "share"]
+    headings += ["control token", "substitute", "acts from", "source", "sha256"]
+    rows = [
+        [
             str(one.slot),
-            escape(one.name),
+            one.name,
             one.technology,
-            str(low) if low == high else f"{low}-{high}",
+            str(one.ranks[0]) if one.ranks[0] == one.ranks[1] else f"{one.ranks[0]}-{one.ranks[1]}",
             f"{one.alpha:g}{' (rs)' if one.use_rslora else ''}",
             " ".join(one.target_modules).replace("_proj", ""),
             f"{one.parameters:,}",
             size(one.nbytes),
             f"{one.share:.1%}",
-            escape(f"{one.token} = {one.token_id}"),
-            escape(f"{one.substitute} = {one.substitute_token_id}"),
-            escape(repr(one.invocation_text)) if one.invocation_text else "the first token",
-            escape(one.source),
+            f"{one.token} = {one.token_id}",
+            f"{one.substitute} = {one.substitute_token_id}",
+            repr(one.invocation_text) if one.invocation_text else "the first token",
+            one.source,
             one.sha256[:16],
-        )
-    console.print(table)
+        ]
+        for one in report.adapters
+    ]
+    console.print(table(headings, rows))
     if report.retired:
         console.print(f"removed adapters, whose slots are not reused: {', '.join(report.retired)}", markup=False)
 
@@ -287,13 +245,8 @@ def _inspect_gguf(path: Path, as_json: bool) -> None:
     for key, value in record.items():
         if key != "adapters":
             console.print(f"{key}: {size(value) if key.endswith('bytes') else value}", markup=False)
-    table = Table()
     keys = list(dict.fromkeys(key for adapter in record["adapters"] for key in adapter if key != "io_config"))
-    for key in keys:
-        table.add_column(key, overflow="fold")
-    for adapter in record["adapters"]:
-        table.add_row(*(escape(_cell(adapter.get(key, ""))) for key in keys))
-    console.print(table)
+    console.print(table(keys, [[_cell(adapter.get(key, "")) for key in keys] for adapter in record["adapters"]]))
 
 
 def _cell(value: Any) -> str:
@@ -304,16 +257,16 @@ def _matched(
     spec: "SwitchSpec", sources: list[str], base_name: str, technology: str, revision: str | None
 ) -> tuple[Path | None, dict[str, Path]]:
     """The base among the sources, and adapter -> folder, matched by name, or by hash if it was renamed."""
-    from granite_switch.compose.hub import parse_ref
-    from granite_switch.compose.sources import Selection, base_folder, discover
+    from granite_switch.composition.hub import parse_ref
+    from granite_switch.composition.sources import base_folder, discover_for
     from granite_switch.core.checkpoint import sha256
 
     bases = [s for s in sources if (Path(s) / "config.json").is_file() or parse_ref(s).repo == spec.base_model]
     rest = [source for source in sources if source not in bases]
     if not rest:
         raise AdapterError("--against names no adapters", hint="pass the sources that the model was composed from")
-    name = base_name or spec.base_model.rstrip("/").split("/")[-1]
-    found = {one.name: one.folder for one in discover(rest, Selection(name, technology=technology), revision).found}
+    wanted = discover_for(spec, rest, base_name=base_name, technology=technology, revision=revision)
+    found = {one.name: one.folder for one in wanted.found}
     hashes = {sha256(folder / "adapter_model.safetensors"): folder for folder in found.values()}
     matched = {a.name: found.get(a.name) or hashes.get(a.sha256) for a in spec.active}
     if missing := [name for name, folder in matched.items() if folder is None]:
@@ -327,14 +280,14 @@ def _matched(
 def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: str) -> list[Any]:
     try:
         import granite_switch.hf  # noqa: F401  (registers the Auto classes)
-        from granite_switch.compose.proof import differences, start_proof
+        from granite_switch.composition.proof import start_proof
         from granite_switch.hf.verify import compare
     except ImportError as error:
         raise CheckpointError(
             f"--against needs torch, transformers and peft ({error.name} is missing)",
             hint="pip install 'granite-switch[hf]' peft",
         ) from None
-    if problems := differences(start_proof(folder, base)):
+    if problems := start_proof(folder, base)():
         raise CheckpointError(
             f"{folder}: transformers reads its tokenizer differently from the base's",
             problems=problems[:8],
@@ -344,11 +297,15 @@ def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: 
 
 
 def _comparison(results: list[Any], dtype: str) -> Table:
-    table = Table(title=f"composed model against PEFT, {dtype}", title_justify="left")
-    for heading in ("adapter", "largest difference", "largest logit", "adapter's effect on logits", ""):
-        table.add_column(heading, overflow="fold")
-    for one in results:
-        effect = f"{one.effect:.3g}" if one.name != "base" else ""
-        verdict = "equal" if one.within else "DIFFERS"
-        table.add_row(escape(one.name), f"{one.difference:.3g}", f"{one.largest:.3g}", effect, verdict)
-    return table
+    rows = [
+        [
+            one.name,
+            f"{one.difference:.3g}",
+            f"{one.largest:.3g}",
+            f"{one.effect:.3g}" if one.name != "base" else "",
+            "equal" if one.within else "DIFFERS",
+        ]
+        for one in results
+    ]
+    headings = ("adapter", "largest difference", "largest logit", "adapter's effect on logits", "")
+    return table(headings, rows, f"composed model against PEFT, {dtype}")

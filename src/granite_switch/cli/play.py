@@ -4,16 +4,12 @@ from typing import Annotated
 
 import typer
 
+from granite_switch.cli import options
 from granite_switch.cli.command import require
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("play")(play)
-
-
 def play(
-    model: Annotated[str, typer.Argument(help="Composed model: local folder or hub id.", metavar="MODEL")],
+    model: options.Model,
     server: Annotated[
         str, typer.Option(help="URL of a server that serves MODEL; by default transformers runs it here.")
     ] = "",
@@ -21,11 +17,11 @@ def play(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port; by default the first free one from 7860.")] = None,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
-    device_map: Annotated[str, typer.Option(help="transformers' device_map.")] = "auto",
+    device_map: options.DeviceMap = "auto",
 ) -> None:
     """Serve a page to chat with the adapters, compare them, and see what is cached."""
     require("gradio", "httpx", extra="play")
-    from granite_switch.compose.sources import model_folder
+    from granite_switch.composition.sources import model_folder
     from granite_switch.play.engine import Engine, Model
 
     engine: Engine

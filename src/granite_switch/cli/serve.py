@@ -1,4 +1,4 @@
-"""`granite-switch serve`: vLLM's server with every adapter as a model; and `granite-switch check`."""
+"""`granite-switch serve`: vLLM's server with every adapter as a model."""
 
 import os
 import sys
@@ -10,16 +10,9 @@ import typer
 
 from granite_switch.cli.command import require
 from granite_switch.errors import ServingError
-from granite_switch.vllm import check
 
 _MIDDLEWARE = "granite_switch.vllm.AdapterModels"
-_ANY = {"ignore_unknown_options": True, "allow_interspersed_args": True}
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command("serve", context_settings=_ANY)(serve)
-    app.command("check")(check.check)
+PASSES_ON = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
 
 def serve(

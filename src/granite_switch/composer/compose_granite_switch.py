@@ -16,7 +16,7 @@ from granite_switch.cli.console import error, notes
 from granite_switch.errors import AdapterError, SwitchError
 
 if TYPE_CHECKING:
-    from granite_switch.compose.base import Base
+    from granite_switch.composition.base import Base
 
 _BASE = "ibm-granite/granite-4.1-3b"
 _OUTPUT = "./granite-with-all-aloras"
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line's arguments; those of the process by default.
     """
     options, unknown = _parser().parse_known_args(arguments)
+    if options.lora_alpha is None:
+        options.lora_alpha = float(options.lora_rank)
     try:
         _refuse_unknown(unknown)
         ignored = [name for name in _IGNORED if getattr(options, name)]
@@ -112,21 +114,19 @@ def _command(options: argparse.Namespace) -> list[str]:
 
 
 def _added(options: argparse.Namespace, name: str) -> list[str]:
-    alpha = options.lora_rank if options.lora_alpha is None else options.lora_alpha
     command = ["granite-switch", "add", options.output, "--new", name, "--rank", str(options.lora_rank)]
-    return [*command, "--alpha", f"{alpha:g}", "--targets", ",".join(_LINEARS[:7])]
+    return [*command, "--alpha", f"{options.lora_alpha:g}", "--targets", ",".join(_LINEARS[:7])]
 
 
 def _settings(options: argparse.Namespace, base: "Base") -> dict[str, Any]:
-    alpha = float(options.lora_rank if options.lora_alpha is None else options.lora_alpha)
     targets = [name for name in _LINEARS if any(path.endswith(f".{name}") for path in base.linears)]
-    return {"rank": options.lora_rank, "alpha": alpha, "targets": targets}
+    return {"rank": options.lora_rank, "alpha": options.lora_alpha, "targets": targets}
 
 
 def _add_empty(options: argparse.Namespace) -> int:
     """Add the empty slots to the composed model."""
-    from granite_switch.compose.composed import read_composed
-    from granite_switch.compose.slot import add_empty
+    from granite_switch.composition.composed import read_composed
+    from granite_switch.composition.slot import add_empty
 
     settings = _settings(options, read_composed(Path(options.output)).base)
     for name in options.built_in_adapters:
@@ -136,9 +136,9 @@ def _add_empty(options: argparse.Namespace) -> int:
 
 def _empty_slots(options: argparse.Namespace, folder: Path) -> list[Path]:
     """Write the empty slots as adapter folders, to be composed when there are no other adapters."""
-    from granite_switch.compose.base import read_base
-    from granite_switch.compose.slot import write_empty
-    from granite_switch.compose.sources import base_folder
+    from granite_switch.composition.base import read_base
+    from granite_switch.composition.slot import write_empty
+    from granite_switch.composition.sources import base_folder
 
     base = read_base(base_folder(options.base_model))
     settings = _settings(options, base)
@@ -146,14 +146,10 @@ def _empty_slots(options: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 def _run(arguments: list[str]) -> int:
-    before = sys.argv
-    sys.argv = ["granite-switch", *arguments]
     try:
-        cli.main()
+        cli.main(arguments)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
-    finally:
-        sys.argv = before
     return 0
 
 

@@ -7,7 +7,7 @@ adapters' A and B is registered beside it, under that path plus `_lora`. Nothing
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -51,10 +51,24 @@ def adapter_file(adapter: str) -> str:
     return f"adapter-{adapter}.safetensors"
 
 
+def io_config(adapter: str) -> str:
+    """Return the path of an adapter's io.yaml in a composed model."""
+    return f"io_configs/{adapter}/io.yaml"
+
+
 def parse_key(key: str) -> AdapterTensor | None:
     """Return the adapter tensor that a checkpoint's tensor name stands for; None for a tensor of the base."""
     found = _KEY.fullmatch(key)
     return AdapterTensor(unescape(found[2]), found[1], found[3]) if found else None
+
+
+def by_adapter(tensors: Mapping[str, Tensor]) -> dict[str, dict[AdapterTensor, Tensor]]:
+    """Return each adapter's tensors, given all tensors of a checkpoint; their keys leave out the adapter's name."""
+    result: dict[str, dict[AdapterTensor, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if key := parse_key(name):
+            result.setdefault(key.adapter, {})[replace(key, adapter="")] = tensor
+    return result
 
 
 def digest(tensors: Mapping[AdapterTensor, Tensor]) -> str:

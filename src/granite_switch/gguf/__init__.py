@@ -1,11 +1,10 @@
 """Export to llama.cpp: one GGUF file of the `graniteswitch` architecture, with the base and every adapter."""
 
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from granite_switch.core.staging import staged_file
+from granite_switch.core.progress import Progress
+from granite_switch.core.staging import check_file, staged_file
 from granite_switch.errors import SwitchError
 
 try:
@@ -26,7 +25,7 @@ def export(
     outtype: str = "",
     pre: str = "",
     force: bool = False,
-    on_bytes: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Write a composed model as one GGUF file and return the plan that was written.
 
@@ -36,12 +35,13 @@ def export(
         outtype: f32, f16, bf16 or q8_0; the model's own dtype by default.
         pre: llama.cpp's name of the pre-tokenizer; detected by default.
         force: replace an existing file.
-        on_bytes: called after each piece with the number of bytes written.
+        progress: called for each piece that is written.
 
     Raises:
         CheckpointError: the model cannot be exported; lists all reasons.
     """
+    check_file(Path(output), force=force)
     plan = prepare(model, outtype=outtype, pre=pre)
     with staged_file(Path(output), force=force) as path:
-        write(plan, path, on_bytes)
+        write(plan, path, progress)
     return plan

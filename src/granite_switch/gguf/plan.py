@@ -13,6 +13,7 @@ from granite_switch.core import legacy
 from granite_switch.core.border import read, read_text
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
+from granite_switch.core.model import shape_problems
 from granite_switch.core.records import GenerationConfig, read_adapter_index, read_config
 from granite_switch.core.spec import MODEL_TYPE, SwitchSpec
 from granite_switch.core.tokenizer import read_tokenizer
@@ -126,17 +127,15 @@ def _switch_problems(decoder: Decoder, spec: SwitchSpec) -> Iterator[str]:
 
 def _tensor_problems(decoder: Decoder, spec: SwitchSpec, tensors: Mapping[str, Tensor]) -> list[str]:
     wanted, linears = expected(decoder, spec), decoder.linears()
-    problems = [f"{name}: missing" for name in wanted if name not in tensors]
+    used = {name: t for name, t in tensors.items() if name in wanted or not (name == HEAD or name.endswith(_UNUSED))}
+    problems = []
     for adapter in spec.active:
         elsewhere = [path for path in adapter.ranks if path not in linears]
         problems += [f"{adapter.name}: llama.cpp's architecture has no adapters on {path}" for path in elsewhere]
-    for name, tensor in tensors.items():
-        if name in wanted and tensor.shape != wanted[name]:
-            problems.append(f"{name}: shape {list(tensor.shape)}, but config.json says {list(wanted[name])}")
-        elif name in wanted and tensor.dtype not in _OWN:
-            problems.append(f"{name}: dtype {tensor.dtype}; only {', '.join(_OWN)} can be exported")
-        elif name not in wanted and name != HEAD and not name.endswith(_UNUSED):
-            problems.append(f"{name}: llama.cpp's architecture has no such tensor")
+    shapes = {name: tensor.shape for name, tensor in used.items()}
+    problems += shape_problems(shapes, wanted, "llama.cpp's architecture has no such tensor")
+    dtypes = {name: tensor.dtype for name, tensor in used.items() if name in wanted and tensor.dtype not in _OWN}
+    problems += [f"{name}: dtype {dtype}; only {', '.join(_OWN)} can be exported" for name, dtype in dtypes.items()]
     if decoder.tied and HEAD in tensors and not same(tensors[HEAD], tensors[EMBEDDING]):
         problems.append("tie_word_embeddings: config.json says true, but lm_head.weight differs from the embedding")
     return problems[:20]

@@ -1,13 +1,12 @@
 """Stream a planned export to a GGUF file: llama.cpp's keys, our own keys, and the tensors piece by piece."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter, LlamaFileType
 
+from granite_switch.core.progress import Progress
 from granite_switch.gguf.plan import Plan
 from granite_switch.gguf.tensors import max_rank
 from granite_switch.gguf.vocabulary import Vocabulary
@@ -22,13 +21,13 @@ _FILE_TYPES = {
 }
 
 
-def write(plan: Plan, path: Path, on_bytes: Callable[[int], Any] | None = None) -> None:
+def write(plan: Plan, path: Path, progress: Progress | None = None) -> None:
     """Write the file.
 
     Args:
         plan: the export.
         path: the file, which is replaced if it exists.
-        on_bytes: called after each piece with the number of bytes written.
+        progress: called for each piece that is written.
     """
     writer = GGUFWriter(path, ARCH)
     _general(writer, plan)
@@ -40,6 +39,7 @@ def write(plan: Plan, path: Path, on_bytes: Callable[[int], Any] | None = None) 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    total = plan.nbytes
     assert writer.fout is not None
     (file,) = writer.fout
     try:
@@ -47,8 +47,8 @@ def write(plan: Plan, path: Path, on_bytes: Callable[[int], Any] | None = None) 
             writer.write_padding(file, file.tell())
             for data in target.encoded():
                 file.write(data)
-                if on_bytes:
-                    on_bytes(len(data))
+                if progress:
+                    progress(len(data), total)
         writer.write_padding(file, file.tell())
     finally:
         writer.close()

@@ -15,7 +15,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it on import; n
 import gradio as gr
 
 from granite_switch.cli import trace
-from granite_switch.compose.inspect import inspect, plot, strengths
+from granite_switch.composition.inspect import inspect, plot, strengths
 from granite_switch.errors import SwitchError
 from granite_switch.play import views
 from granite_switch.play.engine import Ask, Engine, Sampling, Setting

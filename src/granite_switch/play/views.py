@@ -8,7 +8,7 @@ from html import escape
 
 from granite_switch.cli import trace
 from granite_switch.cli.console import size
-from granite_switch.compose.inspect import Report
+from granite_switch.composition.inspect import Report
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.errors import SwitchError
 from granite_switch.play.engine import Answer, Model

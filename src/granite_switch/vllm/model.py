@@ -25,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 from granite_switch.core import legacy
 from granite_switch.core.files import state_of
 from granite_switch.core.layout import AdapterTensor, parse_key
+from granite_switch.core.model import shape_problems
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import AdapterSpec, SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, ServingError
@@ -173,16 +174,10 @@ class Switched(_Decoder):
         expected = self._expected()
         elsewhere = {path for adapter in self.spec.adapters for path in adapter.ranks} - set(self._places)
         self.pending = {t: value for t, value in self.pending.items() if t.linear not in elsewhere}
-        found = {t: tuple(value.shape) for t, value in self.pending.items()}
+        found = {t.key: tuple(value.shape) for t, value in self.pending.items()}
         partial = self.in_pieces and self.finished and not self.random
-        problems = [] if partial else [f"missing: {t.key}" for t in expected if t not in found]
-        problems += [f"not in config.json: {t.key}" for t in found if t not in expected]
-        problems += [
-            f"{t.key}: shape {list(found[t])}, but config.json says {list(shape)}"
-            for t, shape in expected.items()
-            if t in found and found[t] != shape
-        ]
-        if problems:
+        wanted = {t.key: shape for t, shape in expected.items() if t in self.pending or not partial}
+        if problems := shape_problems(found, wanted):
             raise CheckpointError("the adapters' tensors do not match config.json", problems=problems)
 
     def process_weights_after_loading(self) -> None:

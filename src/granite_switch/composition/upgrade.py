@@ -6,23 +6,24 @@ without an adapter, becomes the base's.
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter
-from granite_switch.compose.base import Base
-from granite_switch.compose.plan import Plan, assemble
-from granite_switch.compose.reading import as_read, joined
-from granite_switch.compose.sources import model_folder
-from granite_switch.compose.tokenizer import without
-from granite_switch.compose.write import write_model
+from granite_switch.composition.adapters import Adapter
+from granite_switch.composition.base import Base
+from granite_switch.composition.plan import Plan, assemble
+from granite_switch.composition.reading import as_read, joined
+from granite_switch.composition.sources import model_folder
+from granite_switch.composition.tokenizer import without
+from granite_switch.composition.write import write_model
 from granite_switch.core import legacy
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
-from granite_switch.core.layout import AdapterTensor, Vocabulary, digest, parse_key, vocabulary
+from granite_switch.core.layout import AdapterTensor, Vocabulary, by_adapter, digest, io_config, parse_key, vocabulary
+from granite_switch.core.progress import Progress
 from granite_switch.core.records import AdapterIndex, read_adapter_index
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, staged
@@ -40,7 +41,7 @@ def upgrade(
     new: str | PathLike[str],
     *,
     force: bool = False,
-    on_bytes: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Write a checkpoint in a legacy format as format 1.
 
@@ -48,7 +49,7 @@ def upgrade(
         old: folder or hub id.
         new: the folder to create; it appears only when it is complete.
         force: replace an existing folder.
-        on_bytes: called with the number of bytes of each piece written.
+        progress: called for each piece that is written.
 
     Returns:
         The plan that was carried out.
@@ -59,7 +60,7 @@ def upgrade(
     check_target(Path(new), force=force)
     planned = prepare(model_folder(old))
     with staged(Path(new), force=force) as folder:
-        write_model(planned, folder, on_bytes)
+        write_model(planned, folder, progress)
     return planned
 
 
@@ -70,16 +71,13 @@ def prepare(folder: Path) -> Plan:
     first = _first_control(old, tokenizer)
     index = read_adapter_index(folder)
     triggers = _invocations(old, tokenizer)
-    pairs: dict[str, dict[AdapterTensor, Tensor]] = {name: {} for name in old.spec.names}
-    for name, tensor in old.tensors.items():
-        if key := parse_key(name):
-            pairs[key.adapter][key] = tensor
+    pairs = by_adapter(old.tensors)
     slots = []
     for spec in old.spec.adapters:
         tokens = tuple(tokenizer.library.encode(triggers[spec.name], add_special_tokens=False).ids)
-        slots.append(_adapter(old, spec, pairs[spec.name], tokens, _io_yaml(folder, spec.name, index)))
+        slots.append(_adapter(old, spec, pairs.get(spec.name, {}), tokens, _io_yaml(folder, spec.name, index)))
     base_model = index.model_info.base_model or folder.resolve().name
-    planned = assemble(_base(old, tokenizer, first), slots, base_model, False)
+    planned = assemble(_base(old, tokenizer, first), slots, base_model=base_model)
     _check_substitutes(old, planned)
     return planned
 
@@ -115,22 +113,15 @@ def _adapter(
     used = used or {key.linear for key in tensors}  # an adapter that is all zero keeps its pairs
     kept = {key: tensor for key, tensor in tensors.items() if key.linear in used}
     contents = digest(kept)
-    return Adapter(
-        name=spec.name,
-        technology="alora" if invocation else "lora",
-        rank=spec.rank,
-        alpha=spec.alpha,
-        use_rslora=False,
+    spec = replace(
+        spec,
         targets=tuple(linear for linear in spec.targets if linear in used),
-        rank_pattern={},
-        alpha_pattern={},
         invocation_tokens=invocation,
-        tensors=kept,
         source=f"{old.checkpoint.folder.resolve().name}, legacy format {old.format_version}",
         sha256=contents,
         digest=contents,
-        io_yaml=io_yaml,
     )
+    return Adapter(spec, kept, io_yaml)
 
 
 def _zero(tensor: Tensor) -> bool:
@@ -140,7 +131,7 @@ def _zero(tensor: Tensor) -> bool:
 
 def _io_yaml(folder: Path, name: str, index: AdapterIndex) -> Path | None:
     named = [record.io_config for record in index.adapters if record.adapter_name == name and record.io_config]
-    path = inside(folder, named[0] if named else f"io_configs/{name}/io.yaml")
+    path = inside(folder, named[0] if named else io_config(name))
     return path if path.is_file() else None
 
 

@@ -1,22 +1,19 @@
 """Extract an adapter from a composed model as a PEFT adapter folder."""
 
 from collections.abc import Iterable, Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter
-from granite_switch.compose.composed import VERIFY, Composed, read_composed
-from granite_switch.compose.names import PEFT
-from granite_switch.compose.sources import PROVENANCE, model_folder
+from granite_switch.composition.adapters import Adapter
+from granite_switch.composition.composed import VERIFY, Composed, read_composed
+from granite_switch.composition.names import PEFT
+from granite_switch.composition.sources import PROVENANCE, Source, model_folder
 from granite_switch.core.border import write_json
 from granite_switch.core.checkpoint import copy_of, write
 from granite_switch.core.layout import digest
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.core.staging import check_target, held, staged
 from granite_switch.errors import CheckpointError
-
-Source = str | PathLike[str]
 
 
 def extract(model: Source, name: str, output: Source, *, force: bool = False) -> Path:
@@ -46,17 +43,18 @@ def extract(model: Source, name: str, output: Source, *, force: bool = False) ->
                 f"{adapter.file}: its weights differ from those that were composed", hint=f"{VERIFY} --deep {folder}"
             )
         with staged(target, force=force) as partial:
-            _write(adapter, spec, composed, partial)
+            _write(adapter, composed, partial)
             record = {"source": spec.source, "sha256": spec.sha256, "digest": contents}
             write_json(partial / PROVENANCE, record)
     return target
 
 
-def _write(adapter: Adapter, spec: AdapterSpec, composed: Composed, folder: Path) -> None:
+def _write(adapter: Adapter, composed: Composed, folder: Path) -> None:
     tensors = {f"{PEFT}{key.linear}.lora_{key.matrix}.weight": tensor for key, tensor in adapter.tensors.items()}
     entries = [copy_of(tensors[name], name) for name in sorted(tensors)]
     write(folder / "adapter_model.safetensors", entries, aligned=8)  # byte for byte what PEFT writes
-    write_json(folder / "adapter_config.json", _peft_config(spec, composed.spec.base_model, composed.base.linears))
+    config = _peft_config(adapter.spec, composed.spec.base_model, composed.base.linears)
+    write_json(folder / "adapter_config.json", config)
     if adapter.io_yaml:
         (folder / "io.yaml").write_bytes(adapter.io_yaml.read_bytes())
 

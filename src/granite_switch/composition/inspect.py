@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from granite_switch.compose.composed import Composed, read_composed
-from granite_switch.compose.effect import product_norm
-from granite_switch.compose.sources import model_folder
+from granite_switch.composition.composed import Composed, read_composed
+from granite_switch.composition.effect import update_norm
+from granite_switch.composition.sources import model_folder
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import steady
-from granite_switch.core.layout import AdapterTensor, at_layer, decoder_config
+from granite_switch.core.layout import at_layer, decoder_config
 from granite_switch.core.packed import FLOATS
 from granite_switch.core.spec import AdapterSpec
 from granite_switch.errors import SwitchError
@@ -91,7 +91,7 @@ def inspect(model: str | PathLike[str]) -> Report:
         format_version=spec.format_version,
         base_model=spec.base_model,
         base_model_type=spec.base_model_type,
-        layers=decoder_config(base.config)["num_hidden_layers"],
+        layers=base.layers,
         hidden_size=base.checkpoint[base.vocabulary.embedding].shape[1],
         vocab_size=decoder_config(composed.config)["vocab_size"],
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors})),
@@ -155,13 +155,11 @@ def _strengths(composed: Composed) -> Strengths:
     layers = 1 + max((int(layer) for _, layer, _ in places.values()), default=0)
     values = {name: np.zeros((len(modules), layers)) for name in composed.adapters}
     for linear, (_, layer, module) in places.items():
-        of_base = None
+        of_base = _base_norm(composed.base.checkpoint, linear)
         for name, adapter in composed.adapters.items():
-            a, b = (adapter.tensors.get(AdapterTensor("", linear, matrix)) for matrix in "AB")
-            if a and b:
-                of_base = _base_norm(composed.base.checkpoint, linear) if of_base is None else of_base
-                scale = composed.spec.adapter(name).scale_of(linear)
-                values[name][modules.index(module), int(layer)] = scale * product_norm(a, b) / of_base
+            if linear in adapter.spec.ranks:
+                norm = update_norm(adapter.spec, adapter.tensors, linear)
+                values[name][modules.index(module), int(layer)] = norm / of_base
     return Strengths(modules, values)
 
 

@@ -4,10 +4,10 @@ import glob
 from os import PathLike
 from pathlib import Path
 
-from granite_switch.compose.verify import verify
-from granite_switch.compose.write import io_config
+from granite_switch.composition.verify import verify
 from granite_switch.core.checkpoint import INDEX, Checkpoint
 from granite_switch.core.files import inside
+from granite_switch.core.layout import io_config
 from granite_switch.core.remote import MODULE
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.staging import held

@@ -8,18 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, Retired, io_problem
-from granite_switch.compose.base import Base
-from granite_switch.compose.tokenizer import without
-from granite_switch.compose.write import io_config
+from granite_switch.composition.adapters import Adapter, io_problem, retired
+from granite_switch.composition.base import Base, resized
+from granite_switch.composition.tokenizer import without
 from granite_switch.core import legacy
 from granite_switch.core.border import shown
 from granite_switch.core.chat import unwrap
 from granite_switch.core.checkpoint import Checkpoint, Tensor
 from granite_switch.core.files import inside
-from granite_switch.core.layout import AdapterTensor, adapter_file, decoder_config, parse_key, vocabulary
+from granite_switch.core.layout import adapter_file, by_adapter, decoder_config, io_config, parse_key, vocabulary
 from granite_switch.core.linears import linears
-from granite_switch.core.model import read_model
+from granite_switch.core.model import read_model, shape_problems
 from granite_switch.core.spec import AdapterSpec, SwitchSpec
 from granite_switch.core.tokenizer import BaseTokenizer, read_tokenizer
 from granite_switch.errors import CheckpointError
@@ -34,12 +33,12 @@ class Composed:
     folder: Path
     config: Mapping[str, Any]  # config.json
     base: Base  # without control tokens and their rows; templates are unwrapped
-    slots: tuple[Adapter | Retired, ...]
+    slots: tuple[Adapter, ...]
     spec: SwitchSpec
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        return {slot.name: slot for slot in self.slots if isinstance(slot, Adapter)}
+        return {slot.name: slot for slot in self.slots if not slot.spec.retired}
 
 
 def read_composed(folder: Path) -> Composed:
@@ -74,7 +73,7 @@ def read_composed(folder: Path) -> Composed:
         _base_checkpoint(checkpoint, config, first),
         replace(without(tokenizer, first), templates=unwrapped(folder, tokenizer)),
     )
-    slots = tuple(_slot(folder, adapter, checkpoint, spec) for adapter in spec.adapters)
+    slots = tuple(_slot(folder, adapter, checkpoint) for adapter in spec.adapters)
     return Composed(folder, config, base, slots, spec)
 
 
@@ -82,35 +81,25 @@ def _base_config(config: Mapping[str, Any], spec: SwitchSpec) -> dict[str, Any]:
     """Return the base's config.json, with a vocabulary that ends before the first control token."""
     base = {key: value for key, value in config.items() if key != "switch"}
     base |= {"model_type": spec.base_model_type, "architectures": [spec.base_architecture]}
-    size = {"vocab_size": min(spec.control_slots)}
-    inner = decoder_config(base)
-    return base | (size if inner is base else {"text_config": {**inner, **size}})
+    return resized(base, min(spec.control_slots))
 
 
 def tensor_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
     """Return the differences between the tensors and those that config.json implies."""
-    expected: dict[str, tuple[str, tuple[int, int]]] = {}
     shapes = linears(checkpoint.tensors, config)
-    problems = []
-    for adapter in spec.active:
-        unknown = [linear for linear in adapter.targets if linear not in shapes]
-        problems += [f"{adapter.name}: the base has no linear {linear}" for linear in unknown]
-        for key, shape in adapter.tensors(shapes).items():
-            expected[key.key] = (adapter_file(adapter.name), shape)
-    for file, tensors in checkpoint.files.items():
-        for name, tensor in tensors.items():
-            if name in expected:
-                home, shape = expected.pop(name)
-                if file != home:
-                    problems.append(f"{name}: is in {file}, not in {home}")
-                if tensor.shape != shape:
-                    problems.append(f"{file}: {name} is {list(tensor.shape)}; config.json says {list(shape)}")
-            elif parse_key(name):
-                problems.append(f"{file}: {name} belongs to no adapter in config.json")
-            elif file in {adapter_file(adapter.name) for adapter in spec.active}:
-                problems.append(f"{file}: {name} does not belong to an adapter")
-    problems += [f"{file}: {name} is missing" for name, (file, _) in expected.items()]
-    return problems + _row_problems(checkpoint, spec, config)
+    homes = {adapter_file(adapter.name): adapter for adapter in spec.active}
+    expected = {f"{file}: {t.key}": shape for file, a in homes.items() for t, shape in a.tensors(shapes).items()}
+    found = {
+        f"{file}: {name}": tensor.shape
+        for file, tensors in checkpoint.files.items()
+        for name, tensor in tensors.items()
+        if file in homes or parse_key(name)
+    }
+    return [
+        *(f"{a.name}: the base has no linear {path}" for a in spec.active for path in a.targets if path not in shapes),
+        *shape_problems(found, expected, "belongs to no adapter in config.json, or to another file"),
+        *_row_problems(checkpoint, spec, config),
+    ]
 
 
 def _row_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
@@ -161,33 +150,12 @@ def _base_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any], first: i
     return checkpoint.of(files)
 
 
-def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint, spec: SwitchSpec) -> Adapter | Retired:
+def _slot(folder: Path, adapter: AdapterSpec, checkpoint: Checkpoint) -> Adapter:
     if adapter.retired:
-        same = adapter.substitute_token_id == spec.base_substitute_token_id
-        return Retired(adapter.name, None if same else adapter.substitute_token_id)
-    file, io_yaml = adapter_file(adapter.name), folder / io_config(adapter.name)
-    if io_yaml.is_file() and (problem := io_problem(io_yaml)):
+        return retired(adapter.name, adapter.substitute_token_id)
+    io_yaml = inside(folder, io_config(adapter.name))
+    there = io_yaml.is_file()
+    if there and (problem := io_problem(io_yaml)):
         raise CheckpointError(problem, hint=f"{VERIFY} {folder}")
-    tensors: dict[AdapterTensor, Tensor] = {}
-    for name, tensor in checkpoint.files[file].items():
-        if key := parse_key(name):
-            tensors[replace(key, adapter="")] = tensor
-    return Adapter(
-        name=adapter.name,
-        technology=adapter.technology,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        use_rslora=adapter.use_rslora,
-        targets=adapter.targets,
-        rank_pattern=adapter.rank_pattern,
-        alpha_pattern=adapter.alpha_pattern,
-        invocation_tokens=adapter.invocation_tokens,
-        tensors=tensors,
-        source=adapter.source,
-        sha256=adapter.sha256,
-        digest=adapter.digest,
-        io_yaml=inside(folder, io_config(adapter.name)) if io_yaml.is_file() else None,
-        invocation_placement=adapter.invocation_placement,
-        file=folder / file,
-        warnings=adapter.warnings,
-    )
+    file = adapter_file(adapter.name)
+    return Adapter(adapter, by_adapter(checkpoint.files[file])[adapter.name], io_yaml if there else None, folder / file)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.reading import read_as_base
+from granite_switch.composition.reading import read_as_base
 from granite_switch.core.border import shown
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import inside
@@ -66,6 +66,12 @@ class Base:
         """The first token id that the base does not use; padding rows count as used."""
         rows = self.checkpoint[self.vocabulary.embedding].shape[0]
         return max(self.tokenizer.size, rows, self.vocab_size)
+
+
+def resized(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return a config.json with another vocabulary size."""
+    inner, size = decoder_config(config), {"vocab_size": rows}
+    return {**config, **(size if inner is config else {"text_config": {**inner, **size}})}
 
 
 def read_base(folder: Path) -> Base:

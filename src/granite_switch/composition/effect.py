@@ -13,15 +13,16 @@ import numpy as np
 from granite_switch.core.checkpoint import Checkpoint, Tensor, to_float32
 from granite_switch.core.layout import AdapterTensor, fold
 from granite_switch.core.packed import FLOATS
+from granite_switch.core.spec import AdapterSpec
 
 _ROWS = 8  # rows of a weight that are read
 SANE = 10.0  # trained adapters have 0.001 to 0.5; a larger ratio means a wrong scale or a random matrix
 
 
-def product_norm(a: Tensor, b: Tensor) -> float:
-    """Return the Frobenius norm of B A: |B A|^2 = trace((B^T B) (A A^T))."""
-    left, right = b.float32().astype(np.float64), a.float32().astype(np.float64)
-    return math.sqrt(max(0.0, float(np.sum((left.T @ left) * (right @ right.T)))))
+def update_norm(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor], linear: str) -> float:
+    """Return the Frobenius norm of s B A for one linear: |B A|^2 = trace((B^T B) (A A^T))."""
+    a, b = (tensors[AdapterTensor("", linear, matrix)].float32().astype(np.float64) for matrix in "AB")
+    return abs(spec.scale_of(linear)) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
 
 
 @lru_cache(maxsize=8192)
@@ -34,18 +35,9 @@ def weight_norm(weight: Tensor) -> float:
     return math.sqrt(sum(squares) / len(squares) * weight.shape[0])
 
 
-def effect_warnings(
-    tensors: Mapping[AdapterTensor, Tensor], scales: Mapping[str, float], base: Checkpoint
-) -> list[str]:
-    """Return warnings about updates that are zero or far too large.
-
-    Args:
-        tensors: the adapter's matrices.
-        scales: the factor on B A for each linear.
-        base: the base's weights.
-    """
-    pairs = {linear: [tensors[AdapterTensor("", linear, matrix)] for matrix in "AB"] for linear in scales}
-    norms = {linear: abs(scales[linear]) * product_norm(a, b) for linear, (a, b) in pairs.items()}
+def effect_warnings(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor], base: Checkpoint) -> list[str]:
+    """Return warnings about updates that are zero or far too large."""
+    norms = {linear: update_norm(spec, tensors, linear) for linear in spec.targets}
     zero = [linear for linear, norm in norms.items() if norm == 0]
     if len(zero) == len(norms):
         return ["every B (or A) is zero: the adapter has no effect until it is trained"]

@@ -8,17 +8,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from granite_switch.compose import placement as place
-from granite_switch.compose.adapters import io_problem
-from granite_switch.compose.composed import tensor_problems, unwrapped
-from granite_switch.compose.proof import differences, start_proof
-from granite_switch.compose.sources import model_folder
-from granite_switch.compose.weights import nonfinite
-from granite_switch.compose.write import adapter_index, io_config
+from granite_switch.composition import placement as place
+from granite_switch.composition.adapters import io_problem
+from granite_switch.composition.composed import tensor_problems, unwrapped
+from granite_switch.composition.proof import start_proof
+from granite_switch.composition.sources import model_folder
+from granite_switch.composition.weights import nonfinite
+from granite_switch.composition.write import adapter_index
 from granite_switch.core.border import read, read_json
-from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint, Tensor
+from granite_switch.core.checkpoint import INDEX, SINGLE, Checkpoint
 from granite_switch.core.files import inside, steady
-from granite_switch.core.layout import AdapterTensor, decoder_config, digest, parse_key, vocabulary
+from granite_switch.core.layout import by_adapter, decoder_config, digest, io_config, vocabulary
 from granite_switch.core.model import read_model
 from granite_switch.core.records import ShardIndex
 from granite_switch.core.remote import AUTO_MAP, MODULE
@@ -75,7 +75,7 @@ def find_problems(folder: Path, *, deep: bool = False, prove: bool = True) -> li
     if tokenizer:
         found = _token_problems(tokenizer, spec)
         if prove and not found:
-            found = [f"AutoTokenizer: {line}" for line in differences(start_proof(folder))]
+            found = [f"AutoTokenizer: {line}" for line in start_proof(folder)()]
         problems += found
         problems += _template_problems(folder, tokenizer, spec)
     return problems + _client_problems(folder, config, spec)
@@ -110,13 +110,12 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
 
 def _deep_problems(checkpoint: Checkpoint, spec: SwitchSpec, config: Mapping[str, Any]) -> list[str]:
     problems = [problem for tensor in checkpoint.tensors.values() if (problem := nonfinite(tensor))]
-    for adapter in spec.active:
-        tensors: dict[AdapterTensor, Tensor] = {}
-        for name, tensor in checkpoint.tensors.items():
-            if (key := parse_key(name)) and key.adapter == adapter.name:
-                tensors[key] = tensor
-        if adapter.digest and digest(tensors) != adapter.digest:
-            problems.append(f"{adapter.name}: its weights differ from those that were composed (by their digest)")
+    own = by_adapter(checkpoint.tensors)
+    problems += [
+        f"{adapter.name}: its weights differ from those that were composed (by their digest)"
+        for adapter in spec.active
+        if adapter.digest and digest(own.get(adapter.name, {})) != adapter.digest
+    ]
     names = vocabulary(checkpoint.tensors, decoder_config(config)["vocab_size"])
     for name in names.names if names else ():
         matrix = checkpoint[name]

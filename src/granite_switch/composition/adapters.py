@@ -8,66 +8,49 @@ follows. The tests compare composed models with PEFT. `recognise.py` identifies 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import regex
 import yaml
 
-from granite_switch.compose.base import Base
-from granite_switch.compose.effect import effect_warnings
-from granite_switch.compose.recognise import refuse_foreign, without_weights
-from granite_switch.compose.sources import PROVENANCE, Found
-from granite_switch.compose.weights import Weights, nonfinite, read_weights
+from granite_switch.composition.base import Base
+from granite_switch.composition.effect import effect_warnings
+from granite_switch.composition.recognise import refuse_foreign, without_weights
+from granite_switch.composition.sources import PROVENANCE, Found
+from granite_switch.composition.weights import Weights, nonfinite, read_weights
 from granite_switch.core.adapter_config import AdapterConfig, matches, read_adapter_config
 from granite_switch.core.border import check_name, checked, read, read_yaml, shown
 from granite_switch.core.checkpoint import Tensor, sha256
 from granite_switch.core.files import inside
 from granite_switch.core.layout import AdapterTensor, digest, natural
-from granite_switch.core.lora import scaling
 from granite_switch.core.records import IoConfig, Provenance
+from granite_switch.core.spec import AdapterSpec
 from granite_switch.errors import AdapterError, SwitchError
 
 _QUANTISED = re.compile(r"(?:-unsloth)?-(?:bnb-)?(?:4bit|8bit|int4|int8|fp8|nf4|gptq|awq).*$")
+UNSET = -1  # a token id that `plan.assemble` sets
 _PACKAGED = re.compile(r"@.*$|\.git$")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter that fits the base, with its patterns resolved to linears."""
+    """An adapter that fits the base, or a removed one, whose slot and token stay reserved (`spec.retired`)."""
 
-    name: str
-    technology: str
-    rank: int
-    alpha: float
-    use_rslora: bool
-    targets: tuple[str, ...]
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    invocation_tokens: tuple[int, ...]
+    spec: AdapterSpec  # of a new adapter: without tokens and texts, which `plan.assemble` adds
     tensors: Mapping[AdapterTensor, Tensor]
-    source: str
-    sha256: str
-    digest: str
     io_yaml: Path | None
-    invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text is written
     file: Path | None = None  # of a composed model, if it contains these tensors under this adapter's name
     made_for: str = ""  # its `base_model_name_or_path`
     notes: tuple[str, ...] = ()  # where it was read differently from what its files say
-    warnings: tuple[str, ...] = ()  # possible mistakes that do not prevent composing
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class Retired:
-    """A removed adapter, whose slot and token stay reserved."""
-
-    name: str
-    substitute_token_id: int | None  # None: the base's own
 
 
 def read_adapter(found: Found, base: Base) -> Adapter:
@@ -94,51 +77,64 @@ def read_adapter(found: Found, base: Base) -> Adapter:
     _refuse_nonfinite(path, tensors)
     rank, rank_pattern = _compact(ranks, config.r)
     alphas = {linear: config.alpha_of(weights.paths[linear]) for linear in ranks}
-    scales = {linear: scaling(alphas[linear], r, config.use_rslora) for linear, r in ranks.items()}
     invocation, notes = _invocation(found.folder, config, base)
     if found.invocation_placement and not invocation:
         raise AdapterError(f"{found.name}: has no invocation text to place; a LoRA acts from the first token")
     io_yaml = found.folder / "io.yaml"
-    if io_yaml.is_file() and (missing := io_missing(io_yaml)):
-        notes = [*notes, f"io.yaml lacks {', '.join(missing)}, which clients require; written as null"]
-    elif io_yaml.is_file() and (problem := io_problem(io_yaml)):
-        raise AdapterError(problem, hint="clients cannot load it; add the keys (as null if unused) or remove the file")
+    notes += _io_notes(io_yaml) if io_yaml.is_file() else []
     contents = digest(tensors)
     source, file_hash = _provenance(found, contents) or (found.source, sha256(path))
-    return Adapter(
+    spec = AdapterSpec(
         name=found.name,
         technology="alora" if invocation else "lora",
+        token="",
+        token_id=UNSET,
+        substitute_token_id=UNSET,
         rank=rank,
         alpha=config.lora_alpha,
-        use_rslora=config.use_rslora,
         targets=tuple(ranks),
+        use_rslora=config.use_rslora,
         rank_pattern=rank_pattern,
         alpha_pattern={linear: value for linear, value in alphas.items() if value != config.lora_alpha},
         invocation_tokens=invocation,
-        tensors=tensors,
+        invocation_placement=found.invocation_placement,
         source=source,
         sha256=file_hash,
         digest=contents,
-        io_yaml=io_yaml if io_yaml.is_file() else None,
-        invocation_placement=found.invocation_placement,
+    )
+    warnings = [found.note] if found.note else []
+    warnings += [*weights.warnings, *_config_warnings(config, weights)]
+    warnings += effect_warnings(spec, tensors, base.checkpoint)
+    return Adapter(
+        replace(spec, warnings=tuple(warnings)),
+        tensors,
+        io_yaml if io_yaml.is_file() else None,
         made_for=config.base_model_name_or_path or "",
         notes=(*weights.notes, *notes),
-        warnings=(
-            *([found.note] if found.note else []),
-            *weights.warnings,
-            *_config_warnings(config, weights),
-            *effect_warnings(tensors, scales, base.checkpoint),
-        ),
     )
 
 
-def read_retired(found: Found, base: Base) -> Retired:
+def read_retired(found: Found, base: Base) -> Adapter:
     """Check a manifest's entry for a removed adapter."""
     check_name(found.name)
     token = found.substitute_token_id
     if token is not None and not 0 <= token < base.vocab_size:
         raise AdapterError(f"{found.name}: substitute_token_id {token} is not in the base's vocabulary")
-    return Retired(found.name, token)
+    return retired(found.name, UNSET if token is None else token)
+
+
+def retired(name: str, substitute_token_id: int) -> Adapter:
+    """Return the slot of a removed adapter."""
+    return Adapter(AdapterSpec(name, "lora", "", UNSET, substitute_token_id, 0, 0, (), retired=True), {}, None)
+
+
+def _io_notes(path: Path) -> list[str]:
+    """Check an adapter's io.yaml; return a note on keys that are added to it."""
+    if missing := io_missing(path):
+        return [f"io.yaml lacks {', '.join(missing)}, which clients require; written as null"]
+    if problem := io_problem(path):
+        raise AdapterError(problem, hint="clients cannot load it; add the keys (as null if unused) or remove the file")
+    return []
 
 
 def io_problem(path: Path) -> str:

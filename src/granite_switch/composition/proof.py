@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,59 +20,52 @@ from granite_switch.errors import BaseModelError
 _PROGRAM = "granite_switch.autotokenizer"
 
 
-@dataclass(frozen=True)
-class Proof:
-    """A proof in progress."""
-
-    folder: Path
-    base: Path | None
-    process: subprocess.Popen[str] | None  # None: to be run in this process
-
-
-def start_proof(folder: Path, base: Path | None = None) -> Proof | None:
-    """Start proving the tokenizer of a composed folder; None without transformers, or if there is nothing to prove.
+def start_proof(folder: Path, base: Path | None = None) -> Callable[[], list[str]]:
+    """Start proving the tokenizer of a composed folder.
 
     Args:
         folder: the composed folder, with the tokenizer's files and config.json.
         base: the base's folder. A base that is itself a composed model was proved when it was composed.
+
+    Returns:
+        A function that waits and returns the differences, one per line; none without transformers.
     """
     try:
         if int(version("transformers").split(".")[0]) < 5:
-            return None
+            return list
     except PackageNotFoundError:
-        return None
+        return list
     if base and read_json(base / "config.json").get("model_type") == MODEL_TYPE:
-        return None
-    process = None
-    if "transformers" not in sys.modules:
-        command = [sys.executable, "-m", _PROGRAM, str(folder), *([str(base)] if base else [])]
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        process = subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return Proof(folder, base, process)
+        return list
+    if "transformers" in sys.modules:
+        return partial(_in_this_process, folder, base)
+    command = [sys.executable, "-m", _PROGRAM, str(folder), *([str(base)] if base else [])]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    pipe = subprocess.PIPE
+    return partial(_of_process, subprocess.Popen(command, text=True, env=environment, stdout=pipe, stderr=pipe))
 
 
-def differences(proof: Proof | None) -> list[str]:
-    """Wait for a proof and return the differences, one per line."""
-    if proof is None:
-        return []
-    if proof.process is None:
-        try:
-            return list(import_module(_PROGRAM).differences(proof.folder, proof.base))
-        except Exception as error:  # whatever a tokenizer's files make transformers raise
-            return [f"transformers cannot read it: {type(error).__name__} {error}"]
-    out, err = proof.process.communicate()
-    if proof.process.returncode:
+def _in_this_process(folder: Path, base: Path | None) -> list[str]:
+    try:
+        return list(import_module(_PROGRAM).differences(folder, base))
+    except Exception as error:  # whatever a tokenizer's files make transformers raise
+        return [f"transformers cannot read it: {type(error).__name__} {error}"]
+
+
+def _of_process(process: subprocess.Popen[str]) -> list[str]:
+    out, err = process.communicate()
+    if process.returncode:
         return [f"transformers cannot read it: {(err.strip().splitlines() or ['no reason given'])[-1]}"]
     return list(json.loads(out))
 
 
-def finish_proof(proof: Proof | None) -> None:
-    """Wait for a proof.
+def finish_proof(differences: Callable[[], list[str]]) -> None:
+    """Wait for a proof that `start_proof` began.
 
     Raises:
         BaseModelError: the composed tokenizer is not read like the base's; lists the differences.
     """
-    if problems := differences(proof):
+    if problems := differences():
         raise BaseModelError(
             f"transformers {version('transformers')} reads the composed tokenizer differently from the base's",
             problems=problems[:8],

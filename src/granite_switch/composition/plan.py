@@ -10,14 +10,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from granite_switch.compose import placement as place
-from granite_switch.compose.adapters import Adapter, Retired, other_base, read_adapter, read_retired
-from granite_switch.compose.base import Base
-from granite_switch.compose.reading import UNREGISTERED
-from granite_switch.compose.sources import Found
-from granite_switch.compose.tokenizer import extended
+from granite_switch.composition import placement as place
+from granite_switch.composition.adapters import UNSET, Adapter, other_base, read_adapter, read_retired
+from granite_switch.composition.base import Base, resized
+from granite_switch.composition.reading import UNREGISTERED
+from granite_switch.composition.sources import Found
+from granite_switch.composition.tokenizer import extended
 from granite_switch.core.checkpoint import Checkpoint, Tensor
-from granite_switch.core.layout import decoder_config
 from granite_switch.core.remote import AUTO_MAP
 from granite_switch.core.spec import BASE_TOKEN, MODEL_TYPE, AdapterSpec, SwitchSpec, architecture, control_token
 from granite_switch.core.tokenizer import BaseTokenizer
@@ -31,7 +30,7 @@ class Plan:
     """A composed model that can be written."""
 
     base: Base
-    slots: tuple[Adapter | Retired, ...]
+    slots: tuple[Adapter, ...]
     spec: SwitchSpec
     tokenizer_data: Mapping[str, Any]  # tokenizer.json with the control tokens
     templates: Mapping[str, str]  # composed chat templates by name; empty if the base has none
@@ -45,22 +44,14 @@ class Plan:
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        return {slot.name: slot for slot in self.slots if isinstance(slot, Adapter)}
-
-    @property
-    def vocab_size(self) -> int:
-        return self.spec.rows
+        return {slot.name: slot for slot in self.slots if not slot.spec.retired}
 
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the composed model."""
         head = {"architectures": [architecture(self.base.architecture)], "model_type": MODEL_TYPE}
         base = {key: value for key, value in self.base.config.items() if key not in ("auto_map", "_name_or_path")}
-        if decoder_config(base) is base:
-            base["vocab_size"] = self.vocab_size
-        else:
-            base["text_config"] = {**decoder_config(base), "vocab_size": self.vocab_size}
-        return {**base, **head, **UNREGISTERED, **AUTO_MAP, "switch": self.spec.to_dict()}
+        return {**resized(base, self.spec.rows), **head, **UNREGISTERED, **AUTO_MAP, "switch": self.spec.to_dict()}
 
     @property
     def grown(self) -> dict[str, Tensor]:
@@ -71,16 +62,22 @@ class Plan:
     def adapter_bytes(self) -> int:
         return sum(adapter.nbytes for adapter in self.adapters.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: the base's with its new rows, and the adapters'."""
+        new_rows = sum(t.nbytes // t.shape[0] * (self.spec.rows - t.shape[0]) for t in self.grown.values())
+        return self.checkpoint.nbytes + self.adapter_bytes + new_rows
+
 
 def assemble(
     base: Base,
-    slots: Sequence[Adapter | Retired],
-    base_model: str,
-    generatable: bool,
+    slots: Sequence[Adapter],
     *,
-    create_io_yaml: bool = False,
-    kept: SwitchSpec | None = None,
+    base_model: str = "",
     base_commit: str = "",
+    generatable: bool = False,
+    kept: SwitchSpec | None = None,
+    create_io_yaml: bool = False,
 ) -> Plan:
     """Plan the composed model from a base and adapters that have been read.
 
@@ -88,16 +85,16 @@ def assemble(
         base: the base model.
         slots: the adapters, in the order of their slots.
         base_model: the base's hub id or name in the records.
-        generatable: let the model generate control tokens.
-        create_io_yaml: write a minimal io.yaml for adapters without one.
-        kept: the `switch` object of the model that is being changed, whose token ids are kept.
         base_commit: the base's commit, if it came from the hub.
+        generatable: let the model generate control tokens.
+        kept: the `switch` object of the model that is being changed, which gives the three above and the tokens' ids.
+        create_io_yaml: write a minimal io.yaml for adapters without one.
     """
-    slots = [_with_base_warning(slot, base_model) for slot in slots]
-    fresh = [slot for slot in slots if isinstance(slot, Adapter) and not slot.file]
+    slots = [_with_base_warning(slot, kept.base_model if kept else base_model) for slot in slots]
+    fresh = [slot for slot in slots if not slot.file]
     library = base.tokenizer.library
     template = base.tokenizer.templates.get("default")
-    warnings = [f"{slot.name}: {warning}" for slot in fresh for warning in slot.warnings]
+    warnings = [f"{slot.name}: {warning}" for slot in fresh for warning in slot.spec.warnings]
     if template is None:
         samples: list[place.Chat] = []
         first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))
@@ -109,19 +106,19 @@ def assemble(
         samples = place.chats(template, base.tokenizer.special_tokens)
         first_token = place.opening(samples, library)
         turn_token = place.turn(template, samples, library)
-    opening_id = kept.base_substitute_token_id if kept and template is None else first_token.id
-    first = kept.base_token_id if kept else base.size
-    spec = SwitchSpec(
-        adapters=_records(slots, first, opening_id, library, kept),
-        base_token=kept.base_token if kept else BASE_TOKEN,
-        base_token_id=first,
-        base_substitute_token_id=kept.base_substitute_token_id if kept else turn_token.id,
+    head = kept or SwitchSpec(
+        adapters=(),
+        base_token=BASE_TOKEN,
+        base_token_id=base.size,
+        base_substitute_token_id=turn_token.id,
         base_model=base_model,
-        base_commit=kept.base_commit if kept else base_commit,
+        base_commit=base_commit,
         base_model_type=base.config["model_type"],
         base_architecture=base.architecture,
         generatable=generatable,
     )
+    opening_id = head.base_substitute_token_id if template is None else first_token.id
+    spec = replace(head, adapters=_records(slots, head, opening_id, library), reserved=0)
     spec = replace(spec, reserved=-spec.rows % _ROWS)
     data = extended(base.tokenizer, _new_tokens(spec, base.tokenizer), spec.rows)
     templates: dict[str, str] = {}
@@ -134,20 +131,20 @@ def assemble(
     return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings), notes)
 
 
-def _with_base_warning(slot: Adapter | Retired, base_model: str) -> Adapter | Retired:
+def _with_base_warning(slot: Adapter, base_model: str) -> Adapter:
     """Add a warning to a new adapter that was trained on another base."""
-    if not isinstance(slot, Adapter) or slot.file or not (warning := other_base(slot.made_for, base_model)):
+    if slot.file or not (warning := other_base(slot.made_for, base_model)):
         return slot
-    return replace(slot, warnings=(warning, *slot.warnings), made_for="")
+    return replace(slot, spec=replace(slot.spec, warnings=(warning, *slot.spec.warnings)), made_for="")
 
 
-def read_slots(found: Sequence[Found], base: Base) -> list[Adapter | Retired]:
+def read_slots(found: Sequence[Found], base: Base) -> list[Adapter]:
     """Read every adapter.
 
     Raises:
         AdapterError: lists the problems of all adapters.
     """
-    slots: list[Adapter | Retired] = []
+    slots: list[Adapter] = []
     errors = []
     for one in found:
         try:
@@ -176,11 +173,10 @@ def _first_token(config: Mapping[str, Any], tokenizer: BaseTokenizer) -> int:
 
 
 def _records(
-    slots: Sequence[Adapter | Retired], first: int, opening_id: int, tokenizer: Tokenizer, kept: SwitchSpec | None
+    slots: Sequence[Adapter], head: SwitchSpec, opening_id: int, tokenizer: Tokenizer
 ) -> tuple[AdapterSpec, ...]:
-    """Return the slots' records. Existing slots keep their tokens; new ones get the next id and an unused text."""
-    known = kept.adapters if kept else ()
-    fresh = max(kept.control_slots) + 1 if kept else first + 1
+    """Return the slots' records. The slots of `head` keep their tokens; new ones get the next id and an unused text."""
+    known, fresh = head.adapters, max(head.control_slots) + 1
     taken = {BASE_TOKEN, *(old.token for old in known)}
     records = []
     for index, slot in enumerate(slots):
@@ -200,30 +196,16 @@ def _free_text(name: str, taken: set[str]) -> str:
     return token
 
 
-def _record(slot: Adapter | Retired, token: str, token_id: int, opening_id: int, tokenizer: Tokenizer) -> AdapterSpec:
-    if isinstance(slot, Retired):
-        substitute = opening_id if slot.substitute_token_id is None else slot.substitute_token_id
-        return AdapterSpec(slot.name, "lora", token, token_id, substitute, 0, 0, (), retired=True)
-    invocation = slot.invocation_tokens
-    return AdapterSpec(
-        name=slot.name,
+def _record(slot: Adapter, token: str, token_id: int, opening_id: int, tokenizer: Tokenizer) -> AdapterSpec:
+    spec = replace(slot.spec, token=token, token_id=token_id)
+    if spec.retired:
+        return replace(spec, substitute_token_id=opening_id) if spec.substitute_token_id == UNSET else spec
+    invocation = spec.invocation_tokens
+    return replace(
+        spec,
         technology="alora" if invocation else "lora",
-        token=token,
-        token_id=token_id,
         substitute_token_id=invocation[0] if invocation else opening_id,
-        rank=slot.rank,
-        alpha=slot.alpha,
-        targets=slot.targets,
-        use_rslora=slot.use_rslora,
-        rank_pattern=slot.rank_pattern,
-        alpha_pattern=slot.alpha_pattern,
-        invocation_tokens=invocation,
         invocation_text=tokenizer.decode(list(invocation), skip_special_tokens=False),
-        source=slot.source,
-        sha256=slot.sha256,
-        digest=slot.digest,
-        invocation_placement=slot.invocation_placement,
-        warnings=slot.warnings,
     )
 
 

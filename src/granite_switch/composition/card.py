@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from granite_switch.compose.adapters import Adapter
+from granite_switch.composition.adapters import Adapter
 from granite_switch.core.spec import SwitchSpec
 
 _TAGS = ("granite-switch", "lora", "alora")

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from granite_switch.compose.base import Base
-from granite_switch.compose.names import PEFT, Linears, explain, parse, unwrap
-from granite_switch.compose.recognise import KOHYA_WAY, is_kohya
+from granite_switch.composition.base import Base
+from granite_switch.composition.names import PEFT, Linears, explain, parse, unwrap
+from granite_switch.composition.recognise import KOHYA_WAY, is_kohya
 from granite_switch.core.checkpoint import CHUNK, Tensor, read_header, to_float32
 from granite_switch.core.layout import AdapterTensor, fold
 from granite_switch.errors import AdapterError, CheckpointError

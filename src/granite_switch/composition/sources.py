@@ -8,18 +8,19 @@ with the reason. `adapters.py` reads and checks an adapter.
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from granite_switch.compose.hub import HubRef, Repository, files_below, open_repository, parse_ref, snapshot_of
-from granite_switch.compose.recognise import refuse, what_file_is
+from granite_switch.composition.hub import HubRef, Repository, files_below, open_repository, parse_ref, snapshot_of
+from granite_switch.composition.recognise import refuse, what_file_is
 from granite_switch.core.adapter_config import read_adapter_config
 from granite_switch.core.border import checked, read_yaml
 from granite_switch.core.records import ManifestEntry, RetiredEntry
 from granite_switch.core.remote import MODULE
+from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import AdapterError, BaseModelError, CheckpointError, SwitchError
 
 TECHNOLOGIES = ("alora", "lora")  # in order of preference
@@ -28,7 +29,11 @@ CONFIG = "adapter_config.json"
 ADAPTER_FILES = (CONFIG, "adapter_model.safetensors", "io.yaml", PROVENANCE)
 _BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*"]
 _CHECKPOINT = re.compile(r"(?:checkpoint|epoch|step|iter)[-_]?\d+")
+_UNWANTED = "--include or --exclude leaves it out"
 _DEPTH = 4  # levels of folders in a source that are searched for adapters
+
+
+Source = str | PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -43,28 +48,17 @@ class Found:
     invocation_placement: Literal["", "prefix", "suffix"] = ""  # where a missing invocation text is written
     retired: bool = False  # a removed adapter, whose slot stays reserved
     substitute_token_id: int | None = None  # of a removed adapter; None: the base's
-    aside: str = ""  # why it is left out unless --include names it
+    aside: str = ""  # why it is left out; in what `_places` finds, unless --include names it
     checkpoint: bool = False  # one of several states of one training run
     note: str = ""  # a warning for the plan
 
 
 @dataclass(frozen=True)
-class Left:
-    """An adapter in a source that was left out."""
-
-    source: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.source}: left out: {self.reason}"
-
-
-@dataclass(frozen=True)
 class Discovery:
-    """The adapters in the sources: those that were chosen and those that were left out."""
+    """The adapters in the sources."""
 
-    found: list[Found] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
+    found: Sequence[Found]  # those that were chosen
+    left: Sequence[str]  # a line for each that was left out
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,8 @@ class Selection:
     """Which adapters of the sources are wanted."""
 
     base_name: str = ""
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     technology: str = ""
 
     def wants(self, name: str) -> bool:
@@ -84,12 +78,12 @@ class Selection:
         return any(fnmatchcase(name, glob) for glob in self.include)
 
 
-def base_folder(base: str, revision: str | None = None) -> Path:
+def base_folder(base: Source, revision: str | None = None) -> Path:
     """Return the base model's folder; a hub repository is fetched first."""
-    return _whole(base, revision, _BASE_FILES, BaseModelError)
+    return _whole(str(base), revision, _BASE_FILES, BaseModelError)
 
 
-def model_folder(model: str | PathLike[str], revision: str | None = None) -> Path:
+def model_folder(model: Source, revision: str | None = None) -> Path:
     """Return a composed model's folder; a hub repository is fetched first."""
     return _whole(str(model), revision, [*_BASE_FILES, MODULE, "README.md", "io_configs/*"], CheckpointError)
 
@@ -108,27 +102,24 @@ def _whole(model: str, revision: str | None, files: list[str], error: type[Switc
     return folder
 
 
-def own_name(base: str, folder: Path) -> str:
+def own_name(base: Source, folder: Path) -> str:
     """Return the base's own name: the last part of its hub id or folder."""
-    ref = snapshot_of(folder) if os.path.exists(base) else parse_ref(base)
+    ref = snapshot_of(folder) if os.path.exists(base) else parse_ref(str(base))
     return (ref.path or ref.repo).split("/")[-1] if ref else folder.resolve().name
 
 
-def discover(sources: Sequence[str], selection: Selection, revision: str | None = None) -> Discovery:
+def discover(sources: Sequence[Source], selection: Selection, revision: str | None = None) -> Discovery:
     """Find all wanted adapters in all sources, in order. If one comes as LoRA and aLoRA, the preferred one is taken.
 
     Raises:
         AdapterError: a source is missing or has no adapter, none is left after the selection, or two have one name.
     """
-    result = Discovery()
-    for source in sources:
-        one = _discover(source, selection, revision)
-        result.found.extend(one.found)
-        result.left.extend(one.left)
+    every = [one for source in sources for one in _discover(str(source), selection, revision)]
+    result = Discovery(_kept(every), [f"{one.source}: left out: {one.aside}" for one in every if one.aside])
     if not result.found:
         raise AdapterError(
             "no adapter is left to compose",
-            problems=[str(left) for left in result.left],
+            problems=result.left,
             hint="see --list, --include, --exclude and --technology",
         )
     live = [f for f in result.found if not f.retired]
@@ -146,6 +137,21 @@ def discover(sources: Sequence[str], selection: Selection, revision: str | None 
     return result
 
 
+def discover_for(
+    model: SwitchSpec,
+    sources: Sequence[Source],
+    *,
+    revision: str | None = None,
+    base_name: str = "",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    technology: str = "",
+) -> Discovery:
+    """Find adapters for a composed model; libraries have them under its base's name."""
+    name = base_name or model.base_model.rstrip("/").split("/")[-1]
+    return discover(sources, Selection(name, include, exclude, technology), revision)
+
+
 def placed(found: Sequence[Found], places: Mapping[str, Any]) -> list[Found]:
     """Set where the template writes missing invocation texts.
 
@@ -161,107 +167,95 @@ def placed(found: Sequence[Found], places: Mapping[str, Any]) -> list[Found]:
     return [replace(one, invocation_placement=places.get(one.name, one.invocation_placement)) for one in found]
 
 
-def scan(sources: Sequence[str], revision: str | None = None, selection: Selection | None = None) -> list[Found]:
+def scan(sources: Sequence[str], revision: str | None = None, selection: Selection = Selection("*")) -> list[Found]:
     """List all adapters in the sources (`--list`), without fetching; `aside` says why one is left out."""
     result: list[Found] = []
     for source in sources:
-        path = Path(source)
-        if path.suffix in (".yaml", ".yml") and os.path.isfile(path):
-            result += _manifest(path, selection or Selection("*"))
+        if _is_manifest(source):
+            result += _manifest(Path(source), selection)
             continue
-        here, _ = _scan(source, selection or Selection("*"), revision)
+        here, _ = _scan(source, selection, revision)
         try:
-            left = _choose(source, here, selection).left if selection else []
-            reasons = {one.source: one.reason for one in left}
+            result += _choose(source, here, selection)
         except AdapterError as error:
-            reasons = {one.source: error.message.removeprefix(f"{source}: ") for one in here}
-        result += [replace(one, aside=reasons.get(one.source, "")) for one in here]
+            result += [replace(one, aside=error.message.removeprefix(f"{source}: ")) for one in here]
     return result
 
 
-def _discover(source: str, selection: Selection, revision: str | None) -> Discovery:
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml") and os.path.isfile(path):
-        chosen = Discovery()
-        for one in _manifest(path, selection):
-            if one.retired or selection.wants(one.name):
-                chosen.found.append(one)
-            else:
-                chosen.left.append(Left(f"{path.name}: {one.name}", "--include or --exclude leaves it out"))
-        return chosen
+def _discover(source: str, selection: Selection, revision: str | None) -> list[Found]:
+    """Find a source's adapters, fetch the wanted ones, and set `aside` of the others."""
+    if _is_manifest(source):
+        return _manifest(Path(source), selection)
     here, repository = _scan(source, selection, revision)
     if not here:
-        if path.is_dir():
-            refuse(path, source)
+        if os.path.isdir(source):
+            refuse(Path(source), source)
         raise AdapterError(
             f"{source}: contains no adapter",
             hint="give a PEFT adapter folder (adapter_config.json), a library folder or a YAML manifest",
         )
-    chosen = _choose(source, here, selection)
-    if repository:
-        chosen = replace(chosen, found=_fetched(repository, chosen.found))
-    return _of_technology(chosen, selection.technology)
+    found = _choose(source, here, selection)
+    if repository and _kept(found):
+        found = _fetched(repository, found)
+    if not selection.technology:
+        return found
+    says = f"and --technology says {selection.technology}"
+    return _leave(found, lambda f: "" if _technology(f) == selection.technology else f"it is {_technology(f)}, {says}")
 
 
-def _choose(source: str, here: Sequence[Found], selection: Selection) -> Discovery:
-    """Choose from a source's adapters by name, base and technology."""
-    result = Discovery()
+def _is_manifest(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml") and os.path.isfile(source)
 
-    def keep(candidates: Sequence[Found], reason: Callable[[Found], str]) -> list[Found]:
-        result.left.extend(Left(f.source, why) for f in candidates if (why := reason(f)))
-        return [f for f in candidates if not reason(f)]
 
-    kept = keep(here, lambda f: "" if selection.wants(f.name) else "--include or --exclude leaves it out")
-    kept = keep(kept, lambda f: "" if selection.names(f.name) else f.aside)
-    kept = _one_checkpoint(source, kept, selection, keep)
-    bases = sorted({f.base_name for f in kept if f.base_name})
+def _kept(found: Sequence[Found]) -> list[Found]:
+    return [one for one in found if not one.aside]
+
+
+def _leave(found: Sequence[Found], reason: Callable[[Found], str]) -> list[Found]:
+    """Set `aside` of the adapters that are still kept."""
+    return [one if one.aside else replace(one, aside=reason(one)) for one in found]
+
+
+def _choose(source: str, here: Sequence[Found], selection: Selection) -> list[Found]:
+    """Set `aside` of a source's adapters that are not wanted, by name, base and technology."""
+    found = [replace(f, aside="" if selection.names(f.name) else f.aside) for f in here]
+    found = [f if selection.wants(f.name) else replace(f, aside=_UNWANTED) for f in found]
+    found = _one_checkpoint(source, found, selection)
 
     def fits(one: Found) -> bool:
         return selection.base_name == "*" or one.base_name in ("", selection.base_name)
 
-    if bases and not any(map(fits, kept)):
+    bases = sorted({f.base_name for f in _kept(found) if f.base_name})
+    if bases and not any(map(fits, _kept(found))):
         raise AdapterError(
             f"{source}: nothing for base model {selection.base_name!r}",
             problems=[f"it has {name!r}" for name in bases],
             hint="choose one with --base-name",
         )
-    kept = keep(kept, lambda f: "" if fits(f) else f"it is for base {f.base_name!r}")
+    found = _leave(found, lambda f: "" if fits(f) else f"it is for base {f.base_name!r}")
     if selection.technology:
         other = f"--technology says {selection.technology}"
-        kept = keep(kept, lambda f: "" if f.technology in ("", selection.technology) else other)
-    else:
-        both = {f.name for f in kept if f.technology == TECHNOLOGIES[0]}
-        kept = keep(kept, lambda f: "aLoRA is preferred to LoRA" if f.technology == "lora" and f.name in both else "")
-    result.found.extend(kept)
-    return result
+        return _leave(found, lambda f: "" if f.technology in ("", selection.technology) else other)
+    both = {f.name for f in _kept(found) if f.technology == TECHNOLOGIES[0]}
+    return _leave(found, lambda f: "aLoRA is preferred to LoRA" if f.technology == "lora" and f.name in both else "")
 
 
-def _one_checkpoint(
-    source: str, kept: list[Found], selection: Selection, keep: Callable[..., list[Found]]
-) -> list[Found]:
+def _one_checkpoint(source: str, found: Sequence[Found], selection: Selection) -> list[Found]:
     """Of several states of one training run, keep the final one or those that --include names; otherwise ask."""
-    finished = [f.folder for f in kept if not f.checkpoint]
-    states = [f for f in kept if f.checkpoint and not selection.names(f.name)]
+    finished = [f.folder for f in _kept(found) if not f.checkpoint]
+    states = [f for f in _kept(found) if f.checkpoint and not selection.names(f.name)]
     earlier = [f for f in states if f.folder.parent in finished]
-    kept = keep(kept, lambda f: "an earlier state of the adapter above it (--include takes it)" if f in earlier else "")
     trainings = [[f for f in states if f.folder.parent == parent] for parent in {f.folder.parent for f in states}]
     states = next((t for t in trainings if len(t) > 1 and t[0] not in earlier), [])
     states = sorted(states, key=lambda f: int(re.findall(r"\d+", f.name)[-1]))
-    if not states:
-        return kept
-    raise AdapterError(
-        f"{source}: contains {len(states)} checkpoints of one training run; which one?",
-        problems=[f.name for f in states],
-        hint=f"--include {states[-1].name} takes the last one",
-    )
-
-
-def _of_technology(chosen: Discovery, technology: str) -> Discovery:
-    if not technology:
-        return chosen
-    wrong = [f for f in chosen.found if not f.retired and _technology(f) != technology]
-    reasons = [Left(f.source, f"it is {_technology(f)}, and --technology says {technology}") for f in wrong]
-    return Discovery([f for f in chosen.found if f not in wrong], [*chosen.left, *reasons])
+    if states:
+        raise AdapterError(
+            f"{source}: contains {len(states)} checkpoints of one training run; which one?",
+            problems=[f.name for f in states],
+            hint=f"--include {states[-1].name} takes the last one",
+        )
+    why = "an earlier state of the adapter above it (--include takes it)"
+    return _leave(found, lambda f: why if f in earlier else "")
 
 
 def _technology(found: Found) -> str:
@@ -331,20 +325,20 @@ def _place(above: tuple[str, ...], parts: tuple[str, ...], selection: Selection)
     return found
 
 
-def _fetched(repository: Repository, chosen: Sequence[Found]) -> list[Found]:
-    """Fetch the chosen adapters of a repository, and add the commit to their records."""
-    if not chosen:
-        return []
-    prefixes = [f"{found.folder.as_posix()}/" if found.folder.parts else "" for found in chosen]
+def _fetched(repository: Repository, found: Sequence[Found]) -> list[Found]:
+    """Fetch the kept adapters of a repository, and add the commit to their records."""
+    prefixes = [f"{one.folder.as_posix()}/" if one.folder.parts else "" for one in _kept(found)]
     folder = repository.fetch([prefix + file for prefix in prefixes for file in ADAPTER_FILES], AdapterError)
     commit = replace(repository.ref, revision=folder.name)
     return [
-        replace(found, folder=folder / found.folder, source=str(commit.at(found.folder.as_posix().strip("."))))
-        for found in chosen
+        replace(one, folder=folder / one.folder, source=str(commit.at(one.folder.as_posix().strip("."))))
+        if not one.aside
+        else one
+        for one in found
     ]
 
 
-def _manifest(path: Path, selection: Selection) -> Iterator[Found]:
+def _manifest(path: Path, selection: Selection) -> list[Found]:
     """Read a manifest: a YAML list of adapters, or under the key `adapters`, or a mapping by name (`ManifestEntry`).
 
     Paths are relative to the file. An entry {name, retired: true, substitute_token_id} reserves a removed adapter's
@@ -356,8 +350,8 @@ def _manifest(path: Path, selection: Selection) -> Iterator[Found]:
         records = [{"name": name, **value} for name, value in records.items()]
     if not isinstance(records, list) or not records:
         raise AdapterError(f"{path}: contains no list of adapters", hint="each entry has `name`, `path`, `revision`")
-    for number, record in enumerate(records, 1):
-        yield _manifest_entry(path, number, record, selection)
+    found = [_manifest_entry(path, number, record, selection) for number, record in enumerate(records, 1)]
+    return _leave(found, lambda one: "" if one.retired or selection.wants(one.name) else _UNWANTED)
 
 
 def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) -> Found:
@@ -372,7 +366,7 @@ def _manifest_entry(path: Path, number: int, record: Any, selection: Selection) 
     if entry.subfolder:
         place, at, revision = source.partition("@") if not os.path.exists(local) else (source, "", "")
         source = f"{place.rstrip('/')}/{entry.subfolder.strip('/')}{at}{revision}"
-    here = _discover(source, Selection(selection.base_name, technology=selection.technology), entry.revision).found
+    here = _kept(_discover(source, Selection(selection.base_name, technology=selection.technology), entry.revision))
     if len(here) != 1:
         raise AdapterError(
             f"{where}: {entry.path} contains {len(here)} adapters, not one",

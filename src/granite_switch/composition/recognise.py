@@ -115,7 +115,7 @@ _KINDS = (
         "train it again with PEFT, as LoRA",
     ),
     Kind(
-        lambda f: bool(f.json("config.json")) and _whole_model(f) and "trainer_state.json" in f.names,
+        lambda f: _whole_model(f) and "trainer_state.json" in f.names,
         "a Trainer checkpoint of a whole model (a full fine-tune), with no LoRA in it",
         "give it as the base model, or train a LoRA with PEFT (docs/train.md)",
     ),

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from granite_switch.compose import edit
-from granite_switch.compose.base import Base
-from granite_switch.compose.composed import read_composed
-from granite_switch.compose.names import PEFT
-from granite_switch.compose.plan import Plan
+from granite_switch.composition import edit
+from granite_switch.composition.base import Base
+from granite_switch.composition.composed import read_composed
+from granite_switch.composition.names import PEFT
+from granite_switch.composition.plan import Plan
 from granite_switch.core.border import check_name, write_json
 from granite_switch.core.checkpoint import Entry, write
 from granite_switch.errors import AdapterError
@@ -39,14 +39,12 @@ def add_empty(
     """Add an adapter to a composed model that has no effect until it is trained.
 
     Args:
-        model: a composed model; a hub id needs an `output`.
+        model, output, force: as for `add`.
         name: the adapter's name.
         rank: the rank of A and B.
         alpha: the scale is alpha / rank; twice the rank by default.
         targets: paths of linears, or their last parts; the attention projections by default.
         invocation: the text from which an aLoRA acts; by default the adapter is a LoRA and acts from the first token.
-        output: a folder to create; by default the model is changed in place.
-        force: replace an existing output.
 
     Returns:
         The plan of the changed model.

@@ -1,23 +1,17 @@
-"""Compose a base model and adapters into one checkpoint, as a stream of files."""
+"""Compose a base model and adapters into one checkpoint."""
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from granite_switch.compose.base import read_base
-from granite_switch.compose.hub import snapshot_of
-from granite_switch.compose.plan import Plan, assemble, read_slots
-from granite_switch.compose.sources import Selection, base_folder, discover, own_name, placed
-from granite_switch.compose.write import write_model
+from granite_switch.composition.base import read_base
+from granite_switch.composition.hub import snapshot_of
+from granite_switch.composition.plan import Plan, assemble, read_slots
+from granite_switch.composition.sources import Selection, Source, base_folder, discover, own_name, placed
+from granite_switch.composition.write import write_model
+from granite_switch.core.progress import Progress
 from granite_switch.core.staging import check_target, staged
-
-__all__ = ["Plan", "compose", "prepare"]
-
-Source = str | PathLike[str]
 
 
 def compose(
@@ -26,7 +20,7 @@ def compose(
     output: Source,
     *,
     force: bool = False,
-    on_bytes: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Plan:
     """Compose a base model and adapters into a checkpoint at `output`.
@@ -36,7 +30,7 @@ def compose(
         adapters: PEFT adapter folders, library folders, YAML manifests or hub ids.
         output: the folder to create; it appears only when it is complete.
         force: replace an existing folder.
-        on_bytes: called with the number of bytes of each piece copied.
+        progress: called for each piece that is written.
         options: as for `prepare`.
 
     Returns:
@@ -48,7 +42,7 @@ def compose(
     check_target(Path(output), force=force)
     planned = prepare(base, adapters, **options)
     with staged(Path(output), force=force) as folder:
-        write_model(planned, folder, on_bytes)
+        write_model(planned, folder, progress)
     return planned
 
 
@@ -81,29 +75,18 @@ def prepare(
         create_io_yaml: write a minimal io.yaml for adapters without one.
         place: adapter name -> "prefix" or "suffix": where the chat template writes a missing invocation text.
     """
-    folder = base_folder(str(base), revision)
-    name = base_name or own_name(str(base), folder)
-    selection = Selection(name, tuple(include), tuple(exclude), technology)
-    there = discover([str(source) for source in adapters], selection, adapter_revision or revision)
+    folder = base_folder(base, revision)
+    name = base_name or own_name(base, folder)
+    there = discover(adapters, Selection(name, include, exclude, technology), adapter_revision or revision)
     found = placed(there.found, place or {})
     snapshot = snapshot_of(folder)
     read = read_base(folder)
     planned = assemble(
         read,
         read_slots(found, read),
-        str(replace(snapshot, revision=None)) if snapshot else name,
-        generatable,
-        create_io_yaml=create_io_yaml,
+        base_model=str(replace(snapshot, revision=None)) if snapshot else name,
         base_commit=(snapshot.revision or "") if snapshot else "",
+        generatable=generatable,
+        create_io_yaml=create_io_yaml,
     )
-    return replace(planned, notes=(*planned.notes, *map(str, there.left)))
-
-
-class _Callable(ModuleType):
-    """Importing this package binds it to the name `granite_switch.compose`, which must also be the function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Plan:
-        return compose(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
+    return replace(planned, notes=(*planned.notes, *there.left))

@@ -4,16 +4,16 @@ Tensors are copied from file to file as bytes, so memory use is one chunk.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import io_text
-from granite_switch.compose.card import model_card
-from granite_switch.compose.plan import Plan
-from granite_switch.compose.proof import finish_proof, start_proof
-from granite_switch.compose.tokenizer import extended_config
+from granite_switch.composition.adapters import Adapter, io_text
+from granite_switch.composition.card import model_card
+from granite_switch.composition.plan import Plan
+from granite_switch.composition.proof import finish_proof, start_proof
+from granite_switch.composition.tokenizer import extended_config
 from granite_switch.core.border import write_json
 from granite_switch.core.checkpoint import (
     INDEX,
@@ -26,13 +26,12 @@ from granite_switch.core.checkpoint import (
     write_index,
 )
 from granite_switch.core.files import inside
-from granite_switch.core.layout import EMBEDDINGS, AdapterTensor, adapter_file
+from granite_switch.core.layout import EMBEDDINGS, AdapterTensor, adapter_file, io_config
+from granite_switch.core.progress import Progress
 from granite_switch.core.remote import write_module
-from granite_switch.core.spec import AdapterSpec, SwitchSpec
+from granite_switch.core.spec import SwitchSpec
 from granite_switch.core.staging import link_or_copy
 from granite_switch.errors import CheckpointError
-
-Progress = Callable[[int], Any]
 
 # base files that are rewritten, or that describe the base's own packaging
 _REPLACED = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"}
@@ -47,62 +46,65 @@ _RENAMED = {SINGLE: "model-00001-of-00001.safetensors", EMBEDDINGS: f"model-{EMB
 _IO_YAML = b"model: null\nresponse_format: null\ntransformations: null\n"
 
 
-def write_model(plan: Plan, folder: Path, on_bytes: Progress | None = None, *, same_rows: bool = False) -> None:
+def write_model(plan: Plan, folder: Path, progress: Progress | None = None, *, same_rows: bool = False) -> None:
     """Write the composed model into an empty folder.
 
     Args:
         plan: the model.
         folder: an existing, empty folder.
-        on_bytes: called with the number of bytes of each piece copied.
+        progress: called for each piece that is written.
         same_rows: the base's files are a composed model's, whose embedding already has the rows that this one needs.
     """
     _write_small_files(plan, folder)
     proof = start_proof(folder, plan.base.folder)  # runs while files are copied
+    growing, total = plan.grown, plan.nbytes
     files: dict[str, Mapping[str, Tensor]] = {}
+
+    def advance(count: int) -> None:
+        if progress:
+            progress(count, total)
+
+    def link(source: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+        link_or_copy(source, folder / name)
+        files[name] = tensors
+        advance(sum(tensor.nbytes for tensor in tensors.values()))
+
+    def put(name: str, entries: Sequence[Entry], about: Mapping[str, str]) -> None:
+        write(folder / name, entries, advance, about)
+        files[name] = read_header(folder / name)[0]
+
     grown: list[Entry] = []
     metadata: dict[str, str] = {}
     for name, tensors in plan.checkpoint.files.items():
         source = plan.checkpoint.folder / name
         header, about = read_header(source)
-        rest = {key: tensor for key, tensor in tensors.items() if key not in plan.grown}
+        rest = {key: tensor for key, tensor in tensors.items() if key not in growing}
         if same_rows and name == EMBEDDINGS and not rest:
-            files[name] = _link(source, folder / name, header, on_bytes)
+            link(source, name, header)
             continue
         if len(rest) < len(tensors):
-            grown += [_entry(plan, tensor) for key, tensor in tensors.items() if key in plan.grown]
+            grown += [_entry(plan, tensor) for key, tensor in tensors.items() if key in growing]
             metadata |= about
         target = _RENAMED.get(name, name)
         if rest == header:
-            files[target] = _link(source, folder / target, header, on_bytes)
+            link(source, target, header)
         elif rest:
-            write(folder / target, [copy_of(tensor) for tensor in rest.values()], on_bytes, metadata=about)
-            files[target] = read_header(folder / target)[0]
+            put(target, [copy_of(tensor) for tensor in rest.values()], about)
     if grown:
-        write(folder / EMBEDDINGS, sorted(grown, key=lambda entry: entry.name), on_bytes, metadata=metadata)
-        files[EMBEDDINGS] = read_header(folder / EMBEDDINGS)[0]
-    for adapter in plan.spec.active:
-        target, weights = adapter_file(adapter.name), plan.adapters[adapter.name]
-        if weights.file:
-            link_or_copy(weights.file, folder / target)
+        put(EMBEDDINGS, sorted(grown, key=lambda entry: entry.name), metadata)
+    for name, adapter in plan.adapters.items():
+        if adapter.file:
+            link(adapter.file, adapter_file(name), read_header(adapter.file)[0])
         else:
-            write(folder / target, adapter_entries(adapter, weights.tensors), on_bytes)
-        files[target] = read_header(folder / target)[0]
+            put(adapter_file(name), _adapter_entries(adapter), {})
     write_index(folder, files)
     finish_proof(proof)
 
 
-def _link(source: Path, target: Path, header: Mapping[str, Tensor], on_bytes: Progress | None) -> Mapping[str, Tensor]:
-    """Link or copy an unchanged file, and return its tensors."""
-    link_or_copy(source, target)
-    if on_bytes:
-        on_bytes(source.stat().st_size)
-    return header
-
-
-def adapter_entries(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor]) -> list[Entry]:
+def _adapter_entries(adapter: Adapter) -> list[Entry]:
     """Return an adapter's tensors with their names in the checkpoint, in the natural order of linears."""
-    ordered = sorted(tensors, key=AdapterTensor.order)
-    return [copy_of(tensors[t], replace(t, adapter=spec.name).key) for t in ordered]
+    ordered = sorted(adapter.tensors, key=AdapterTensor.order)
+    return [copy_of(adapter.tensors[t], replace(t, adapter=adapter.name).key) for t in ordered]
 
 
 def _entry(plan: Plan, tensor: Tensor) -> Entry:
@@ -111,9 +113,9 @@ def _entry(plan: Plan, tensor: Tensor) -> Entry:
     copied = plan.spec.copied_rows
     if max(copied) >= rows:
         raise CheckpointError(f"{tensor.path}: {tensor.name} has {rows} rows; token {max(copied)} has none to copy")
-    filler = bytes((plan.vocab_size - len(copied) - rows) * (tensor.nbytes // rows))
+    filler = bytes((plan.spec.rows - len(copied) - rows) * (tensor.nbytes // rows))
     new = b"".join(tensor.row(i) for i in copied)
-    return Entry(tensor.name, tensor.dtype, (plan.vocab_size, width), (tensor, filler + new))
+    return Entry(tensor.name, tensor.dtype, (plan.spec.rows, width), (tensor, filler + new))
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:
@@ -131,18 +133,13 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
         keep = path.suffix in _KEPT or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and keep and path.name not in _REPLACED and not path.name.endswith(".index.json"):
             shutil.copyfile(inside(plan.base.folder, path.name), folder / path.name)
-    for adapter in plan.spec.active:
-        source, target = plan.adapters[adapter.name].io_yaml, folder / io_config(adapter.name)
-        if source or plan.create_io_yaml:
+    for name, adapter in plan.adapters.items():
+        if adapter.io_yaml or plan.create_io_yaml:
+            target = folder / io_config(name)
             target.parent.mkdir(parents=True)
-            target.write_bytes(io_text(source) if source else _IO_YAML)
+            target.write_bytes(io_text(adapter.io_yaml) if adapter.io_yaml else _IO_YAML)
     write_json(folder / "adapter_index.json", adapter_index(plan.spec, folder))
     (folder / "README.md").write_text(model_card(plan.spec, plan.adapters), encoding="utf-8", newline="\n")
-
-
-def io_config(name: str) -> str:
-    """Return the path of an adapter's io.yaml in a composed model."""
-    return f"io_configs/{name}/io.yaml"
 
 
 def adapter_index(spec: SwitchSpec, folder: Path) -> dict[str, Any]:

@@ -8,16 +8,15 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from granite_switch.compose.adapters import Adapter, Retired
-from granite_switch.compose.card import model_card
-from granite_switch.compose.composed import VERIFY, Composed, read_composed
-from granite_switch.compose.plan import Plan, assemble, read_slots
-from granite_switch.compose.sources import Discovery, Selection, discover, model_folder
-from granite_switch.compose.write import write_model
+from granite_switch.composition.adapters import Adapter, retired
+from granite_switch.composition.card import model_card
+from granite_switch.composition.composed import VERIFY, Composed, read_composed
+from granite_switch.composition.plan import Plan, assemble, read_slots
+from granite_switch.composition.sources import Source, discover_for, model_folder
+from granite_switch.composition.write import write_model
 from granite_switch.core.border import check_name
 from granite_switch.core.files import in_hub_cache, inside
 from granite_switch.core.layout import adapter_file
@@ -25,8 +24,7 @@ from granite_switch.core.model import read_model
 from granite_switch.core.staging import check_target, held, link_or_copy, restore, staged
 from granite_switch.errors import AdapterError, CheckpointError, OutputError
 
-Source = str | PathLike[str]
-Slots = list[Adapter | Retired]
+Change = Callable[[Composed], list[Adapter]]  # returns the slots of the changed model
 
 _SMALL = 1 << 20  # bytes; smaller files are copied, not linked, so that editing one leaves the other unchanged
 
@@ -57,20 +55,18 @@ def add(
         SwitchError: lists everything that is wrong; the model is then unchanged.
     """
     folder = folder_of(model, output)
-    sources_hold = _discover(folder, sources, **selection)
-    found = sources_hold.found
+    there = discover_for(read_model(folder)[1], sources, **selection)
 
-    def change(old: Composed) -> Slots:
-        there = [one.name for one in found if one.name in old.adapters and not one.retired]
-        if there:
+    def change(old: Composed) -> list[Adapter]:
+        if twice := [one.name for one in there.found if one.name in old.adapters and not one.retired]:
             raise AdapterError(
-                f"{folder}: already has {', '.join(there)}",
+                f"{folder}: already has {', '.join(twice)}",
                 hint="`granite-switch update` replaces an adapter; a YAML manifest gives it another name",
             )
-        return [*old.slots, *read_slots(found, old.base)]
+        return [*old.slots, *read_slots(there.found, old.base)]
 
     plan = _edit(folder, output, force, change, create_io_yaml)
-    return replace(plan, notes=(*plan.notes, *map(str, sources_hold.left)))
+    return replace(plan, notes=(*plan.notes, *there.left))
 
 
 def update(
@@ -81,12 +77,12 @@ def update(
     Args, returns, raises: as for `add`.
     """
     folder = folder_of(model, output)
-    found = _discover(folder, sources, **selection).found
+    found = discover_for(read_model(folder)[1], sources, **selection).found
 
-    def change(old: Composed) -> Slots:
+    def change(old: Composed) -> list[Adapter]:
         _must_have(old, [one.name for one in found], "`granite-switch add` adds new ones, --include selects some")
         new = {slot.name: slot for slot in read_slots(found, old.base)}
-        return [new.get(slot.name, slot) if isinstance(slot, Adapter) else slot for slot in old.slots]
+        return [slot if slot.spec.retired else new.get(slot.name, slot) for slot in old.slots]
 
     return _edit(folder, output, force, change)
 
@@ -95,19 +91,14 @@ def remove(model: Source, names: Sequence[str], *, output: Source | None = None,
     """Remove adapters. Their slots and tokens are retired: the tokens return to the base and are not reused.
 
     Args:
-        model: a composed model; a hub id needs an `output`.
         names: the adapters' names.
-        output: a folder to create; by default the model is changed in place.
-        force: replace an existing output.
+        model, output, force: as for `add`.
     """
     folder = folder_of(model, output)
 
-    def change(old: Composed) -> Slots:
+    def change(old: Composed) -> list[Adapter]:
         _must_have(old, names)
-        return [
-            Retired(slot.name, spec.substitute_token_id) if slot.name in names and isinstance(slot, Adapter) else slot
-            for slot, spec in zip(old.slots, old.spec.adapters, strict=True)
-        ]
+        return [retired(slot.name, slot.spec.substitute_token_id) if slot.name in names else slot for slot in old.slots]
 
     return _edit(folder, output, force, change)
 
@@ -116,22 +107,22 @@ def rename(model: Source, old: str, new: str, *, output: Source | None = None, f
     """Rename an adapter and its control token. Slot and token id do not change.
 
     Args:
-        model: a composed model; a hub id needs an `output`.
         old: the adapter's name.
         new: its new name.
-        output: a folder to create; by default the model is changed in place.
-        force: replace an existing output.
+        model, output, force: as for `add`.
     """
     folder = folder_of(model, output)
     check_name(new)
 
-    def change(model: Composed) -> Slots:
+    def change(model: Composed) -> list[Adapter]:
         _must_have(model, [old])
         if new in {adapter.name for adapter in model.spec.adapters}:
             kind = "an" if new in model.adapters else "a removed"
             raise AdapterError(f"{folder}: {new} is the name of {kind} adapter", hint="choose another name")
         return [
-            replace(slot, name=new, file=None) if slot.name == old and isinstance(slot, Adapter) else slot
+            replace(slot, spec=replace(slot.spec, name=new), file=None)
+            if slot.name == old and not slot.spec.retired
+            else slot
             for slot in model.slots
         ]
 
@@ -151,19 +142,6 @@ def folder_of(model: Source, output: Source | None) -> Path:
     return model_folder(model)
 
 
-def _discover(
-    folder: Path,
-    sources: Sequence[Source],
-    revision: str | None = None,
-    base_name: str = "",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    technology: str = "",
-) -> Discovery:
-    name = base_name or read_model(folder)[1].base_model.rstrip("/").split("/")[-1]
-    return discover([str(s) for s in sources], Selection(name, tuple(include), tuple(exclude), technology), revision)
-
-
 def _must_have(model: Composed, names: Sequence[str], more: str = "") -> None:
     if missing := [name for name in names if name not in model.adapters]:
         there = f"adapters: {', '.join(model.adapters) or 'none'}"
@@ -176,7 +154,7 @@ def _edit(
     folder: Path,
     output: Source | None,
     force: bool,
-    change: Callable[[Composed], Slots],
+    change: Change,
     create_io_yaml: bool = False,
 ) -> Plan:
     """Write the changed model to `output`, or in place."""
@@ -192,13 +170,12 @@ def _edit(
         return _write(folder, partial, change, create_io_yaml)
 
 
-def _write(folder: Path, partial: Path, change: Callable[[Composed], Slots], create_io_yaml: bool) -> Plan:
+def _write(folder: Path, partial: Path, change: Change, create_io_yaml: bool) -> Plan:
     old = read_composed(folder)
     slots = change(old)
-    spec = old.spec
-    plan = assemble(old.base, slots, spec.base_model, spec.generatable, create_io_yaml=create_io_yaml, kept=spec)
+    plan = assemble(old.base, slots, kept=old.spec, create_io_yaml=create_io_yaml)
     _check_kept(old, plan)
-    write_model(plan, partial, same_rows=plan.spec.copied_rows == spec.copied_rows)
+    write_model(plan, partial, same_rows=plan.spec.copied_rows == old.spec.copied_rows)
     kept = _carry_over(old, plan, partial)
     return replace(plan, warnings=(*plan.warnings, *kept))
 
@@ -222,7 +199,7 @@ def _check_kept(old: Composed, plan: Plan) -> None:
 def _carry_over(old: Composed, plan: Plan, partial: Path) -> list[str]:
     """Copy the folder's other files, and return a warning if README.md was edited and is kept."""
     gone = {adapter_file(name) for name in old.adapters}
-    same = {slot.name for slot in plan.slots if isinstance(slot, Adapter) and slot in old.slots}
+    same = {slot.name for slot in plan.slots if not slot.spec.retired and slot in old.slots}
     for parent, _, names in os.walk(old.folder):
         for name in names:
             source = Path(parent, name)
