@@ -89,7 +89,7 @@ def verify(
         if wrong := [one.name for one in results if not one.within]:
             raise CheckpointError(
                 f"{folder} differs from PEFT in {', '.join(wrong)}",
-                hint="is --against what the model was composed from?",
+                hint="pass the sources that the model was composed from",
             )
     if as_json:
         say_json({"adapters": list(spec.names), "compared": [asdict(one) for one in results]})
@@ -289,7 +289,7 @@ def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: 
         ) from None
     if problems := start_proof(folder, base)():
         raise CheckpointError(
-            f"{folder}: transformers reads its tokenizer differently from the base's",
+            f"{folder}: the tokenizer gives other results in transformers than the base's",
             problems=problems[:8],
             hint="compose the model again",
         )

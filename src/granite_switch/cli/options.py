@@ -32,7 +32,7 @@ BaseName: TypeAlias = Annotated[str, typer.Option(help="The base's folder name i
 Include: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to include; repeatable.")]
 Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(help="Glob of adapter names to exclude; repeatable.")]
 Technology: TypeAlias = Annotated[
-    str, typer.Option(help="Only adapters of this kind: alora or lora.", callback=one_of("alora", "lora"))
+    str, typer.Option(help="Only adapters of this technology: alora or lora.", callback=one_of("alora", "lora"))
 ]
 Revision: TypeAlias = Annotated[str | None, typer.Option(help="Revision of the hub repositories.")]
 CreateIoYaml: TypeAlias = Annotated[bool, typer.Option(help="Write a minimal io.yaml for adapters without one.")]

@@ -91,7 +91,7 @@ def _refuse_unknown(rest: Sequence[str]) -> None:
     if audio:
         raise AdapterError(
             f"{', '.join(audio)}: audio cannot be composed",
-            hint="transcription is a separate model; run it before this one and send its text",
+            hint="transcribe with another model and send the text",
         )
     if rest:
         raise AdapterError(f"unknown arguments: {' '.join(rest)}", hint="--help lists the options")

@@ -50,7 +50,7 @@ def read_composed(folder: Path) -> Composed:
     config, spec = read_model(folder)
     if spec.hiding or spec.base_token_id < 0:
         raise CheckpointError(
-            f"{folder}: is a checkpoint in a legacy format that transformers loaded and saved",
+            f"{folder}: was saved by transformers from a legacy checkpoint",
             hint=f"upgrade the checkpoint that it was loaded from: {legacy.UPGRADE}",
         )
     checkpoint = Checkpoint(folder)

@@ -191,7 +191,7 @@ def _check_kept(old: Composed, plan: Plan) -> None:
     ]
     if changed:
         raise CheckpointError(
-            f"{old.folder / 'config.json'}: the records of {', '.join(changed)} are not as compose writes them",
+            f"{old.folder / 'config.json'}: the records of {', '.join(changed)} were changed by hand",
             hint=f"restore the file; {VERIFY} {old.folder}",
         )
 

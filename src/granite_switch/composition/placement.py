@@ -59,7 +59,7 @@ def chats(template: str, special_tokens: Mapping[str, str]) -> list[Chat]:
         except TemplateError as error:
             problems.append(error.message)
     if not result:
-        raise BaseModelError("the base's chat template renders no chat", problems=sorted(set(problems)))
+        raise BaseModelError("the base's chat template fails on every sample chat", problems=sorted(set(problems)))
     return result
 
 
@@ -85,7 +85,8 @@ def opening(samples: Sequence[Chat], tokenizer: Tokenizer) -> Token:
         starts.add(Token(sample.text[: encoding.offsets[0][1]], encoding.ids[0]))
     if len(starts) > 1:
         raise BaseModelError(
-            "the base's chat template begins prompts with different tokens: " + ", ".join(repr(s.text) for s in starts),
+            "the base's chat template begins prompts with different tokens: "
+            + ", ".join(sorted(repr(s.text) for s in starts)),
             hint="a LoRA's control token replaces the first token, which must always be the same",
         )
     return starts.pop()

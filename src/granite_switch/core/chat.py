@@ -85,7 +85,7 @@ def wrap(base: str, placements: Sequence[Placement], back: Return, controls: Seq
     text = _TEMPLATE.read_text(encoding="utf-8").removesuffix("\n")
     wrapped = re.sub("@@([A-Z]+)@@", lambda found: parts[found[1]], text)
     if unwrap(wrapped) != base + "\n":
-        raise TemplateError("the base's chat template contains text that marks its ends in a composed one", hint=_HINT)
+        raise TemplateError("the base's chat template already contains the markers that compose writes", hint=_HINT)
     return wrapped
 
 

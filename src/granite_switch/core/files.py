@@ -91,7 +91,7 @@ def inside(folder: Path, name: str | Path) -> Path:
     except (OSError, RuntimeError):
         raise CheckpointError(f"{path}: is a link to itself") from None
     if not real.is_relative_to(folder.resolve()) and not _linked_by_the_hub(folder, real):
-        raise CheckpointError(f"{path}: leads out of its folder, to {real}", hint="copy the file into the folder")
+        raise CheckpointError(f"{path}: links outside its folder, to {real}", hint="copy the file into the folder")
     if real.exists() and not stat.S_ISREG(real.stat().st_mode):
         raise CheckpointError(f"{path}: is not a regular file")
     return path
@@ -137,7 +137,9 @@ def steady(folder: Path, read: Callable[[], T], errors: tuple[type[Exception], .
             continue
         if state_of(folder) == before:
             return result
-    raise CheckpointError(f"{folder}: changes while it is read", hint="wait until the other command has finished")
+    raise CheckpointError(
+        f"{folder}: is being changed by another command", hint="wait until the other command has finished"
+    )
 
 
 def state_of(folder: Path) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ class Packed:
             return shape
         kinds = {name[len(self.path) + 1 :]: t for name, t in self.tensors.items() if name.startswith(f"{self.path}.")}
         raise CheckpointError(
-            f"{self.path}: the tensors of its quantised weight and quantization_config do not agree on its shape",
+            f"{self.path}: its quantised tensors and quantization_config give different shapes",
             problems=[f"{kind}: {tensor.dtype} {list(tensor.shape)}" for kind, tensor in kinds.items()],
             hint=WAY_OUT,
         )
@@ -113,7 +113,7 @@ def _quant_state(tensor: Tensor) -> QuantState:
     try:
         data = json.loads(tensor.read())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{tensor.path}: {tensor.name} is no JSON ({str(error)[:200]})") from None
+        raise CheckpointError(f"{tensor.path}: {tensor.name} is not JSON ({str(error)[:200]})") from None
     return checked(QuantState, data, f"{tensor.path}: {tensor.name}")
 
 

@@ -102,7 +102,7 @@ def _spec(path: Path, keys: Keys) -> SwitchSpec | None:
     count, size = len(keys.activate), len(keys.tokens) or LIMIT
     lists = (keys.substitute, *((keys.ranks, keys.io_configs, spec.active) if spec else ()))
     if any(len(one) != count for one in lists) or max((*keys.activate, *keys.substitute), default=0) >= size:
-        raise CheckpointError(f"{path}: the keys about its adapters contradict each other")
+        raise CheckpointError(f"{path}: the adapters' keys contradict each other")
     return spec
 
 

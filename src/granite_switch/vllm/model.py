@@ -137,7 +137,7 @@ class Switched(_Decoder):
         now = read_config(path).get("switch") if path.is_file() else None
         if state_of(self.folder) != before or (now and SwitchSpec.from_dict(now).adapters != self.spec.adapters):
             raise CheckpointError(
-                f"{self.folder}: was changed while it was loaded",
+                f"{self.folder}: changed while it was being loaded",
                 hint="start again when the other command has finished",
             )
 
