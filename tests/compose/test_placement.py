@@ -130,7 +130,7 @@ def test_places_that_are_none(place: dict, words: str, base: Path, adapters: Pat
             OPEN + "{% if adapter_name %}{{ 'a' * 10 ** 10 }}{% endif %}{{ messages[0].content }}",
             "needs more than 1024 MB",
         ),
-        (OPEN + "{% macro m() %}{{ caller() }}{% endmacro %}{% call m() %}{% endcall\t\t%}", "marks its ends"),
+        (OPEN + "{% macro m() %}{{ caller() }}{% endmacro %}{% call m() %}{% endcall\t\t%}", "contains the markers"),
     ],
 )
 def test_templates_that_do_harm_are_refused(template: str, words: str, tmp_path: Path) -> None:

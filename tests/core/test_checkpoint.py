@@ -111,7 +111,7 @@ def test_a_shard_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
         (tmp_path / "model" / name).symlink_to(tmp_path / "a.safetensors")
         with pytest.raises(CheckpointError, match="incomplete") as caught:
             Checkpoint(tmp_path / "model")
-        assert "leads out of its folder" in caught.value.problems[0]
+        assert "links outside its folder" in caught.value.problems[0]
         (tmp_path / "model" / name).unlink()
         (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
 

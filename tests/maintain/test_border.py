@@ -88,14 +88,14 @@ def test_an_index_names_files_of_the_folder(name: str, model: Path) -> None:
 def test_links_stay_inside(name: str, model: Path) -> None:
     (model / name).rename(model.parent / "elsewhere")
     (model / name).symlink_to(model.parent / "elsewhere")
-    refused(model, "leads out of its folder")
+    refused(model, "links outside its folder")
 
 
 def test_a_base_that_links_elsewhere(base: Path, pool: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text('{"token": "x"}')
     bad = Path(shutil.copytree(base, tmp_path / "bad"))
     (bad / "extra.json").symlink_to(tmp_path / "secret.json")
-    with pytest.raises(SwitchError, match="leads out of its folder"):
+    with pytest.raises(SwitchError, match="links outside its folder"):
         compose(bad, [pool / "one/a"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -134,7 +134,7 @@ def check_base(base: Base) -> None:
             )
         if tensor.dtype not in FLOATS:
             raise BaseModelError(
-                f"{base.folder}: {name} is {tensor.dtype} {list(tensor.shape)}; control tokens need floating-point rows",
+                f"{base.folder}: {name} is {tensor.dtype} {list(tensor.shape)}; control tokens need float rows",
                 hint="quantise the base without its embedding and lm_head",
             )
     if base.tokenizer.size > base.vocab_size + _MAX_MISSING_ROWS:
