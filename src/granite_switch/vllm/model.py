@@ -5,8 +5,10 @@ linears add the adapters' updates (`lora`); control tokens cannot be generated. 
 compilation are vLLM's.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
@@ -32,6 +34,8 @@ from granite_switch.vllm.linears import Place, find
 from granite_switch.vllm.lora import SwitchedLinear, lora_layer, make_router
 from granite_switch.vllm.switch import Switch
 
+logger = logging.getLogger("granite_switch")
+
 _Decoder: Any = object  # in the made class, vLLM's class of the decoder takes its place
 
 
@@ -46,7 +50,6 @@ class Switched(_Decoder):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.spec = config.switch_spec
         self.load_format = vllm_config.load_config.load_format
-        self.folder = Path(vllm_config.model_config.model)
         self.in_pieces = vllm_config.weight_transfer_config is not None  # a trainer may send one tensor per call
         text = config.get_text_config()
         self.router = make_router(self.spec, vllm_config)
@@ -61,6 +64,8 @@ class Switched(_Decoder):
         self.random = False  # set while the adapters have the random values of `--load-format dummy`
         self.pending: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, until the linears can take them
         self.kept: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, of which `in_pieces` replaces some
+        self.base: set[str] = set()  # the base's parameters, as its loader names them
+        self.replaced: set[str] = set()  # what new weights replaced since they last replaced the whole base
         make: Any = getattr(self, "make_empty_intermediate_tensors", None)
         if make is not None:
             self.make_empty_intermediate_tensors = _with_slots(make)
@@ -105,21 +110,22 @@ class Switched(_Decoder):
         """Load the base with vLLM's loader, and keep the adapters until its linears can take them.
 
         When called again (vLLM reloads weights, or a trainer sends new ones), the adapters in `weights` are replaced.
-        They must then be complete, except with `--weight-transfer-config`.
+        They must then be complete. With `--weight-transfer-config` some are enough, and a stream may have none.
 
         Raises:
             CheckpointError: adapter tensors are missing, unknown or of another shape than config.json says, or another
                 command has replaced the folder, or the adapters have random values (`--load-format dummy`) and the
                 new weights do not replace them.
         """
+        stored = not self.finished or _are_stored(weights)
         before = state_of(self.folder)
         self.pending = {}
         loaded = super().load_weights(self._without_adapters(weights))
-        if not self.finished:
+        if stored:
             self._check_state(before)
         names = {tensor.key for tensor in self.pending}
-        if self.pending or not self.finished:
-            self._check_adapters()
+        if self.pending or stored:
+            self._check_adapters(stored)
             self.random = False
         elif self.random:
             raise CheckpointError(
@@ -127,18 +133,38 @@ class Switched(_Decoder):
                 hint="start with --load-format auto, or send the adapters too",
             )
         if self.finished:
+            self._warn_of_old_adapters(loaded | {tensor.key for tensor in self.pending})
             self._fill()
+        else:
+            self.base = loaded
         return loaded | names
 
+    @property
+    def folder(self) -> Path:
+        """The model's folder, which changes when vLLM reloads weights from another one."""
+        return Path(self.router.vllm_config.model_config.model)
+
     def _check_state(self, before: tuple[int, ...]) -> None:
-        """Config and weights must be of one state of the folder: vLLM reads them at different times."""
+        """Weights must be of one state of the folder, and of the config that vLLM read before."""
         path = self.folder / "config.json"
         now = read_config(path).get("switch") if path.is_file() else None
-        if state_of(self.folder) != before or (now and SwitchSpec.from_dict(now).adapters != self.spec.adapters):
+        if state_of(self.folder) != before or (now and _fixed(SwitchSpec.from_dict(now)) != _fixed(self.spec)):
             raise CheckpointError(
-                f"{self.folder}: was changed while it was loaded",
-                hint="start again when the other command has finished",
+                f"{self.folder}: was changed while it was loaded, or has other adapters than the engine started with",
+                hint="start the engine again when no other command is changing the folder",
             )
+
+    def _warn_of_old_adapters(self, new: set[str]) -> None:
+        """Warn when the whole base was replaced and no adapter: only the sender knows whether that is meant."""
+        self.replaced |= new
+        if not self._places or not self.base <= self.replaced:
+            return
+        if self.base == self.replaced:
+            logger.warning(
+                "new weights replaced the whole base and no adapter: the adapters are still those of the old base. If "
+                "they were trained too, send them as well"
+            )
+        self.replaced = set()
 
     def _without_adapters(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The base's weights; moves the adapters' tensors to `pending`."""
@@ -169,12 +195,12 @@ class Switched(_Decoder):
         shapes = {path: place.shape for path, place in self._places.items()}
         return {t: shape for adapter in self.spec.adapters for t, shape in adapter.tensors(shapes).items()}
 
-    def _check_adapters(self) -> None:
+    def _check_adapters(self, stored: bool) -> None:
         expected = self._expected()
         elsewhere = {path for adapter in self.spec.adapters for path in adapter.ranks} - set(self._places)
         self.pending = {t: value for t, value in self.pending.items() if t.linear not in elsewhere}
         found = {t: tuple(value.shape) for t, value in self.pending.items()}
-        partial = self.in_pieces and self.finished and not self.random
+        partial = self.in_pieces and not stored and not self.random
         problems = [] if partial else [f"missing: {t.key}" for t in expected if t not in found]
         problems += [f"not in config.json: {t.key}" for t in found if t not in expected]
         problems += [
@@ -183,7 +209,8 @@ class Switched(_Decoder):
             if t in found and found[t] != shape
         ]
         if problems:
-            raise CheckpointError("the adapters' tensors do not match config.json", problems=problems)
+            source = self.folder if stored else "new weights"
+            raise CheckpointError(f"{source}: the adapters' tensors do not match config.json", problems=problems)
 
     def process_weights_after_loading(self) -> None:
         """Attach the adapters. vLLM calls this after loading, when quantised linears are repacked.
@@ -198,6 +225,7 @@ class Switched(_Decoder):
         self.random = self.load_format == "dummy"
         if self.random:
             self.pending = {t: torch.randn(shape) * 1e-3 for t, shape in self._expected().items()}
+            self.base = {name for name, _ in self.named_parameters()}
         elif self._places and not self.pending:
             raise _not_loaded(self.load_format)
         for place in self._places.values():
@@ -235,6 +263,16 @@ class Switched(_Decoder):
             return None, None
         a, b = (self.kept[AdapterTensor(adapter.name, path, matrix)] for matrix in "AB")
         return a, b.float() * adapter.scale_of(path)
+
+
+def _are_stored(weights: Iterable[tuple[str, Tensor]]) -> bool:
+    """Whether weights come from a folder: vLLM passes on the generator of a loader's `get_all_weights`."""
+    return getattr(weights, "__name__", "") == "get_all_weights"
+
+
+def _fixed(spec: SwitchSpec) -> list[AdapterSpec]:
+    """The adapters' records without what changes when only their values do."""
+    return [replace(adapter, source="", sha256="", digest="", warnings=()) for adapter in spec.adapters]
 
 
 def _not_loaded(load_format: str) -> ServingError:
