@@ -31,7 +31,7 @@ from granite_switch.core.records import read_config
 from granite_switch.core.spec import AdapterSpec, SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, ServingError
 from granite_switch.vllm.linears import Place, find
-from granite_switch.vllm.lora import SwitchedLinear, lora_layer, make_router
+from granite_switch.vllm.lora import SwitchedLinear, make_router
 from granite_switch.vllm.switch import Switch
 
 logger = logging.getLogger("granite_switch")
@@ -53,7 +53,6 @@ class Switched(_Decoder):
         self.in_pieces = vllm_config.weight_transfer_config is not None  # a trainer may send one tensor per call
         text = config.get_text_config()
         self.router = make_router(self.spec, vllm_config)
-        self.dtype = vllm_config.model_config.dtype
         if get_pp_group().is_first_rank:
             name = maybe_prefix(prefix, f"switch.{text.num_hidden_layers}")
             self.switch = Switch(self.spec, text.vocab_size, vllm_config, name)
@@ -123,7 +122,7 @@ class Switched(_Decoder):
         loaded = super().load_weights(self._without_adapters(weights))
         if stored:
             self._check_state(before)
-        names = {tensor.key for tensor in self.pending}
+        new = loaded | {tensor.key for tensor in self.pending}
         if self.pending or stored:
             self._check_adapters(stored)
             self.random = False
@@ -133,11 +132,11 @@ class Switched(_Decoder):
                 hint="start with --load-format auto, or send the adapters too",
             )
         if self.finished:
-            self._warn_of_old_adapters(loaded | {tensor.key for tensor in self.pending})
+            self._warn_of_old_adapters(new)
             self._fill()
         else:
             self.base = loaded
-        return loaded | names
+        return new
 
     @property
     def folder(self) -> Path:
@@ -190,6 +189,14 @@ class Switched(_Decoder):
         """The linears that adapters update and that are on this pipeline rank, by their paths in the base's files."""
         return find(self, dict.fromkeys(path for adapter in self.spec.adapters for path in adapter.ranks))
 
+    @cached_property
+    def _members(self) -> dict[str, list[str | None]]:
+        """For each of vLLM's linears, the paths of those that it packs; None for those that no adapter updates."""
+        result: dict[str, list[str | None]] = {}
+        for path, place in self._places.items():
+            result.setdefault(place.module, [None] * len(place.members))[place.index] = path
+        return result
+
     def _expected(self) -> dict[AdapterTensor, tuple[int, ...]]:
         """Shapes of the adapters' tensors for the linears on this pipeline rank."""
         shapes = {path: place.shape for path, place in self._places.items()}
@@ -228,30 +235,17 @@ class Switched(_Decoder):
             self.base = {name for name, _ in self.named_parameters()}
         elif self._places and not self.pending:
             raise _not_loaded(self.load_format)
-        for place in self._places.values():
-            if place.module not in self.linears:
-                self.linears[place.module] = self._attach(place)
+        for module, members in {place.module: place.members for place in self._places.values()}.items():
+            rank = max(a.ranks.get(path, 0) for a in self.spec.adapters for path in self._members[module] if path)
+            self.linears[module] = self.router.attach(self.get_submodule(module), module, members, rank)
         self.finished = True
         self._fill()
-
-    def _attach(self, place: Place) -> SwitchedLinear:
-        linear = self.get_submodule(place.module)
-        if lora_layer(linear, place.members, 1, 1, self.router.vllm_config) is None:
-            raise ServingError(f"{place.module}: vLLM has no LoRA layer for {type(linear).__name__}")
-        rank = max(a.ranks.get(path, 0) for a in self.spec.adapters for path in self._packed(place.module) if path)
-        return self.router.attach(linear, place.module, place.members, rank)
-
-    def _packed(self, module: str) -> list[str | None]:
-        """The paths of the members of one of vLLM's linears; None for members that no adapter updates."""
-        here = {place.index: path for path, place in self._places.items() if place.module == module}
-        members = next(place.members for place in self._places.values() if place.module == module)
-        return [here.get(index) for index in range(len(members))]
 
     def _fill(self) -> None:
         """Move the pending adapters into the linears."""
         self.kept |= self.pending
         for module, name in dict.fromkeys((self._places[t.linear].module, t.adapter) for t in self.pending):
-            pairs = [self._pair(self.spec.adapter(name), path) for path in self._packed(module)]
+            pairs = [self._pair(self.spec.adapter(name), path) for path in self._members[module]]
             self.linears[module].set(self.spec.slot(name), *zip(*pairs, strict=True))
         self.pending = {}
         if not self.in_pieces:
