@@ -140,23 +140,41 @@ def test_mixed_batches_are_answered_as_transformers_does(gpu_engine: Any, prompt
         assert greedy(gpu_engine, [prompt]) == [tokens]
 
 
-def asleep_and_awake(llm: Any, loaded: list[Tensor]) -> None:
-    """Sleep level 2 as a GPU's worker does it: buffers are saved, the rest of what loading allocated is gone."""
+def asleep_and_awake(llm: Any, loaded: list[Tensor], level: int) -> None:
+    """Sleep as a GPU's worker does it: what loading allocated, and the KV cache, is lost.
+
+    At level 1 the allocator brings what loading allocated back from a copy; at level 2 the worker does so with buffers.
+    """
     worker = core_of(llm).model_executor.driver_worker.worker
+    memory = [torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()) for tensor in loaded]
+    cache = [torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()) for x in worker.model_runner.kv_caches]
+    assert len(cache) == 3  # two of the decoder's layers, and the switch
+    offloaded = [piece.clone() for piece in memory if level == 1]
 
     def suspend(level: int) -> None:
-        for tensor in loaded:
-            torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(255)
+        for piece in memory:
+            piece.fill_(255)
+        for piece in cache:
+            piece.fill_(64)  # finite numbers, because kernels on CPU multiply places that are not in use by 0
 
-    backend = SimpleNamespace(suspend=suspend, resume=lambda tags: None)
+    def resume(tags: list[str] | None) -> None:
+        for piece, copy in zip(memory, offloaded, strict=False):
+            piece.copy_(copy)
+
     with (
-        patch.object(worker, "_sleep_mode_backend", backend),
+        patch.object(worker, "_sleep_mode_backend", SimpleNamespace(suspend=suspend, resume=resume)),
         patch("torch.accelerator.synchronize"),
         patch("torch.accelerator.get_memory_info", return_value=(1 << 30, 1 << 30)),
         patch.object(worker, "synchronize_device", create=True),
     ):
-        Worker.sleep(worker, level=2)
+        Worker.sleep(worker, level=level)
+        assert runner_of(llm).model.model.norm.weight.isnan().all()
         Worker.wake_up(worker)
+
+
+def test_sleep_level_1_restores_everything(gpu_engine: Any, loaded: list[Tensor], prompts: Any, expected: Any) -> None:
+    asleep_and_awake(gpu_engine, loaded, level=1)
+    assert greedy(gpu_engine, prompts) == expected
 
 
 @pytest.mark.parametrize("with_adapters", [True, False])
@@ -169,7 +187,7 @@ def test_adapters_outlast_sleep_level_2(
     gone = {tensor.untyped_storage().data_ptr() for tensor in loaded}
     assert len(stacks) > 8
     assert {stack.untyped_storage().data_ptr() for stack in stacks} < gone
-    asleep_and_awake(gpu_engine, loaded)
+    asleep_and_awake(gpu_engine, loaded, level=2)
     assert model.model.norm.weight.isnan().all()
     weights = [pair for file in sorted(composed.glob("*.safetensors")) for pair in load_file(file).items()]
     weights = [(name, tensor) for name, tensor in weights if with_adapters or "_lora" not in name]

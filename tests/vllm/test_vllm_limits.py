@@ -32,7 +32,8 @@ def configured(**options: Any) -> Any:
     cache = SimpleNamespace(cache_dtype=options.pop("cache_dtype", "auto"))
     model_config = SimpleNamespace(hf_config=SimpleNamespace(switch_spec=spec), **model)
     load_config = SimpleNamespace(load_format=options.pop("load_format", "auto"))
-    rest = {"lora_config": None, "speculative_config": None, "load_config": load_config, **options}
+    rest = {"lora_config": None, "speculative_config": None, "weight_transfer_config": None}
+    rest |= {"load_config": load_config, **options}
     return SimpleNamespace(model_config=model_config, cache_config=cache, **rest)
 
 
@@ -65,6 +66,10 @@ def test_cache_types_are_allowed_by_name(cpu: bool) -> None:
         ({"speculative_config": SimpleNamespace(method="draft_model")}, "speculative decoding with draft_model"),
         ({"load_format": "tensorizer"}, "--load-format tensorizer"),
         ({"load_format": "ipc_cache"}, "--load-format ipc_cache"),
+        *(
+            ({"weight_transfer_config": SimpleNamespace(backend=backend)}, f"--weight-transfer-config {backend}")
+            for backend in ("sparse_nccl", "sharded_rdt", "nccl_m2n", "modelexpress")
+        ),
         ({"max_model_len": 1 << 22}, "--max-model-len"),
         ({"adapters": 4096}, "at most 4,095"),
         ({"hiding": object()}, "granite-switch upgrade OLD NEW"),
@@ -79,6 +84,8 @@ def test_what_gpus_kernels_do_not_take_is_refused_there_alone() -> None:
         assert words in refused(False, **options)
         assert not refused(True, **options)
     assert not refused(False)
+    for backend in ("nccl", "ipc", "of_a_trainer"):
+        assert not refused(False, weight_transfer_config=SimpleNamespace(backend=backend))
     for method in ("ngram", "suffix"):
         assert not refused(False, speculative_config=SimpleNamespace(method=method))
 

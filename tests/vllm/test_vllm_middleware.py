@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer
@@ -218,6 +219,47 @@ def test_compression_inside_does_not_hide_answers(composed: Path, spec: SwitchSp
     answer = client.post(CHAT, json={"model": "m:citations", "messages": MESSAGES})
     assert answer.json()["model"] == "m:citations"
     assert "m:citations" in client.get("/v1/models").text
+
+
+@pytest.mark.parametrize("key", [True, False])
+def test_a_refusal_reaches_the_client_through_any_middleware(composed: Path, spec: SwitchSpec, key: bool) -> None:
+    """Starlette's BaseHTTPMiddleware, which vLLM and others derive from, would change an exception."""
+
+    async def check(request: Request, following: Any) -> Any:
+        if "authorization" not in request.headers:
+            return JSONResponse({"error": "Unauthorized"}, 401)
+        response = await following(request)
+        response.headers["x-of-another"] = "kept"
+        return response
+
+    app = application(composed, spec)
+    inside = app.user_middleware.pop()
+    app.add_middleware(BaseHTTPMiddleware, dispatch=check)
+    app.user_middleware.insert(0, inside)
+    client = TestClient(app, raise_server_exceptions=False, headers={"authorization": "right"} if key else None)
+    for body, status, said in [
+        ({"model": "m:nobody", "messages": MESSAGES}, 404, "m:nobody"),
+        ({"model": "m", "chat_template": "{{ messages }}", "messages": MESSAGES}, 400, "chat_template"),
+    ]:
+        answer = client.post(CHAT, json=body)
+        if not key:
+            assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"})
+            continue
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (status, status)
+        assert said in error["message"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert answer.headers["x-of-another"] == "kept"
+        assert int(answer.headers["content-length"]) == len(answer.content)
+    for content in (b"[" * 5000, b'{"model": "m", "x": "\xff"}'):
+        answer = client.post(CHAT, content=content)
+        assert answer.status_code == (400 if key else 401)
+
+
+def test_an_answer_too_deep_to_rewrite_comes_as_it_is(client: TestClient) -> None:
+    deep = 'data: {"model":"m","x":' + "[" * 5000 + "]" * 5000 + "}\n\n"
+    answer = client.post("/v1/responses", json={"model": "m:citations", "input": "", "parts": [deep]})
+    assert answer.text == deep
 
 
 def test_a_path_below_the_servers_root(client: TestClient) -> None:

@@ -1,5 +1,6 @@
 """Loaders, reloading and weights from a trainer: the adapters are renewed, kept or refused, never old ones or noise."""
 
+import json
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -62,6 +63,58 @@ def test_reloading_renews_base_and_adapters(composed: Path, renewed: Path, tmp_p
             reload(llm, weights_iterator=part)
 
 
+def test_a_folder_that_lacks_adapters_or_has_others_is_refused(composed: Path, renewed: Path, tmp_path: Path) -> None:
+    old, bare, other = tmp_path / "old", tmp_path / "bare", tmp_path / "other"
+    for folder, model in ((old, composed), (bare, renewed), (other, renewed)):
+        shutil.copytree(model, folder)
+    config = json.loads((other / "config.json").read_text())
+    config["switch"]["adapters"][0]["alpha"] *= 2
+    (other / "config.json").write_text(json.dumps(config))
+    remove_adapters(bare)
+    with running(old) as llm:
+        prompts = prompts_for(llm)
+        with pytest.raises(CheckpointError, match=rf"(?s){bare}: .*missing: "):
+            reload(llm, weights_path=str(bare))
+        with pytest.raises(CheckpointError, match=rf"{other}: .*has other adapters"):
+            reload(llm, weights_path=str(other))
+        reload(llm, weights_path=str(old))
+        assert texts(llm, prompts) == written(composed, prompts)
+        remove_adapters(old)
+        with pytest.raises(CheckpointError, match=rf"(?s){old}: .*missing: "):
+            reload(llm)
+        reload(llm, weights_path=str(renewed))
+        assert texts(llm, prompts) == written(renewed, prompts)
+
+
+def remove_adapters(folder: Path) -> None:
+    for file in folder.glob("adapter-*.safetensors"):
+        file.unlink()
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if "_lora" not in name}
+    index.write_text(json.dumps(content))
+
+
+def test_a_stream_of_the_whole_base_alone_is_reported(
+    composed: Path, renewed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = {name: tensor for name, tensor in tensors_of(renewed).items() if "_lora" not in name}
+    mixed = tmp_path / "mixed"
+    shutil.copytree(renewed, mixed)
+    for file in composed.glob("adapter-*.safetensors"):
+        shutil.copy(file, mixed)
+    with running(composed) as llm:
+        prompts = prompts_for(llm)
+        reload(llm, weights_iterator=[pair for pair in base.items() if pair[0] != "model.norm.weight"])
+        assert not caplog.records
+        for _ in range(2):
+            caplog.clear()
+            reload(llm, weights_iterator=list(base.items()))
+            assert [record.levelname for record in caplog.records] == ["WARNING"]
+            assert "replaced the whole base and no adapter" in caplog.text
+        assert texts(llm, prompts) == written(mixed, prompts)
+
+
 class Pieces(NCCLWeightTransferEngine):
     """Loads by vLLM's own steps, one tensor a call, out of a folder in place of a trainer's memory."""
 
@@ -70,7 +123,7 @@ class Pieces(NCCLWeightTransferEngine):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         for pair in tensors_of(Path(update_info["folder"])).items():
-            if update_info["only"] in pair[0]:
+            if update_info["only"] in pair[0] and (update_info["adapters"] or "_lora" not in pair[0]):
                 self.model.load_weights([pair])
 
     def shutdown(self) -> None: ...
@@ -79,10 +132,12 @@ class Pieces(NCCLWeightTransferEngine):
 WeightTransferEngineFactory.register_engine("pieces", Pieces)
 
 
-def test_a_trainer_sends_weights_in_pieces(composed: Path, renewed: Path, tmp_path: Path) -> None:
-    def send(folder: Path, only: str = "") -> None:
+def test_a_trainer_sends_weights_in_pieces(
+    composed: Path, renewed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def send(folder: Path, only: str = "", adapters: bool = True) -> None:
         llm.collective_rpc("start_weight_update")
-        llm.collective_rpc("update_weights", args=({"folder": str(folder), "only": only},))
+        llm.collective_rpc("update_weights", args=({"folder": str(folder), "only": only, "adapters": adapters},))
         llm.collective_rpc("finish_weight_update")
         llm.reset_prefix_cache()
 
@@ -102,6 +157,12 @@ def test_a_trainer_sends_weights_in_pieces(composed: Path, renewed: Path, tmp_pa
             back = {name: was[name] for name in tensors if "_proj.weight" in name or "citations-B." in name}
             save_file(tensors | back, file, metadata={"format": "pt"})
         assert texts(llm, prompts) == written(mixed, prompts)
+        assert not caplog.records
+        send(renewed, adapters=False)
+        assert "replaced the whole base and no adapter" in caplog.text
+        with pytest.raises(CheckpointError, match=r"missing: .*answerability"):
+            remove_adapters(mixed)
+            reload(llm, weights_path=str(mixed))
 
 
 def test_random_adapters_do_not_stay_beside_weights_that_are_real(composed: Path) -> None:

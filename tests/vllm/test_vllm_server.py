@@ -160,6 +160,34 @@ def test_sagemakers_way_to_name_an_adapter_is_not_taken_for_the_base(server: htt
     assert post(server, "/invocations", **body("citations"))["model"] == "switch:citations"
 
 
+def test_an_adapter_that_is_named_in_an_odd_way_is_not_taken_for_the_base(server: httpx.Client) -> None:
+    """Where vLLM's own parsing would drop the name."""
+    own = [{**MESSAGES[0], "adapter": "citations"}]
+    short = {"temperature": 0, "max_tokens": 8}
+    for status, fields in [
+        (404, {"model": ["switch:citations"], "messages": MESSAGES}),
+        (400, {"model": "switch", "messages": own, "prompt": "a"}),
+        (400, {"model": "switch:citations", "prompt": "a", "chat_template_kwargs": "x"}),
+        (400, {"model": "switch:citations", "prompt": "a", "truncate_prompt_tokens": "1"}),
+    ]:
+        assert post(server, "/invocations", status, **short, **fields)["error"]["code"] == status
+    wanted = text(chat(server, "citations"))
+    for ignored in ({"prompt": None}, {"input": "a"}):
+        assert text(post(server, "/invocations", **body(None, messages=own, **ignored))) == wanted
+
+
+def test_no_body_is_an_error_of_the_server(server: httpx.Client) -> None:
+    named = json.dumps(body("citations", max_tokens=1))[:-1]
+    deep = [f'{named}, "x": {"[" * depth}{"]" * depth}}}'.encode() for depth in (*range(900, 1000, 7), 100_000)]
+    bodies = [b"", b"null", b"[]", b'"switch:citations"', b"{", b'{"x": "\xff"}', b'{"x": ' + b"1" * 5000 + b"}"]
+    for path in (CHAT, "/invocations", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize"):
+        for content in (*bodies, *deep):
+            answer = server.post(path, content=content, headers={"content-type": "application/json"})
+            assert answer.status_code in (200, 400)
+            if path in (CHAT, "/invocations") and answer.status_code == 200:
+                assert answer.json()["model"] == "switch:citations"
+
+
 def test_what_cannot_be_meant_is_the_clients_error(server: httpx.Client) -> None:
     kwargs = {"chat_template_kwargs": {"adapter_name": "query_rewrite"}}
     assert "citations" in refused(server, CHAT, **body("citations", **kwargs))

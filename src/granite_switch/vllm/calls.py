@@ -23,6 +23,8 @@ _CHAT = {
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/messages/render",
+    "/cohere/v2/chat",
+    "/cohere/v2/chat/render",
 }
 _PROMPT = {"/v1/completions", "/v1/completions/render", "/inference/v1/generate", "/detokenize"}
 _EITHER = {"/tokenize", "/invocations"}  # depends on the body
@@ -87,26 +89,40 @@ class Catalogue:
             body: as the client sent it; if it is not a JSON object, vLLM rejects it.
 
         Raises:
-            Refused: the request names an unknown adapter, or two different ones.
+            Refused: the request names an unknown adapter, or two different ones, or vLLM could read it differently.
         """
         try:
             data = json.loads(body)
-        except (ValueError, RecursionError):
+            return self._call(path, data, body) if isinstance(data, dict) else Call(body)
+        except json.JSONDecodeError:
             return Call(body)
-        if not isinstance(data, dict) or not isinstance(data.get("chat_template_kwargs") or {}, dict):
-            return Call(body)
+        except (ValueError, RecursionError) as error:  # other text encodings, long numbers, deep nesting
+            raise Refused(f"the body cannot be read as JSON: {error}") from None
+
+    def _call(self, path: str, data: dict[str, Any], body: bytes) -> Call:
         name, adapter = self._split(data.get("model"))
-        if path == "/invocations" and isinstance(name, str) and name not in self.names:
+        if path == "/invocations" and name is not None and name not in self.names:
             raise Refused(f"The model `{name}` does not exist.", 404)  # vLLM ignores the name at this endpoint
+        kwargs = data.get("chat_template_kwargs") or {}
         change: dict[str, Any] = {"model": name} if adapter else {}
         slot: int | None
-        if path in _CHAT or (path in _EITHER and "prompt" not in data):
-            more, slot = self._chat(path, data, adapter)
+        if self._is_chat(path, data):
+            if not isinstance(kwargs, dict):
+                return Call(body)  # vLLM rejects it
+            more, slot = self._chat(path, data, kwargs, adapter)
             change |= more
         else:
-            slot = self._prompt(data, adapter)
+            slot = self._prompt(data, kwargs if isinstance(kwargs, dict) else {}, adapter)
         new = json.dumps(data | change).encode() if change else body
         return Call(new, data["model"] if adapter else "", slot)
+
+    def _is_chat(self, path: str, data: Mapping[str, Any]) -> bool:
+        """Whether vLLM renders the chat template."""
+        if path not in _EITHER:
+            return path in _CHAT
+        if data.get("prompt") is not None and data.get("messages") is not None:
+            raise Refused("the request has a prompt and messages; send one of them")
+        return data.get("prompt") is None
 
     def _split(self, model: Any) -> tuple[Any, str]:
         """The served name and the adapter in a request's `model`; no adapter is an empty string."""
@@ -120,15 +136,16 @@ class Catalogue:
                 raise Refused(f"The model `{model}` does not exist. Adapters of `{name}`: {self._list()}.", 404)
         return model, ""
 
-    def _chat(self, path: str, data: Mapping[str, Any], adapter: str) -> tuple[dict[str, Any], int]:
-        kwargs = data.get("chat_template_kwargs") or {}
+    def _chat(
+        self, path: str, data: Mapping[str, Any], kwargs: Mapping[str, Any], adapter: str
+    ) -> tuple[dict[str, Any], int]:
         for template in (data.get("chat_template"), kwargs.get("chat_template")):
             if template is not None and unwrap(str(template)) is None:
                 raise Refused("chat_template is not a composed model's, so adapters and users' text would be misread")
-        key = "input" if path.startswith("/v1/responses") or (path in _EITHER and "input" in data) else "messages"
+        key = "input" if path.startswith("/v1/responses") else "messages"
         messages = data.get(key)
         own = self._from_messages(messages) if isinstance(messages, list) else [None]
-        listed = self._per_user_message(data, own if any(own) else None)
+        listed = self._per_user_message(data, kwargs.get("message_adapters"), own if any(own) else None)
         last = listed[len(own) - 1] if own and len(listed) >= len(own) else None
         named = self._agreed(model=adapter, adapter_name=kwargs.get("adapter_name"), message=last)
         new: dict[str, Any] = {"adapter_name": adapter} if adapter else {}
@@ -137,7 +154,7 @@ class Catalogue:
             new["message_adapters"] = [*own[:-1], named]
             change[key] = [_without(message) for message in messages]
         if new:
-            change["chat_template_kwargs"] = kwargs | new
+            change["chat_template_kwargs"] = {**kwargs, **new}
         return change, self._slot(named or self.defaults.get("adapter_name"))
 
     def _from_messages(self, messages: list[Any]) -> list[str | None]:
@@ -156,9 +173,8 @@ class Catalogue:
                 raise Refused(f"adapter: only user messages can name one; {name!r} is in another message")
         return found
 
-    def _per_user_message(self, data: Mapping[str, Any], own: Sequence[str | None] | None) -> list[Any]:
+    def _per_user_message(self, data: Mapping[str, Any], given: Any, own: Sequence[str | None] | None) -> list[Any]:
         """The adapter of each user message, from the messages or `message_adapters`; empty if neither names any."""
-        given = (data.get("chat_template_kwargs") or {}).get("message_adapters")
         if own is not None and given not in (None, own):
             raise Refused("message_adapters differs from the messages' own `adapter`")
         listed = given if own is None else own
@@ -177,11 +193,12 @@ class Catalogue:
             raise Refused("an adapter for each message: send all messages, not previous_response_id")
         return listed
 
-    def _prompt(self, data: Mapping[str, Any], adapter: str) -> int | None:
-        kwargs = data.get("chat_template_kwargs") or {}
+    def _prompt(self, data: Mapping[str, Any], kwargs: Mapping[str, Any], adapter: str) -> int | None:
         named = self._agreed(model=adapter, adapter_name=kwargs.get("adapter_name"))
         limit = data.get("truncate_prompt_tokens")
-        if isinstance(limit, int):
+        if limit is not None:
+            if not isinstance(limit, int):
+                raise Refused("truncate_prompt_tokens must be an integer")  # vLLM takes "5" and 5.0 too
             limit = self.max_model_len - 1 if limit < 0 else limit
             if any(self._can_be_cut(prompt, limit) for prompt in _prompts(data.get("prompt"))):
                 raise Refused("truncate_prompt_tokens could cut off control tokens; send a shorter prompt")

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from granite_switch.core.spec import SwitchSpec
-from granite_switch.vllm.calls import last_slot
+from granite_switch.vllm.calls import Refused, last_slot
 
 # vLLM's beam search sends the engine a request of its own for every token
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")
@@ -25,6 +25,7 @@ class Asked:
 
     model: str = ""
     slot: int | None = None
+    refused: Refused | None = None
     beams: set[str] = field(default_factory=set)
 
 

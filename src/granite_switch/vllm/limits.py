@@ -12,6 +12,8 @@ _CACHES = ("auto", "float16", "bfloat16")
 _CACHES_ON_CPU = (*_CACHES, "fp8", "fp8_e4m3", "fp8_e5m2")  # exact on CPU, where queries stay unquantised
 # loaders that fill the parameters, or share them between processes, without passing the adapters to the model
 _LOADERS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache", "modelexpress")
+# weight transfer that writes to parameters, sends differences, or replays one load: not whole tensors to the model
+_TRANSFERS = ("sparse_nccl", "sharded_rdt", "nccl_m2n", "modelexpress")
 _DRAFTS = ("ngram", "suffix")  # draft from the text alone, without a model
 
 
@@ -71,6 +73,11 @@ def _of_engine(vllm_config: "VllmConfig") -> list[str]:
     loader = vllm_config.load_config.load_format
     if loader in _LOADERS:
         problems.append(f"--load-format {loader}: does not pass the adapters to the model; use auto")
+    transfer = vllm_config.weight_transfer_config
+    if transfer is not None and transfer.backend in _TRANSFERS:
+        problems.append(
+            f"--weight-transfer-config {transfer.backend}: does not pass whole tensors to the model; use nccl or ipc"
+        )
     draft = vllm_config.speculative_config
     if draft is not None and draft.method not in _DRAFTS:
         problems.append(

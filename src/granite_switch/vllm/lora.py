@@ -22,6 +22,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from granite_switch import eager
 from granite_switch.core.spec import SwitchSpec
+from granite_switch.errors import ServingError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM's kernels support
 
@@ -38,7 +39,6 @@ class Router(nn.Module):
         super().__init__()
         self.vllm_config = vllm_config
         self.adapters = len(spec.adapters)
-        self.tokens = vllm_config.scheduler_config.max_num_batched_tokens
 
     def route(self, slots: Tensor) -> None:
         """Prepare the linears' metadata from the slots, [T] int32, once per forward pass."""
@@ -52,6 +52,9 @@ class Router(nn.Module):
             name: its path in the model.
             members: names of the base's linears that it packs, without their parents.
             rank: the largest rank among its adapters.
+
+        Raises:
+            ServingError: vLLM has no LoRA layer for it.
         """
         raise NotImplementedError
 
@@ -94,9 +97,9 @@ class SwitchedLinear(LinearMethodBase):
 
 
 def lora_layer(
-    linear: LinearBase, members: Sequence[str], adapters: int, rank: int, vllm_config: VllmConfig
-) -> BaseLayerWithLoRA | None:
-    """vLLM's LoRA layer for a linear, with `adapters` zero adapters; None if vLLM has no LoRA layer for it."""
+    linear: LinearBase, name: str, members: Sequence[str], adapters: int, rank: int, vllm_config: VllmConfig
+) -> BaseLayerWithLoRA:
+    """vLLM's LoRA layer for a linear, with `adapters` zero adapters."""
     repacked = getattr(linear, "weight", linear) is None  # as after repacking for oneDNN's int8 kernels
     if repacked:
         linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # LoRA layers read the device from it
@@ -104,7 +107,9 @@ def lora_layer(
     layer = from_layer(linear, adapters, settings, list(members), vllm_config.model_config.hf_config)
     if repacked:
         linear.weight = None
-    return None if layer is linear else layer
+    if layer is linear:
+        raise ServingError(f"{name}: vLLM has no LoRA layer for {type(linear).__name__}")
+    return layer
 
 
 def _settings(rank: int, vllm_config: VllmConfig) -> SimpleNamespace:
@@ -136,9 +141,10 @@ class TritonRouter(Router):
 
     def __init__(self, spec: SwitchSpec, vllm_config: VllmConfig) -> None:
         super().__init__(spec, vllm_config)
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
         tables = {
-            "mapping": torch.empty(self.tokens, dtype=torch.int32),  # adapter index of each token, -1 for none
-            "order": torch.empty(self.tokens, dtype=torch.int32),  # tokens sorted by adapter
+            "mapping": torch.empty(tokens, dtype=torch.int32),  # adapter index of each token, -1 for none
+            "order": torch.empty(tokens, dtype=torch.int32),  # tokens sorted by adapter
             "ids": torch.arange(-1, self.adapters, dtype=torch.int32),
             "counts": torch.empty(self.adapters + 1, dtype=torch.int32),
             "starts": torch.zeros(self.adapters + 2, dtype=torch.int32),
@@ -169,7 +175,7 @@ class TritonLinear(SwitchedLinear):
     def __init__(self, router: TritonRouter, linear: LinearBase, name: str, members: Sequence[str], rank: int) -> None:
         padded = next(size for size in RANKS if size >= rank)
         self.router = router
-        self.layer: Any = lora_layer(linear, members, router.adapters, padded, router.vllm_config)
+        self.layer: Any = lora_layer(linear, name, members, router.adapters, padded, router.vllm_config)
         for matrix in "ab":
             for index, stack in enumerate(getattr(self.layer, f"lora_{matrix}_stacked")):
                 router.register_buffer(f"{name}.{matrix}{index}".replace(".", "_"), stack, persistent=False)
@@ -226,7 +232,7 @@ class EagerLinear(SwitchedLinear):
 
     def __init__(self, router: EagerRouter, linear: LinearBase, name: str, members: Sequence[str]) -> None:
         self.router = router
-        self.layer: Any = lora_layer(linear, members, 1, 1, router.vllm_config)  # shards one adapter at a time
+        self.layer: Any = lora_layer(linear, name, members, 1, 1, router.vllm_config)  # shards one adapter at a time
         self.pairs: dict[int, eager.Pair] = {}
         super().__init__(linear, f"granite_switch.{name}")
         router.context[self.name] = self

@@ -5,8 +5,10 @@ linears add the adapters' updates (`lora`); control tokens cannot be generated. 
 compilation are vLLM's.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
@@ -30,8 +32,10 @@ from granite_switch.core.records import read_config
 from granite_switch.core.spec import AdapterSpec, SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, ServingError
 from granite_switch.vllm.linears import Place, find
-from granite_switch.vllm.lora import SwitchedLinear, lora_layer, make_router
+from granite_switch.vllm.lora import SwitchedLinear, make_router
 from granite_switch.vllm.switch import Switch
+
+logger = logging.getLogger("granite_switch")
 
 _Decoder: Any = object  # in the made class, vLLM's class of the decoder takes its place
 
@@ -47,11 +51,9 @@ class Switched(_Decoder):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.spec = config.switch_spec
         self.load_format = vllm_config.load_config.load_format
-        self.folder = Path(vllm_config.model_config.model)
         self.in_pieces = vllm_config.weight_transfer_config is not None  # a trainer may send one tensor per call
         text = config.get_text_config()
         self.router = make_router(self.spec, vllm_config)
-        self.dtype = vllm_config.model_config.dtype
         if get_pp_group().is_first_rank:
             name = maybe_prefix(prefix, f"switch.{text.num_hidden_layers}")
             self.switch = Switch(self.spec, text.vocab_size, vllm_config, name)
@@ -62,6 +64,8 @@ class Switched(_Decoder):
         self.random = False  # set while the adapters have the random values of `--load-format dummy`
         self.pending: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, until the linears can take them
         self.kept: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, of which `in_pieces` replaces some
+        self.base: set[str] = set()  # the base's parameters, as its loader names them
+        self.replaced: set[str] = set()  # what new weights replaced since they last replaced the whole base
         make: Any = getattr(self, "make_empty_intermediate_tensors", None)
         if make is not None:
             self.make_empty_intermediate_tensors = _with_slots(make)
@@ -106,21 +110,22 @@ class Switched(_Decoder):
         """Load the base with vLLM's loader, and keep the adapters until its linears can take them.
 
         When called again (vLLM reloads weights, or a trainer sends new ones), the adapters in `weights` are replaced.
-        They must then be complete, except with `--weight-transfer-config`.
+        They must then be complete. With `--weight-transfer-config` some are enough, and a stream may have none.
 
         Raises:
             CheckpointError: adapter tensors are missing, unknown or of another shape than config.json says, or another
                 command has replaced the folder, or the adapters have random values (`--load-format dummy`) and the
                 new weights do not replace them.
         """
+        stored = not self.finished or _are_stored(weights)
         before = state_of(self.folder)
         self.pending = {}
         loaded = super().load_weights(self._without_adapters(weights))
-        if not self.finished:
+        if stored:
             self._check_state(before)
-        names = {tensor.key for tensor in self.pending}
-        if self.pending or not self.finished:
-            self._check_adapters()
+        new = loaded | {tensor.key for tensor in self.pending}
+        if self.pending or stored:
+            self._check_adapters(stored)
             self.random = False
         elif self.random:
             raise CheckpointError(
@@ -128,18 +133,38 @@ class Switched(_Decoder):
                 hint="start with --load-format auto, or send the adapters too",
             )
         if self.finished:
+            self._warn_of_old_adapters(new)
             self._fill()
-        return loaded | names
+        else:
+            self.base = loaded
+        return new
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder, which changes when vLLM reloads weights from another one."""
+        return Path(self.router.vllm_config.model_config.model)
 
     def _check_state(self, before: tuple[int, ...]) -> None:
-        """Config and weights must be of one state of the folder: vLLM reads them at different times."""
+        """Weights must be of one state of the folder, and of the config that vLLM read before."""
         path = self.folder / "config.json"
         now = read_config(path).get("switch") if path.is_file() else None
-        if state_of(self.folder) != before or (now and SwitchSpec.from_dict(now).adapters != self.spec.adapters):
+        if state_of(self.folder) != before or (now and _fixed(SwitchSpec.from_dict(now)) != _fixed(self.spec)):
             raise CheckpointError(
-                f"{self.folder}: changed while it was being loaded",
-                hint="start again when the other command has finished",
+                f"{self.folder}: changed while it was being loaded, or has other adapters than the engine started with",
+                hint="start the engine again when no other command is changing the folder",
             )
+
+    def _warn_of_old_adapters(self, new: set[str]) -> None:
+        """Warn when the whole base was replaced and no adapter: only the sender knows whether that is meant."""
+        self.replaced |= new
+        if not self._places or not self.base <= self.replaced:
+            return
+        if self.base == self.replaced:
+            logger.warning(
+                "new weights replaced the whole base and no adapter: the adapters are still those of the old base. If "
+                "they were trained too, send them as well"
+            )
+        self.replaced = set()
 
     def _without_adapters(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The base's weights; moves the adapters' tensors to `pending`."""
@@ -165,20 +190,29 @@ class Switched(_Decoder):
         """The linears that adapters update and that are on this pipeline rank, by their paths in the base's files."""
         return find(self, dict.fromkeys(path for adapter in self.spec.adapters for path in adapter.ranks))
 
+    @cached_property
+    def _members(self) -> dict[str, list[str | None]]:
+        """For each of vLLM's linears, the paths of those that it packs; None for those that no adapter updates."""
+        result: dict[str, list[str | None]] = {}
+        for path, place in self._places.items():
+            result.setdefault(place.module, [None] * len(place.members))[place.index] = path
+        return result
+
     def _expected(self) -> dict[AdapterTensor, tuple[int, ...]]:
         """Shapes of the adapters' tensors for the linears on this pipeline rank."""
         shapes = {path: place.shape for path, place in self._places.items()}
         return {t: shape for adapter in self.spec.adapters for t, shape in adapter.tensors(shapes).items()}
 
-    def _check_adapters(self) -> None:
+    def _check_adapters(self, stored: bool) -> None:
         expected = self._expected()
         elsewhere = {path for adapter in self.spec.adapters for path in adapter.ranks} - set(self._places)
         self.pending = {t: value for t, value in self.pending.items() if t.linear not in elsewhere}
         found = {t.key: tuple(value.shape) for t, value in self.pending.items()}
-        partial = self.in_pieces and self.finished and not self.random
+        partial = self.in_pieces and not stored and not self.random
         wanted = {t.key: shape for t, shape in expected.items() if t in self.pending or not partial}
         if problems := shape_problems(found, wanted):
-            raise CheckpointError("the adapters' tensors do not match config.json", problems=problems)
+            source = self.folder if stored else "new weights"
+            raise CheckpointError(f"{source}: the adapters' tensors do not match config.json", problems=problems)
 
     def process_weights_after_loading(self) -> None:
         """Attach the adapters. vLLM calls this after loading, when quantised linears are repacked.
@@ -193,32 +227,20 @@ class Switched(_Decoder):
         self.random = self.load_format == "dummy"
         if self.random:
             self.pending = {t: torch.randn(shape) * 1e-3 for t, shape in self._expected().items()}
+            self.base = {name for name, _ in self.named_parameters()}
         elif self._places and not self.pending:
             raise _not_loaded(self.load_format)
-        for place in self._places.values():
-            if place.module not in self.linears:
-                self.linears[place.module] = self._attach(place)
+        for module, members in {place.module: place.members for place in self._places.values()}.items():
+            rank = max(a.ranks.get(path, 0) for a in self.spec.adapters for path in self._members[module] if path)
+            self.linears[module] = self.router.attach(self.get_submodule(module), module, members, rank)
         self.finished = True
         self._fill()
-
-    def _attach(self, place: Place) -> SwitchedLinear:
-        linear = self.get_submodule(place.module)
-        if lora_layer(linear, place.members, 1, 1, self.router.vllm_config) is None:
-            raise ServingError(f"{place.module}: vLLM has no LoRA layer for {type(linear).__name__}")
-        rank = max(a.ranks.get(path, 0) for a in self.spec.adapters for path in self._packed(place.module) if path)
-        return self.router.attach(linear, place.module, place.members, rank)
-
-    def _packed(self, module: str) -> list[str | None]:
-        """The paths of the members of one of vLLM's linears; None for members that no adapter updates."""
-        here = {place.index: path for path, place in self._places.items() if place.module == module}
-        members = next(place.members for place in self._places.values() if place.module == module)
-        return [here.get(index) for index in range(len(members))]
 
     def _fill(self) -> None:
         """Move the pending adapters into the linears."""
         self.kept |= self.pending
         for module, name in dict.fromkeys((self._places[t.linear].module, t.adapter) for t in self.pending):
-            pairs = [self._pair(self.spec.adapter(name), path) for path in self._packed(module)]
+            pairs = [self._pair(self.spec.adapter(name), path) for path in self._members[module]]
             self.linears[module].set(self.spec.slot(name), *zip(*pairs, strict=True))
         self.pending = {}
         if not self.in_pieces:
@@ -230,6 +252,16 @@ class Switched(_Decoder):
             return None, None
         a, b = (self.kept[AdapterTensor(adapter.name, path, matrix)] for matrix in "AB")
         return a, b.float() * adapter.scale_of(path)
+
+
+def _are_stored(weights: Iterable[tuple[str, Tensor]]) -> bool:
+    """Whether weights come from a folder: vLLM passes on the generator of a loader's `get_all_weights`."""
+    return getattr(weights, "__name__", "") == "get_all_weights"
+
+
+def _fixed(spec: SwitchSpec) -> list[AdapterSpec]:
+    """The adapters' records without what changes when only their values do."""
+    return [replace(adapter, source="", sha256="", digest="", warnings=()) for adapter in spec.adapters]
 
 
 def _not_loaded(load_format: str) -> ServingError:

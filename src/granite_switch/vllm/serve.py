@@ -2,12 +2,14 @@
 
 `GET /v1/models` lists `NAME:ADAPTER` next to NAME. A request for `NAME:ADAPTER` becomes one for NAME that passes the
 adapter to the chat template. Every request goes through vLLM's application, so its authentication, validation and
-metrics apply: the body is rewritten when the application reads it, and errors are raised there.
+metrics apply: the body is rewritten when the application reads it. If it is refused, the application reads an empty
+body, and its response is replaced.
 """
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +54,10 @@ class AdapterModels:
                 _uncompressed(scope)
                 renamed = path == "/invocations" and _SAGEMAKER in dict(scope["headers"])
                 receive = _Body(receive, _refuse_header if renamed else partial(catalogue.read, path), request)
-                send = _Answer(send, lambda: partial(_rename, request.model) if request.model else None)
+                send = _Answer(send, request, lambda: partial(_rename, request.model) if request.model else None)
             elif scope["method"] == "GET" and path == "/v1/models":
                 _uncompressed(scope)
-                send = _Answer(send, lambda: partial(_list, catalogue))
+                send = _Answer(send, request, lambda: partial(_list, catalogue))
             await self.app(scope, receive, send)
         finally:
             asked.reset(token)
@@ -155,12 +157,11 @@ class _Body:
         return {"type": "http.request", "body": self._rewritten(b"".join(parts)), "more_body": False}
 
     def _rewritten(self, body: bytes) -> bytes:
-        from fastapi import HTTPException
-
         try:
             call = self.read(body)
         except Refused as refusal:
-            raise HTTPException(refusal.status, refusal.message) from None
+            self.request.refused = refusal
+            return b""
         self.request.model, self.request.slot = call.model, call.slot
         return call.body
 
@@ -168,19 +169,32 @@ class _Body:
 class _Answer:
     """Sends the response with its JSON rewritten: a whole body, or each event of a stream as it arrives."""
 
-    def __init__(self, send: Send, rewriter: Callable[[], Callable[[Any], None] | None]) -> None:
-        self.send, self.rewriter = send, rewriter
+    def __init__(self, send: Send, request: Asked, rewriter: Callable[[], Callable[[Any], None] | None]) -> None:
+        self.send, self.request, self.rewriter = send, request, rewriter
         self.rewrite: Callable[[Any], None] | None = None
         self.start: Message = {}
         self.kind, self.held = "", b""
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if self.request.refused:
+            if message["type"] == "http.response.start":
+                await self._refuse(self.request.refused, message)
+        elif message["type"] == "http.response.start":
             await self._started(message)
         elif message["type"] == "http.response.body" and self.kind:
             await self._passed(message.get("body", b""), message.get("more_body", False))
         else:
             await self.send(message)
+
+    async def _refuse(self, refused: Refused, start: Message) -> None:
+        """Send an error in OpenAI's format, as vLLM does, with the headers of other middleware."""
+        kind = HTTPStatus(refused.status).phrase
+        error = {"message": refused.message, "type": kind, "param": None, "code": refused.status}
+        body = json.dumps({"error": error}).encode()
+        headers = [(k, v) for k, v in start.get("headers", ()) if not k.lower().startswith(b"content-")]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self.send({"type": "http.response.start", "status": refused.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
 
     async def _started(self, message: Message) -> None:
         self.rewrite = self.rewriter() if message["status"] == 200 else None
@@ -212,11 +226,11 @@ class _Answer:
     def _json(self, text: bytes) -> bytes:
         try:
             data = json.loads(text)
-        except ValueError:
+            if self.rewrite:
+                self.rewrite(data)
+            return json.dumps(data, separators=(",", ":")).encode()
+        except (ValueError, RecursionError):
             return text
-        if self.rewrite:
-            self.rewrite(data)
-        return json.dumps(data, separators=(",", ":")).encode()
 
 
 def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
