@@ -70,6 +70,10 @@ def make_base(folder: Path, family: str, gigabytes: float) -> None:
         "tie_word_embeddings": True,
     }
     (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    used = max(tokenizer["model"]["vocab"].values(), default=0), *(t["id"] for t in tokenizer["added_tokens"])
+    tokenizer["model"]["vocab"] |= {f"word{i}": i for i in range(max(used) + 1, VOCABULARY)}  # a token for every row
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     weight_map = {}
 
     def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:

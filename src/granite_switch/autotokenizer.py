@@ -91,12 +91,13 @@ def _base_problems(composed: Any, base: Any) -> Iterator[str]:
 def _control_problems(spec: SwitchSpec, composed: Any) -> Iterator[str]:
     """Control tokens that are not encoded as one special token in every position."""
     tokens = {spec.base_token: spec.base_token_id, **{a.token: a.token_id for a in spec.adapters}}
+    added = composed.added_tokens_decoder  # rebuilt on every access
     for text, index in tokens.items():
         for around in (text, f"a{text}b", f" {text} {text}\n"):
             found = composed.encode(around, add_special_tokens=False).count(index)
             if found != around.count(text):
                 yield f"{around!r} has {text} {around.count(text)} times, but its ids have it {found} times"
-        if not composed.added_tokens_decoder[index].special:
+        if not added[index].special:
             yield f"{text} is not a special token"
 
 
