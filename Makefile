@@ -30,7 +30,7 @@ help:
 	@echo "make test-gguf  builds llama.cpp once and tests the export in it"
 	@echo "make test-matrix  the transformers backend on the oldest, a middle and the newest release"
 	@echo "make test-newest  the same with the newest release of every dependency, in its own environment"
-	@echo "make soak       kills two hundred changes midway, and runs many random sequences of changes"
+	@echo "make soak       kills more than two hundred changes midway, and runs many random sequences of changes"
 	@echo "make fuzz       every command on 20,000 damaged files (minutes)"
 	@echo "make test-notebooks  runs the notebooks and stores their outputs"
 	@echo "make test-tools  lm_eval on a composed model, in a process that never imports the package"
@@ -120,7 +120,7 @@ $(LLAMA_SDIST): | .venv/.stamp
 	tar xzf $(LLAMA_SDIST) -C $@ --strip-components=3 \
 	  $(addprefix llama_cpp_python-$(LLAMA)/vendor/llama.cpp/,conversion gguf-py convert_hf_to_gguf.py)
 
-# Two hundred kills and many random sequences of changes to a model.
+# More than two hundred kills and many random sequences of changes to a model.
 soak: setup
 	SOAK=1 $(BIN)/python -m pytest tests/maintain -q
 

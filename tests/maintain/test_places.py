@@ -47,7 +47,7 @@ def python(*arguments: object) -> list[str]:
 
 
 def test_killed_at_random_moments(model: Path, pool: Path) -> None:
-    rounds = 200 if SOAK else 40
+    rounds = 600 if SOAK else 40  # more than two hundred kills
     line = python(HERE / "killer.py", model, pool, rounds, 7)
     done = subprocess.run(line, capture_output=True, text=True, timeout=15 * rounds, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
