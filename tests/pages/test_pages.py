@@ -109,7 +109,7 @@ def test_what_pages_name_exists(page: Path) -> None:
 
 
 def test_figures_of_the_readme_are_measured() -> None:
-    """Every figure in the README's tables of measurements and comparison is in docs/performance.md or docs/real-model.md."""
+    """Every figure in the README's tables of measurements is in docs/performance.md or docs/real-model.md."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     measured = "".join(
         (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("performance", "real-model")
