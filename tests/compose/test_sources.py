@@ -152,6 +152,11 @@ def test_snapshots_are_named_after_their_repository(base: Path, adapters: Path, 
     assert SwitchSpec.from_dict(json.loads((tmp_path / "out/config.json").read_text())["switch"]) == composed.spec
 
 
+def test_a_source_that_is_neither_file_nor_folder_is_an_error(base: Path) -> None:
+    with pytest.raises(SwitchError, match="/dev/null: contains no adapter"):
+        prepare(base, ["/dev/null"])
+
+
 def test_links_are_named_after_themselves(base: Path, adapters: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine").symlink_to(adapters / "citations")
     (tmp_path / "all").mkdir()

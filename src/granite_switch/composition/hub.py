@@ -103,8 +103,11 @@ def open_repository(ref: HubRef, error: type[SwitchError]) -> Repository:
 
 
 def files_below(folder: Path, depth: int = 8) -> Iterator[str]:
-    """Yield the relative paths of a folder's files in order, down to `depth` levels. Links to folders are followed."""
-    if depth < 0:
+    """Yield the relative paths of a folder's files in order, down to `depth` levels. Links to folders are followed.
+
+    A path that is not a folder has none.
+    """
+    if depth < 0 or not os.path.isdir(folder):
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if os.path.isdir(entry.path):  # a link to itself is none
