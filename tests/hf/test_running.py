@@ -48,6 +48,11 @@ def greedy(model, ids, mask=None, **options):
     )
 
 
+def test_int32_ids_are_read_as_int64(model, mixed):
+    with torch.no_grad():
+        assert torch.equal(model(mixed.int()).logits, model(mixed).logits)
+
+
 class TestAttention:
     @pytest.mark.parametrize(
         "name", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow), "flash_attention_2"]

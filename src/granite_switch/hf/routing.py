@@ -60,7 +60,7 @@ class Switch(nn.Module):
 
         Arguments as for `slots_of`.
         """
-        return slots_of(input_ids, self.control_to_slot, initial, starts), self.control_to_substitute.take(input_ids)
+        return slots_of(input_ids, self.control_to_slot, initial, starts), self.control_to_substitute[input_ids]
 
 
 def slots_of(
@@ -74,7 +74,7 @@ def slots_of(
         initial: [B] int64, the slot in force before the first token; None for 0.
         starts: [B, S] bool, true where a packed sequence begins, in slot 0; None if there are none.
     """
-    switches = control_to_slot.take(input_ids)
+    switches = control_to_slot[input_ids]
     if starts is not None:
         switches = torch.where(starts & (switches < 0), 0, switches)
     if input_ids.shape[1] == 1:
