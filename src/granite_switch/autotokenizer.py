@@ -118,10 +118,13 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the differences between two folders' tokenizers as JSON."""
-    print(json.dumps(differences(*map(Path, arguments))))
+def main() -> None:
+    """Import transformers, then read the composed folder and its base's from stdin and print their differences."""
+    from transformers import AutoTokenizer  # noqa: F401  (takes seconds, during which the caller reads its adapters)
+
+    if line := sys.stdin.readline():
+        print(json.dumps(differences(*map(Path, json.loads(line)))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

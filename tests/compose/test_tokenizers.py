@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 import granite_switch.hf  # noqa: F401  (registers the Auto classes; the worker does without)
 from granite_switch import Conversation, compose
 from granite_switch.autotokenizer import differences
-from granite_switch.composition.proof import finish_proof, start_proof
+from granite_switch.composition import proof
 from granite_switch.composition.reading import _REGISTERED, read_as_base
 from granite_switch.composition.verify import find_problems
 from granite_switch.core.tokenizer import read_tokenizer
@@ -148,7 +148,7 @@ def test_a_proof_that_fails_names_what_differs(root: Path) -> None:
     base = write_base(root / "cohere" / "base", Case("cohere", "CohereTokenizer", "bytes"))
     composed = write_composed(root / "cohere" / "composed", base)
     with pytest.raises(BaseModelError, match="reads the composed tokenizer differently") as raised:
-        finish_proof(start_proof(composed, base))
+        proof.check(proof.differences(composed, base))
     assert any("they differ from index" in line for line in raised.value.problems)
 
 
@@ -164,7 +164,7 @@ def test_control_tokens_that_are_undone_are_found(key: str, root: Path) -> None:
         composed / "tokenizer_config.json", **{key: ["<|switch:cite|>"]} if key.startswith("extra") else {key: {}}
     )
     with pytest.raises(BaseModelError):
-        finish_proof(start_proof(composed, base))
+        proof.check(proof.differences(composed, base))
 
 
 def test_code_of_its_own_is_refused(tmp_path: Path) -> None:

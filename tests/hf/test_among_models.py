@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import granite_switch.hf as switch_hf
+from granite_switch.core.layout import SUFFIX
 from granite_switch.core.routing import substitute
 from granite_switch.errors import CheckpointError, RoutingError
 from granite_switch.hf import models
@@ -328,15 +329,96 @@ def test_eight_threads(model, reference):
     assert found == [expected[name] for name in names]
 
 
-class TestHooks:
-    def test_a_linear_that_is_replaced_has_its_adapters_again(self, own, reference):
+def like(old):
+    new = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+    new.weight = old.weight
+    return new
+
+
+def with_hooks_of(old):
+    """As torch.ao.quantization replaces a linear."""
+    new = like(old)
+    for hook in old._forward_hooks.values():
+        new.register_forward_hook(hook)
+    return new
+
+
+def with_attributes_of(old):
+    new = like(old)
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def nothing(*_):
+    """A forward hook."""
+
+
+class Wrapper(torch.nn.Module):
+    """As PEFT wraps a linear."""
+
+    def __init__(self, old):
+        super().__init__()
+        self.base_layer = old
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+class TestLinears:
+    @pytest.mark.parametrize("hooked", [False, True])
+    @pytest.mark.parametrize("replacement", [like, with_hooks_of, with_attributes_of, Wrapper])
+    @torch.no_grad()
+    def test_a_replaced_linear_has_its_adapters_once(self, own, reference, replacement, hooked):
+        ids, expected = reference.prompts["answerability"], reference.logits["answerability"]
+        attention = own.model.layers[0].self_attn
+        old = attention.q_proj
+        if hooked:
+            old.register_forward_hook(nothing)
+            assert torch.equal(own(ids).logits, expected)
+        attention.q_proj = replacement(old)
+        assert torch.equal(own(ids).logits, expected)
+        attention.q_proj = old
+        assert torch.equal(own(ids).logits, expected)
+        own = copy.deepcopy(own)
+        own.model.layers[0].self_attn.q_proj.weight.data.zero_()
+        assert not torch.equal(own(ids).logits, expected)
+        assert torch.equal(own(ids).logits, pickle.loads(pickle.dumps(own))(ids).logits)
+
+    @torch.no_grad()
+    def test_hooks_see_the_update_and_may_change_the_input(self, own, reference):
         ids = reference.prompts["answerability"]
-        old = own.model.layers[0].self_attn.q_proj
-        new = torch.nn.Linear(old.in_features, old.out_features, bias=False)
-        new.weight = old.weight
-        own.model.layers[0].self_attn.q_proj = new
-        with torch.no_grad():
-            assert torch.equal(own(ids).logits, reference.logits["answerability"])
+        mlp, slot = own.model.layers[0].mlp, 1 + own.config.switch_spec.names.index("answerability")
+        linear, pair = mlp.down_proj, mlp._modules["down_proj" + SUFFIX].pair(slot)
+        own(ids)
+        seen = []
+        handles = [
+            linear.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+            linear.register_forward_hook(lambda module, args, output: seen.append((args[0], output.clone()))),
+        ]
+        own(ids)
+        x, y = seen[0]
+        plain = torch.nn.functional.linear(x, linear.weight)
+        update = torch.nn.functional.linear(x @ pair.a.T, pair.b) * pair.scale
+        assert update[0, -1].abs().max() > 1e-3
+        torch.testing.assert_close(y[0, -1], (plain + update)[0, -1])
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(own(ids).logits, reference.logits["answerability"])
+
+    @pytest.mark.filterwarnings("ignore:torch.ao.quantization")
+    @torch.no_grad()
+    def test_linears_quantised_after_loading(self, own, reference):
+        from torch.ao.quantization import quantize_dynamic
+
+        ids, expected = reference.prompts["answerability"], reference.logits["answerability"]
+        own(ids)
+        quantised = quantize_dynamic(own, {torch.nn.Linear}, dtype=torch.qint8)
+        assert type(quantised.model.layers[0].mlp.down_proj) is not torch.nn.Linear
+        error = (quantised(ids).logits - expected).abs().max()
+        for name, parameter in own.named_parameters():
+            if name.endswith("-B"):
+                parameter.zero_()
+        assert error < (own(ids).logits - expected).abs().max() / 4
 
     def test_a_linear_that_is_gone(self, own, reference):
         own.model.layers[0].self_attn.q_proj = None

@@ -124,7 +124,7 @@ def test_slots_alone_listing_and_errors(base: Path, library: Path, tmp_path: Pat
         ("granite_switch.hf", "load_model", "AutoModelForCausalLM"),
         ("granite_switch.hf", "MultiSwitch", "routes by itself"),
         ("granite_switch.hf.switch", "create_switch", "routes by itself"),
-        ("granite_switch.hf.core.lora", "SwitchedLoRALinear", "hooks"),
+        ("granite_switch.hf.core.lora", "SwitchedLoRALinear", "the base's own linears"),
     ],
 )
 def test_imports_that_are_gone_say_what_to_use(module: str, name: str, instead: str) -> None:

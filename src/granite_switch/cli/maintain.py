@@ -280,14 +280,14 @@ def _matched(
 def _compare(folder: Path, adapters: dict[str, Path], base: Path | None, dtype: str) -> list[Any]:
     try:
         import granite_switch.hf  # noqa: F401  (registers the Auto classes)
-        from granite_switch.composition.proof import start_proof
+        from granite_switch.composition.proof import differences
         from granite_switch.hf.verify import compare
     except ImportError as error:
         raise CheckpointError(
             f"--against needs torch, transformers and peft ({error.name} is missing)",
             hint="pip install 'granite-switch[hf]' peft",
         ) from None
-    if problems := start_proof(folder, base)():
+    if problems := differences(folder, base):
         raise CheckpointError(
             f"{folder}: the tokenizer gives other results in transformers than the base's",
             problems=problems[:8],

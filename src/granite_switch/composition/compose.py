@@ -8,6 +8,7 @@ from typing import Any
 from granite_switch.composition.base import read_base
 from granite_switch.composition.hub import snapshot_of
 from granite_switch.composition.plan import Plan, assemble, read_slots
+from granite_switch.composition.proof import Prover
 from granite_switch.composition.sources import Selection, Source, base_folder, discover, own_name, placed
 from granite_switch.composition.write import write_model
 from granite_switch.core.progress import Progress
@@ -40,9 +41,10 @@ def compose(
         SwitchError: lists everything that is wrong and how to fix it; no partial output is left.
     """
     check_target(Path(output), force=force)
-    planned = prepare(base, adapters, **options)
-    with staged(Path(output), force=force) as folder:
-        write_model(planned, folder, progress)
+    with Prover() as prover:  # begins to import transformers
+        planned = prepare(base, adapters, **options)
+        with staged(Path(output), force=force) as folder:
+            write_model(planned, folder, progress, prover=prover)
     return planned
 
 

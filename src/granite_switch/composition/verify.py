@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from granite_switch.composition import placement as place
+from granite_switch.composition import proof
 from granite_switch.composition.adapters import io_problem
 from granite_switch.composition.composed import tensor_problems, unwrapped
-from granite_switch.composition.proof import start_proof
 from granite_switch.composition.sources import model_folder
 from granite_switch.composition.weights import nonfinite
 from granite_switch.composition.write import adapter_index
@@ -75,7 +75,7 @@ def find_problems(folder: Path, *, deep: bool = False, prove: bool = True) -> li
     if tokenizer:
         found = _token_problems(tokenizer, spec)
         if prove and not found:
-            found = [f"AutoTokenizer: {line}" for line in start_proof(folder)()]
+            found = [f"AutoTokenizer: {line}" for line in proof.differences(folder)]
         problems += found
         problems += _template_problems(folder, tokenizer, spec)
     return problems + _client_problems(folder, config, spec)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from granite_switch.composition import proof
 from granite_switch.composition.adapters import Adapter, io_text
 from granite_switch.composition.card import model_card
 from granite_switch.composition.plan import Plan
-from granite_switch.composition.proof import finish_proof, start_proof
 from granite_switch.composition.tokenizer import extended_config
 from granite_switch.core.border import write_json
 from granite_switch.core.checkpoint import (
@@ -46,17 +46,25 @@ _RENAMED = {SINGLE: "model-00001-of-00001.safetensors", EMBEDDINGS: f"model-{EMB
 _IO_YAML = b"model: null\nresponse_format: null\ntransformations: null\n"
 
 
-def write_model(plan: Plan, folder: Path, progress: Progress | None = None, *, same_rows: bool = False) -> None:
+def write_model(
+    plan: Plan,
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    prover: proof.Prover | None = None,
+    same_rows: bool = False,
+) -> None:
     """Write the composed model into an empty folder.
 
     Args:
         plan: the model.
         folder: an existing, empty folder.
         progress: called for each piece that is written.
+        prover: proves that the tokenizer is read like the base's. A base that is itself a composed model needs none.
         same_rows: the base's files are a composed model's, whose embedding already has the rows that this one needs.
     """
     _write_small_files(plan, folder)
-    proof = start_proof(folder, plan.base.folder)  # runs while files are copied
+    differences = prover.start(folder, plan.base.folder) if prover else list  # runs while files are copied
     growing, total = plan.grown, plan.nbytes
     files: dict[str, Mapping[str, Tensor]] = {}
 
@@ -98,7 +106,7 @@ def write_model(plan: Plan, folder: Path, progress: Progress | None = None, *, s
         else:
             put(adapter_file(name), _adapter_entries(adapter), {})
     write_index(folder, files)
-    finish_proof(proof)
+    proof.check(differences())
 
 
 def _adapter_entries(adapter: Adapter) -> list[Entry]:

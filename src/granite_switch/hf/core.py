@@ -2,5 +2,5 @@
 
 raise ImportError(
     "granite_switch.hf.core was removed after granite-switch 0.1.1. SwitchedLoRALinear has no replacement: "
-    "linears stay the base's, and hooks add the updates (docs/migrate.md)"
+    "the base's own linears add the updates (docs/migrate.md)"
 )

@@ -1,7 +1,7 @@
 """Switch models: subclasses made from any `...ForCausalLM` of transformers and from its decoder.
 
 The decoder's forward reads the slots from the token ids, replaces control tokens with their substitutes and calls the
-base's forward with all other arguments unchanged; hooks add the linears' updates (`hf.updates`). The class with a head
+base's forward with all other arguments unchanged; its linears add the updates (`hf.updates`). The class with a head
 handles logits and labels. Classes are made on demand, and looked up by name when they are unpickled.
 """
 
@@ -164,9 +164,9 @@ class SwitchDecoder(Arguments, _Model):
         self.attach_adapters()
 
     def attach_adapters(self) -> None:
-        """Hook the current linears. Every forward does this; call it yourself before `torch.compile`."""
+        """Attach the current linears. Every forward does this; call it yourself before `torch.compile`."""
         for site in self.switch_sites:
-            if site.current() is not site.hooked:
+            if site.stale():
                 site.attach()
 
     def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:

@@ -118,7 +118,7 @@ class Routing:
     slots: Tensor  # [B, S] int64
     groups: Groups | None  # None in compiled graphs, where the host does not know the slots
     decode: bool = False  # a decode step; its grouping is reused while the slots stay the same
-    called: set[str] = field(default_factory=set)  # paths of the linears whose hook ran
+    called: set[str] = field(default_factory=set)  # paths of the linears that were called
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Routing":
         slots = self.slots.to(device, non_blocking=non_blocking)

@@ -1,9 +1,9 @@
 """Low-rank updates added to the linears of any decoder.
 
-An `Updates` module is registered next to each linear that adapters target, and a forward hook on the linear calls it.
-The linear itself is unchanged, so quantisers, tensor parallelism and offloading handle it as usual. A and B are direct
-parameters of `Updates`, because accelerate loads offloaded weights when the module that owns them is called. Every
-forward checks the hooks: a quantiser that replaces a linear drops its hook. `core.lora` is the definition.
+An `Updates` module is registered next to each linear that adapters target, and a call of the linear calls it. The
+linear keeps its class, weights and `forward`, so quantisers, tensor parallelism and offloading handle it as usual. A
+and B are direct parameters of `Updates`, because accelerate loads offloaded weights when the module that owns them is
+called. Every forward checks which modules are attached: a quantiser replaces linears. `core.lora` is the definition.
 """
 
 import math
@@ -138,15 +138,17 @@ class _Unused(torch.autograd.Function):
 
 
 class Site:
-    """A linear, its `Updates`, and the forward hook that connects them."""
+    """A linear's path, its `Updates`, and the attached module, which adds the updates when it is called."""
 
     def __init__(self, path: str, parent: nn.Module, name: str, scope: Scope) -> None:
         self.path, self.parent, self.name, self.scope = path, parent, name, scope
-        self.hooked: nn.Module | None = None
-        self.handle: Any = None
+        self.attached: nn.Module | None = None
+        self.hooked = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The hook: return the linear's output with the updates added."""
+        """Return the linear's output with the updates added, or None if there are none; a forward hook."""
+        if module is not self.attached:  # it was replaced, and its replacement copied its hooks or calls it
+            return None
         routing = self.scope.get()
         if routing is None:
             raise RoutingError(
@@ -165,26 +167,60 @@ class Site:
         """The linear that currently has this path."""
         return self.parent._modules.get(self.name)
 
+    def stale(self) -> bool:
+        """Whether `attach` must be called: the linear was replaced, or got its first hook."""
+        linear: Any = self.current()
+        return linear is not self.attached or (not self.hooked and _has_hooks(linear))
+
     def attach(self) -> None:
-        """Hook the linear that currently has this path."""
-        linear = self.current()
+        """Let the linear that currently has this path add the updates.
+
+        If it has hooks, by a hook before them: they may change its input, and see its output with the updates.
+        """
+        linear: Any = self.current()
         if linear is None:
             raise RoutingError(
                 f"{self.path} is no longer in the model, so its adapters would do nothing",
                 hint="reload the model; a module that fuses several linears into one cannot have adapters",
             )
-        if self.handle is not None:
-            self.handle.remove()
-        self.handle = linear.register_forward_hook(self)
-        self.hooked = linear
+        linear.__dict__.pop("_call_impl", None)
+        for key in [key for key, hook in linear._forward_hooks.items() if hook is self]:
+            del linear._forward_hooks[key]  # a replacement copied it
+        self.attached, self.hooked = linear, _has_hooks(linear)
+        if self.hooked:
+            linear.register_forward_hook(self, prepend=True)
+        else:
+            linear._call_impl = _Call(self, linear)
 
     def check(self) -> None:
-        """Raise if the linear was replaced after `attach`; hooks cannot be attached inside a compiled graph."""
-        if self.current() is not self.hooked:
+        """Raise if `attach` must be called, which a compiled graph cannot do."""
+        if self.stale():
             raise RoutingError(
-                f"{self.path} was replaced, and its adapters are not attached to the new module",
+                f"{self.path} was replaced or got a hook, and its adapters are not attached to it",
                 hint="before compiling, run one forward or call the decoder's attach_adapters()",
             )
+
+
+class _Call:
+    """Stands in for a linear's `_call_impl`, which torch calls when the linear is called.
+
+    As a forward hook it acts after `forward`, which accelerate and tensor parallelism replace. Hooks on every linear
+    would double what the switch costs base traffic.
+    """
+
+    def __init__(self, site: Site, linear: nn.Module) -> None:
+        self.site, self.linear = site, linear
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = type(self.linear)._call_impl(self.linear, *args, **kwargs)
+        added = self.site(self.linear, args, output)
+        return output if added is None else added
+
+
+def _has_hooks(linear: nn.Module) -> bool:
+    return bool(
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    )
 
 
 def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str, scope: Scope) -> list[Site]:
@@ -194,7 +230,7 @@ def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str, scope: Scope) -
         model: the module that contains the linears.
         spec: the adapters.
         prefix: prefix of the checkpoint's paths that the model's own paths lack.
-        scope: passes the routing to the hooks.
+        scope: passes the routing to the sites.
 
     Raises:
         CheckpointError: the model lacks targeted linears; lists them.
