@@ -28,6 +28,8 @@ def templates() -> list[str]:
         "{% macro m(x) %}[{{ x }}{{ sep }}]{% endmacro %}{% set sep = '!' %}{{ m(messages[0].content) }}",
         "{% set sep = '!' %}{% macro m(x) %}[{{ x }}{{ sep }}]{% endmacro %}{{ m(messages[0].content) }}  ",
         "text only\r\n",
+        "text\r\nand\rmore\r\r\n",
+        "{{ messages[0].content }}\r\r",
         "{% generation %}{{ messages[0].content }}{%- endgeneration -%}\n{% macro m() %}{{ caller() }}{% endmacro %}"
         "{% call m() %}{% generation %}\n a {% endgeneration %}{% endcall %}",
         "{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}{{ m.content }}\n{% endfor %}",

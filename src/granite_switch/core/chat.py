@@ -70,8 +70,8 @@ def wrap(base: str, placements: Sequence[Placement], back: Return, controls: Seq
     Raises:
         TemplateError: the base's template cannot be wrapped.
     """
-    # jinja drops one newline at the end of a template; inside the wrapper it would be kept
-    base = base.removesuffix("\n").removesuffix("\r")
+    # jinja reads every newline as \n and drops one at the end; inside the wrapper the last one would be kept
+    base = re.sub("\r\n?", "\n", base).removesuffix("\n")
     masked = _ENDGENERATION[0].sub(_ENDGENERATION[1], _GENERATION[0].sub(_GENERATION[1], base))
     adapters = {p.name: _record(p, key) for key, p in enumerate(placements, 1)}
     parts = {

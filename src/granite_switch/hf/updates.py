@@ -71,7 +71,7 @@ class Updates(nn.Module):
                 hint="it does not see every token exactly once (an expert, for example); adapters cannot target it",
             )
         if groups is None or is_compiling():
-            return self._fixed(flat, out, routing.slots.flatten()).view(y.shape)
+            return self._fixed(flat, out, routing.slots.flatten()).view_as(y)
         if torch.is_grad_enabled():
             out = self._with_unused(out, groups)
         if self.reduce is None:
@@ -79,7 +79,7 @@ class Updates(nn.Module):
             out = eager.add(flat, out, groups, self.pair, id(self) if keep else None)
         else:
             out = self._reduced(flat, out, groups)
-        return out.view(y.shape)
+        return out.view_as(y)
 
     def pair(self, slot: int) -> eager.Pair | None:
         """The current parameters of the adapter in a slot; None if it does not update this linear."""
