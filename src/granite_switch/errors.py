@@ -18,8 +18,9 @@ class SwitchError(Exception):
     """
 
     def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str = "") -> None:
-        self.message, self.problems, self.hint = message, tuple(problems), hint
-        super().__init__(message, tuple(problems), hint)
+        self.message, self.hint = printable(message), printable(hint)
+        self.problems = tuple(map(printable, problems))
+        super().__init__(self.message, self.problems, self.hint)
 
     def to_dict(self) -> dict[str, object]:
         """Return the error as a JSON object, with every problem."""
@@ -30,6 +31,11 @@ class SwitchError(Exception):
         if self.hint:
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Return text with surrogates, which JSON files can contain and no stream can write, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def first_line(error: Exception) -> str:

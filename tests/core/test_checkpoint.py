@@ -71,6 +71,14 @@ def test_damage_is_named(tmp_path: Path) -> None:
         read_header(tmp_path / "nothing.safetensors")
 
 
+def test_text_that_no_stream_can_write(tmp_path: Path) -> None:
+    header = b'{"m": {"dtype": "\\ud800", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match="ud800") as caught:
+        read_header(tmp_path / "a.safetensors")
+    assert str(caught.value).encode()
+
+
 def test_all_damaged_shards_are_named_at_once(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         save_file({name: torch.ones(9)}, tmp_path / f"{name}.safetensors")

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -154,7 +155,8 @@ def run(number: int, seed: int, material: Path, place: Path) -> tuple[str, str]:
         failed = False
     except SwitchError as error:
         failed = True
-        str(error).encode()
+        if re.search("[\ud800-\udfff]", str(error)):
+            return done, "an error that no stream can write"
     except BaseException as error:
         lines = traceback.format_exc().splitlines()
         own = [line.strip() for line in lines if "granite_switch" in line]

@@ -333,6 +333,19 @@ def test_tensors_that_the_architecture_lacks(model: Path, tmp_path: Path) -> Non
         prepare(tmp_path / "model")
 
 
+@pytest.mark.parametrize("file", ["model-0*", "adapter-check*"])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_values_that_are_not_finite(model: Path, tmp_path: Path, file: str) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    path = next((tmp_path / "model").glob(f"{file}.safetensors"))
+    tensors = load_file(path)
+    next(t for name, t in tensors.items() if t.ndim == 2 and not name.endswith("-A"))[1, 2] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="has NaN or infinite values"):
+        export(tmp_path / "model", tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_values_beyond_float16(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "model")
     (path,) = (tmp_path / "model").glob("model-*.safetensors")

@@ -103,6 +103,10 @@ WRONG = {
     "no positions": ({"position_embedding_type": "nope"}, "'nope'"),
     "other layers": ({"layer_types": ["mamba", "attention"]}, "mamba"),
     "an unknown target": ({"lora_target_modules": ["router"]}, "'router'"),
+    "more substitutes than tokens": (
+        {"switch_type": "multi", "adapter_substitute_token_ids": [0, 0, 0, 0]},
+        "has 4 entries",
+    ),
     "too few ranks": ({"adapter_ranks": [8]}, "adapter_ranks must have 3 entries"),
 }
 

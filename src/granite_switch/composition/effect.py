@@ -21,8 +21,9 @@ SANE = 10.0  # trained adapters have 0.001 to 0.5; a larger ratio means a wrong 
 
 def update_norm(spec: AdapterSpec, tensors: Mapping[AdapterTensor, Tensor], linear: str) -> float:
     """Return the Frobenius norm of s B A for one linear: |B A|^2 = trace((B^T B) (A A^T))."""
-    a, b = (tensors[AdapterTensor("", linear, matrix)].float32().astype(np.float64) for matrix in "AB")
-    return abs(spec.scale_of(linear)) * math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
+    with np.errstate(all="ignore"):  # the norm of weights that are not finite is NaN or infinite
+        a, b = (tensors[AdapterTensor("", linear, matrix)].float32().astype(np.float64) for matrix in "AB")
+        return abs(spec.scale_of(linear)) * math.sqrt(max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0))
 
 
 @lru_cache(maxsize=8192)

@@ -18,7 +18,7 @@ import regex
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from granite_switch.errors import AdapterError, CheckpointError, SwitchError
+from granite_switch.errors import AdapterError, CheckpointError, SwitchError, printable
 
 LIMIT = 2**31
 _UNALIKE = re.compile(r"\[\[|\{[^\d,]")  # syntax that the `regex` package reads differently from `re`
@@ -142,7 +142,7 @@ def shown(value: Any) -> str:
     """Return a short representation of any value for an error message; null and booleans as in JSON."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return _SHORT.repr(value).encode("utf-8", "backslashreplace").decode()
+    return printable(_SHORT.repr(value))
 
 
 def read_json(path: Path, error: type[SwitchError] = CheckpointError, hint: str = "") -> Any:

@@ -345,6 +345,9 @@ def _check(config: Mapping[str, Any]) -> None:
         required = bool(count) and key in ("adapter_ranks", "adapter_token_ids")
         if (value is None and required) or (value is not None and len(value) not in allowed):
             problems.append(f"{key} must have {count} entries: {value}")
+    ids, substitutes = config.get("adapter_token_ids"), config.get("adapter_substitute_token_ids")
+    if ids and substitutes and len(ids) != len(substitutes):
+        problems.append(f"adapter_substitute_token_ids has {len(substitutes)} entries, adapter_token_ids {len(ids)}")
     if problems:
         raise CheckpointError(
             f"config.json: cannot be read as a legacy format of this project's checkpoints{_release(config)}",

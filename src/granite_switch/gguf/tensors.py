@@ -50,9 +50,11 @@ class Target:
         """The tensor's bytes, piece by piece.
 
         Raises:
-            CheckpointError: a value overflows float16.
+            CheckpointError: a value is not finite, or overflows float16.
         """
         for piece in self.pieces():
+            if not np.isfinite(piece).all():
+                raise CheckpointError(f"{self.name}: has NaN or infinite values", hint="granite-switch verify --deep")
             with np.errstate(over="ignore"):
                 data = quantize(piece, self.type)
             if self.type is GGMLQuantizationType.F16 and np.isinf(data).any():
@@ -170,7 +172,8 @@ def _adapters(
             if path in adapter.ranks:
                 values = tensors[AdapterTensor(adapter.name, path, matrix).key].float32()
                 if matrix == "B":
-                    scaled = values[start : start + out] * np.float32(adapter.scale_of(path))
+                    with np.errstate(all="ignore"):  # what is not finite is refused when it is written
+                        scaled = values[start : start + out] * np.float32(adapter.scale_of(path))
                     values = _for_rotary(row, scaled, decoder)
                 padded[: values.shape[0], : values.shape[1]] = values
             yield padded
