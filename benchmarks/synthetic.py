@@ -2,7 +2,7 @@
 
     python benchmarks/synthetic.py FOLDER [--size small] [--set 12-r16 ...] [--older PYTHON]
 
-A set is NUMBER-rRANK or NUMBER-mixed (ranks 8, 16, 32, 64 in turn). Its adapters 6 to 9 are aLoRA, the others LoRA, all
+A set is NUMBER-rRANK, NUMBER-mixed (ranks 8, 16, 32, 64 in turn) or NUMBER-library (16, 4, 8, 8, 32). Its adapters 6 to 9 are aLoRA, the others LoRA, all
 on every projection. FOLDER/SIZE holds it as a library, `library-12-r16`, and composed, `switch-12-r16`; with `--older`
 also composed by release 0.1.1, `older-12-r16`. Adapters are written directly as tensors, without a model.
 """
@@ -24,7 +24,7 @@ SIZES = {
     "3b": {"layers": 40, "hidden": 2560, "mlp": 8192, "heads": 40, "kv_heads": 8, "vocabulary": 100_352},
 }
 DTYPES = {"tiny": "float32", "half": "float32", "small": "float32", "wide": "float32", "3b": "bfloat16"}  # as stored
-RANKS = (8, 16, 32, 64)
+RANKS = {"mixed": (8, 16, 32, 64), "library": (16, 4, 8, 8, 32)}
 INVOCATION = "<|start_of_role|>assistant<|end_of_role|>"
 IO_YAML = "model: null\nresponse_format: null\ntransformations: null\n"
 
@@ -71,7 +71,7 @@ def make_library(folder: Path, base: Path, size: str, name: str) -> None:
     invocation = Tokenizer.from_file(str(base / "tokenizer.json")).encode(INVOCATION, add_special_tokens=False).ids
     count, ranks = name.split("-")
     for number in range(int(count)):
-        rank = RANKS[number % len(RANKS)] if ranks == "mixed" else int(ranks.removeprefix("r"))
+        rank = RANKS[ranks][number % len(RANKS[ranks])] if ranks in RANKS else int(ranks.removeprefix("r"))
         path = adapter_folder(folder, number)
         path.mkdir(parents=True)
         LoraConfig(
