@@ -6,6 +6,7 @@ to blocks of one rank, with one batched matmul for A and one for B. The blocks a
 grouping and checked against every parameter before use. `core.lora` is the definition.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FEW = 64  # tokens: a batch of up to this many is treated as a decode step
-_FUSED = 8  # tokens: up to this many, addmm (matmul, scale and add in one call) is faster; it rounds unlike PEFT
+_FEWER = 8  # tokens: up to this many, calls cost more than their arithmetic
 _MASK = 1 << 18  # cost of masking padding rows, in elements read in the same time
 _LONG = 16  # batch tokens per run, from which runs stay ranges of the batch, since indexing copies
 
@@ -143,7 +144,8 @@ def _add_in_place(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens
     if rows.stop - rows.start < tokens:
         x, y = x[rows], y[rows]
     hidden = _linear(x, a)
-    if len(x) <= _FUSED and y.dtype == b.dtype:
+    if y.dtype == b.dtype and (len(x) <= _FEWER or math.frexp(scale)[0] == 0.5):
+        # matmul, scale and add in one pass over y; a scale that is a power of two does not change float32's rounding
         y.addmm_(hidden, b.t(), alpha=scale)
     else:
         y.add_(_scaled(F.linear(hidden, b), scale).to(y.dtype))
