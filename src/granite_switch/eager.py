@@ -3,11 +3,11 @@
 Tokens are grouped by slot once per forward. A group is a contiguous range of the batch, or a list of indices where
 slots alternate. In a mixed decode step call overhead dominates the small matmuls, so the adapters are split and padded
 to blocks of one rank, with one batched matmul for A and one for B. The blocks are cached with the decode step's
-grouping and checked against every parameter before use. `core.lora` is the definition.
+grouping and checked against every parameter before each step. `core.lora` is the definition.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -55,6 +55,9 @@ class Padded(NamedTuple):
     blocks: Blocks | None  # None if padding is impossible or wasteful
 
 
+Pairs = Callable[[int], Pair | None]  # a slot -> its update of one linear, or None if it has none
+
+
 @dataclass(frozen=True)
 class Groups:
     """The tokens of a batch that have an adapter, grouped by slot."""
@@ -69,6 +72,24 @@ class Groups:
             Group(g.slot, g.rows if isinstance(g.rows, slice) else g.rows.to(device), g.tokens) for g in self.groups
         )
         return Groups(tuple(moved), self.tokens)
+
+    def of(self, pairs: Pairs) -> list[tuple[Group, Pair]]:
+        """The groups whose adapters update a linear, and their updates."""
+        return [(g, pair) for g in self.groups if (pair := pairs(g.slot)) is not None]
+
+    def check(self, linears: Iterable[tuple[int, Pairs]]) -> None:
+        """Drop the blocks of linears whose parameters have changed since. Call it before a step that reuses the groups.
+
+        In each linear, between matmuls that evict the parameters from the CPU's caches, it would take five times as
+        long.
+
+        Args:
+            linears: the owner, as for `add`, and the updates of each linear.
+        """
+        for owner, pairs in linears:
+            known = self.padded.get(owner)
+            if known is not None and known.key != _key(self.of(pairs)):
+                del self.padded[owner]
 
 
 def group(slots: Tensor) -> Groups:
@@ -108,31 +129,33 @@ def _grouped(values: list[int], counts: list[int], tokens: int, device: torch.de
     return Groups(tuple(indexed), tokens)
 
 
-def add(x: Tensor, y: Tensor, groups: Groups, pair: Callable[[int], Pair | None], owner: int | None = None) -> Tensor:
+def add(x: Tensor, y: Tensor, groups: Groups, pairs: Pairs, owner: int | None = None) -> Tensor:
     """Add each token's update to a linear's output.
 
     Args:
         x: [T, in], the linear's input.
         y: [T, out], its output; modified in place unless gradients are recorded.
         groups: of these T tokens.
-        pair: returns a slot's update of this linear, or None if it has none.
+        pairs: the updates of this linear.
         owner: identifies the linear in `groups.padded`; None: use no blocks.
 
     Returns:
         [T, out]. Rows in slot 0 equal y bit for bit.
     """
-    mine = [(g, own) for g in groups.groups if (own := pair(g.slot)) is not None]
     if torch.is_grad_enabled():
-        for g, own in mine:
-            y = _added(x, y, g.rows, own, groups.tokens)
+        for g, pair in groups.of(pairs):
+            y = _added(x, y, g.rows, pair, groups.tokens)
         return y
-    if owner is not None and len(mine) > 1 and groups.tokens <= FEW:
-        blocks = _blocks(groups, mine, owner)
-        if blocks is not None:
-            _add_blocks(x, y, blocks)
-            return y
-    for g, own in mine:
-        _add_in_place(x, y, g.rows, own, groups.tokens)
+    known = groups.padded.get(owner) if owner is not None else None
+    if known is None:
+        mine = groups.of(pairs)
+        if owner is not None and len(mine) > 1 and groups.tokens <= FEW:
+            known = groups.padded[owner] = Padded(_key(mine), _pad(mine))
+    if known is not None and known.blocks is not None:
+        _add_blocks(x, y, known.blocks)
+        return y
+    for g, pair in groups.of(pairs):
+        _add_in_place(x, y, g.rows, pair, groups.tokens)
     return y
 
 
@@ -169,13 +192,8 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight)
 
 
-def _blocks(groups: Groups, mine: list[tuple[Group, Pair]], owner: int) -> Blocks | None:
-    """The blocks of this linear, cached; None if padding is impossible or wasteful."""
-    key = [version for _, (a, b, _) in mine for version in (a.data_ptr(), _version(a), b.data_ptr(), _version(b))]
-    known = groups.padded.get(owner)
-    if known is None or known.key != key:
-        known = groups.padded[owner] = Padded(key, _pad(mine))
-    return known.blocks
+def _key(mine: list[tuple[Group, Pair]]) -> list[int]:
+    return [version for _, (a, b, _) in mine for version in (a.data_ptr(), _version(a), b.data_ptr(), _version(b))]
 
 
 def _version(tensor: Tensor) -> int:

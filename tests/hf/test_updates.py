@@ -130,7 +130,7 @@ def test_a_decode_step_uses_the_parameters_as_they_are(act):
         assert past.decode[1].padded
         assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
         module = act(module)
-        assert_right(module, x, slots, route(slots, past))
+        assert_right(module, x, slots, route(slots, past, [(id(module), module.pair)]))
         assert_right(module, x, slots, Routing(slots, None))
 
 

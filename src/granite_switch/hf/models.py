@@ -193,7 +193,8 @@ class SwitchDecoder(Arguments, _Model):
             if past is not None:
                 layer = layer or add_slots(past, layers, len(slots), before, slots.device)
             self._hide(self.hiding, ids, slots, layer, kwargs)
-        token = self.switch_scope.enter(route(slots, layer))
+        linears = ((id(site.updates), site.updates.pair) for site in self.switch_sites)
+        token = self.switch_scope.enter(route(slots, layer, linears))
         try:
             outputs = super().forward(**kwargs)
         finally:

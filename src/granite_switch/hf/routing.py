@@ -3,6 +3,7 @@
 `core.routing` is the definition; here it is a cumulative maximum over positions.
 """
 
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from granite_switch.core.spec import SwitchSpec
-from granite_switch.eager import Groups, group
+from granite_switch.eager import Groups, Pairs, group
 
 
 class Switch(nn.Module):
@@ -128,17 +129,21 @@ class Routing:
         return Routing(slots, groups, called=self.called)
 
 
-def route(slots: Tensor, past: Any = None) -> Routing:
+def route(slots: Tensor, past: Any = None, linears: Iterable[tuple[int, Pairs]] = ()) -> Routing:
     """Group a batch's tokens by slot. Copies slots to the host, except in a compiled graph.
 
     Args:
         slots: [B, S] int64.
         past: the cache's slot layer, which memoises the grouping of decode steps.
+        linears: as for `Groups.check`.
     """
     if is_compiling():
         return Routing(slots, None)
     if past is not None and slots.shape[1] == 1 and not torch.is_grad_enabled():
-        return Routing(slots, past.groups(slots[:, 0]), decode=True)
+        groups = past.groups(slots[:, 0])
+        if groups.padded:
+            groups.check(linears)
+        return Routing(slots, groups, decode=True)
     if past is not None:
         past.decode = None
     return Routing(slots, group(slots.flatten()))

@@ -161,9 +161,14 @@ class Site:
             return None
         if not args or not isinstance(output, Tensor):
             raise RoutingError(f"{self.path}: adapters need a linear that maps one positional tensor to a tensor")
-        return self.parent._modules[self.name + SUFFIX](args[0], output, routing)  # type: ignore[misc]
+        return self.updates(args[0], output, routing)
 
-    def current(self) -> nn.Module | None:
+    @property
+    def updates(self) -> Any:
+        """The linear's `Updates`."""
+        return self.parent._modules[self.name + SUFFIX]
+
+    def current(self) -> Any:
         """The linear that currently has this path."""
         return self.parent._modules.get(self.name)
 
@@ -217,7 +222,7 @@ class _Call:
         return output if added is None else added
 
 
-def _has_hooks(linear: nn.Module) -> bool:
+def _has_hooks(linear: Any) -> bool:
     return bool(
         linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     )

@@ -241,6 +241,7 @@ class EagerLinear(SwitchedLinear):
         rank = max((len(matrix) for matrix in a if matrix is not None), default=0)
         if not rank:
             return
+        self.router.last = []  # the cached blocks are of the weights before
         layer = self.layer
         layer.create_lora_weights(1, _settings(rank, self.router.vllm_config))
         fill(layer, 0, a, b)
