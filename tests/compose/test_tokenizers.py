@@ -27,7 +27,7 @@ from granite_switch.composition import proof
 from granite_switch.composition.reading import _REGISTERED, read_as_base
 from granite_switch.composition.verify import find_problems
 from granite_switch.core.tokenizer import read_tokenizer
-from granite_switch.errors import BaseModelError
+from granite_switch.errors import BaseModelError, SwitchError
 
 TEXTS = int(os.environ.get("TOKENIZER_TEXTS", "15"))  # per case; 2000 for a thorough run
 ADA = "Ada said:\n\n\"It's 1871!\"\n- see (Tarn), x=12345;\n\n\tHugo's harp"
@@ -142,6 +142,22 @@ def test_truncation_and_padding_do_not_touch_prompts(adapters: Path, tmp_path: P
         assert 1 not in turn.ids
         assert len(turn.ids) > 500
         assert sum(token in Conversation(composed).spec.control_slots for token in turn.ids) == 1
+
+
+def test_a_proof_that_is_not_needed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that proves the tokenizer starts before the base is read, and ends with a base that is refused."""
+    started = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    with pytest.raises(SwitchError):
+        compose(tmp_path / "nothing", [tmp_path], tmp_path / "out")
+    assert [process.poll() is None for process in started] == [False]
 
 
 def test_a_proof_that_fails_names_what_differs(root: Path) -> None:
