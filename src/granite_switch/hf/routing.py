@@ -3,7 +3,7 @@
 `core.routing` is the definition; here it is a cumulative maximum over positions.
 """
 
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,13 +129,13 @@ class Routing:
 
 
 def route(slots: Tensor, past: Any = None) -> Routing:
-    """Group a batch's tokens by slot. Copies slots to the host, except in a compiled graph.
+    """Group a batch's tokens by slot. Copies slots to the host, except in a compiled or traced graph.
 
     Args:
         slots: [B, S] int64.
         past: the cache's slot layer, which memoises the grouping of decode steps.
     """
-    if is_compiling():
+    if is_compiling() or torch.jit.is_tracing():
         return Routing(slots, None)
     if past is not None and slots.shape[1] == 1 and not torch.is_grad_enabled():
         return Routing(slots, past.groups(slots[:, 0]), decode=True)
@@ -148,7 +148,8 @@ class Scope:
     """Passes the routing of the current forward to layers and linears.
 
     It is a context variable, so that threads do not interfere, and an attribute inside compiled graphs, where
-    `torch.compile` cannot trace a context variable.
+    `torch.compile` cannot trace a context variable. Where a part alone is compiled, or a part is not (there are limits
+    on recompiling), the part that calls it entered the other one.
     """
 
     _current: ContextVar[Routing | None] = ContextVar("granite_switch_routing", default=None)
@@ -157,7 +158,9 @@ class Scope:
         self.traced: Routing | None = None
 
     def get(self) -> Routing | None:
-        return self.traced if is_compiling() else self._current.get()
+        if is_compiling():
+            return _entered() if self.traced is None else self.traced
+        return self._current.get() or self.traced
 
     def enter(self, routing: Routing | None) -> Any:
         """Set the routing; returns the argument for `leave`."""
@@ -167,7 +170,13 @@ class Scope:
         return self._current.set(routing)
 
     def leave(self, token: Any) -> None:
-        if is_compiling():
-            self.traced = token
-        else:
+        if isinstance(token, Token):
             self._current.reset(token)
+        else:  # entered in a compiled graph, which may have broken since
+            self.traced = token
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _entered() -> Routing | None:
+    """The routing that was entered outside the compiled graph, which breaks here."""
+    return Scope._current.get()
