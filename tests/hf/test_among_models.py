@@ -366,7 +366,10 @@ class Wrapper(torch.nn.Module):
 
 class TestLinears:
     @pytest.mark.parametrize("hooked", [False, True])
-    @pytest.mark.parametrize("replacement", [like, with_hooks_of, with_attributes_of, Wrapper])
+    @pytest.mark.parametrize(
+        "replacement",
+        [like, with_hooks_of, with_attributes_of, Wrapper, copy.deepcopy, lambda old: Wrapper(copy.deepcopy(old))],
+    )
     @torch.no_grad()
     def test_a_replaced_linear_has_its_adapters_once(self, own, reference, replacement, hooked):
         ids, expected = reference.prompts["answerability"], reference.logits["answerability"]
@@ -404,6 +407,57 @@ class TestLinears:
         for handle in handles:
             handle.remove()
         assert torch.equal(own(ids).logits, reference.logits["answerability"])
+
+    @pytest.mark.parametrize("when", ["on all modules", "inside a forward"])
+    @torch.no_grad()
+    def test_hooks_at_other_times(self, own, reference, when):
+        ids, target = reference.prompts["answerability"], own.model.layers[1].mlp.down_proj
+
+        def double(module, args):
+            return (2 * args[0],) if module is target else None
+
+        other = copy.deepcopy(own)
+        other.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        expected = other(ids).logits
+        if when == "on all modules":
+            handles = [torch.nn.modules.module.register_module_forward_pre_hook(double)]
+        else:
+            first = own.model.layers[0].mlp
+            handles = [first.register_forward_hook(lambda *_: handles.append(target.register_forward_pre_hook(double)))]
+        try:
+            assert torch.equal(own(ids).logits, expected)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert torch.equal(own(ids).logits, reference.logits["answerability"])
+        target._forward_hooks.clear()
+        assert torch.equal(own(ids).logits, reference.logits["answerability"])
+
+    @torch.no_grad()
+    def test_an_identity(self, own, reference):
+        """Its output is its input, which other linears read too."""
+        own.model.layers[0].self_attn.q_proj = torch.nn.Identity()
+        other = copy.deepcopy(own)
+        other.model.layers[0].self_attn.q_proj.forward = torch.clone
+        for ids in reference.prompts.values():
+            assert torch.equal(own(ids).logits, other(ids).logits)
+
+    @torch.no_grad()
+    def test_a_linear_in_two_models(self, own, reference):
+        ids, other = reference.prompts["answerability"], copy.deepcopy(own)
+        for name, parameter in other.named_parameters():
+            if name.endswith("-B"):
+                parameter.mul_(2)
+        expected = other(ids).logits
+        other.model.layers[0].mlp.down_proj = own.model.layers[0].mlp.down_proj
+        for _ in range(2):
+            assert torch.equal(own(ids).logits, reference.logits["answerability"])
+            assert torch.equal(other(ids).logits, expected)
+
+    def test_replicas_are_refused(self, own, reference):
+        """Those of nn.DataParallel, whose linears would be the original's."""
+        with pytest.raises(RoutingError, match="DataParallel"):
+            own.model._replicate_for_data_parallel()(reference.prompts[None])
 
     @pytest.mark.filterwarnings("ignore:torch.ao.quantization")
     @torch.no_grad()

@@ -60,6 +60,57 @@ def test_prefill(model, tokens, reference, backend):
         assert torch.equal(got, model(substituted).logits)
 
 
+@pytest.mark.parametrize("part", ["layers.1", "layers.1.mlp", "layers.1.mlp.down_proj"])
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+@torch.no_grad()
+def test_parts(model, reference, part, how):
+    """Also where a part is compiled alone, as by accelerate's `compile_regions`, it gets the tokens' slots."""
+    if how == "in place":
+        model.model.get_submodule(part).compile(backend="eager")
+    else:
+        model.model.set_submodule(part, torch.compile(model.model.get_submodule(part), backend="eager"))
+    for name, ids in reference.prompts.items():
+        torch.testing.assert_close(model(ids).logits, reference.logits[name])
+
+
+@torch.no_grad()
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_shapes_than_graphs(model, reference):
+    """Beyond torch's limit on recompiling, some parts run as graphs and others do not."""
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    for length in range(8, 0, -1):
+        ids = reference.prompts["answerability"][:, -length:]
+        torch.testing.assert_close(compiled(ids).logits, reference.model(ids).logits)
+
+
+def test_training_with_gradient_checkpointing(model, reference):
+    """The graph breaks at each layer."""
+    ids, expected = reference.prompts["citations"], copy.deepcopy(model)
+    expected(ids, labels=ids).loss.backward()
+    model.train().gradient_checkpointing_enable()
+    torch.compile(model, backend="aot_eager")(ids, labels=ids).loss.backward()
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+@torch.no_grad()
+def test_traced(model, tokens):
+    """A trace does not keep the slots of its example."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    traced = torch.jit.trace(Logits(), tokens, check_trace=False)
+    for ids in (tokens, tokens.flip(0)):
+        torch.testing.assert_close(traced(ids), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_generate(model, reference, row):
     """`generate` itself compiles decoding with a static cache."""
     ids, mask = reference.batch()

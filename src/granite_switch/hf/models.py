@@ -166,16 +166,18 @@ class SwitchDecoder(Arguments, _Model):
     def attach_adapters(self) -> None:
         """Attach the current linears. Every forward does this; call it yourself before `torch.compile`."""
         for site in self.switch_sites:
-            if site.stale():
-                site.attach()
+            site.attach()
 
     def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
         kwargs = self._arguments(args, kwargs)
-        if torch.compiler.is_compiling():
-            for site in self.switch_sites:
-                site.check()
-        else:
-            self.attach_adapters()
+        if "_is_replica" in self.__dict__:
+            raise RoutingError(
+                "replicas of nn.DataParallel would call the linears of the model itself",
+                hint="DistributedDataParallel (torchrun), or one device (CUDA_VISIBLE_DEVICES)",
+            )
+        for site in self.switch_sites:
+            if site.stale():
+                site.attach()
         embeds: Any = kwargs.get("inputs_embeds")
         ids = kwargs.get("input_ids")
         if ids is None and (embeds is None or not base_only):

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterable
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,14 +130,14 @@ class Routing:
 
 
 def route(slots: Tensor, past: Any = None, linears: Iterable[tuple[int, Pairs]] = ()) -> Routing:
-    """Group a batch's tokens by slot. Copies slots to the host, except in a compiled graph.
+    """Group a batch's tokens by slot. Copies slots to the host, except in a compiled or traced graph.
 
     Args:
         slots: [B, S] int64.
         past: the cache's slot layer, which memoises the grouping of decode steps.
         linears: as for `Groups.check`.
     """
-    if is_compiling():
+    if is_compiling() or torch.jit.is_tracing():
         return Routing(slots, None)
     if past is not None and slots.shape[1] == 1 and not torch.is_grad_enabled():
         groups = past.groups(slots[:, 0])
@@ -153,7 +153,8 @@ class Scope:
     """Passes the routing of the current forward to layers and linears.
 
     It is a context variable, so that threads do not interfere, and an attribute inside compiled graphs, where
-    `torch.compile` cannot trace a context variable.
+    `torch.compile` cannot trace a context variable. Where a part alone is compiled, or a part is not (there are limits
+    on recompiling), the part that calls it entered the other one.
     """
 
     _current: ContextVar[Routing | None] = ContextVar("granite_switch_routing", default=None)
@@ -162,7 +163,9 @@ class Scope:
         self.traced: Routing | None = None
 
     def get(self) -> Routing | None:
-        return self.traced if is_compiling() else self._current.get()
+        if is_compiling():
+            return _entered() if self.traced is None else self.traced
+        return self._current.get() or self.traced
 
     def enter(self, routing: Routing | None) -> Any:
         """Set the routing; returns the argument for `leave`."""
@@ -172,7 +175,13 @@ class Scope:
         return self._current.set(routing)
 
     def leave(self, token: Any) -> None:
-        if is_compiling():
-            self.traced = token
-        else:
+        if isinstance(token, Token):
             self._current.reset(token)
+        else:  # entered in a compiled graph, which may have broken since
+            self.traced = token
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _entered() -> Routing | None:
+    """The routing that was entered outside the compiled graph, which breaks here."""
+    return Scope._current.get()

@@ -6,6 +6,7 @@ and B are direct parameters of `Updates`, because accelerate loads offloaded wei
 called. Every forward checks which modules are attached: a quantiser replaces linears. `core.lora` is the definition.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
+from torch.nn.modules import module as every
 
 from granite_switch import eager
 from granite_switch.core.layout import SUFFIX, AdapterTensor
@@ -86,7 +88,8 @@ class Updates(nn.Module):
         names = self.adapters.get(slot)
         if names is None:
             return None
-        held: dict[str, Any] = self._parameters  # nn.Module.__getattr__ is several times slower
+        # nn.Module.__getattr__ is several times slower; FSDP1 without `use_orig_params` makes them plain attributes
+        held: dict[str, Any] = self._parameters or self.__dict__
         return eager.Pair(held[names[0]], held[names[1]], names[2])
 
     def _fixed(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
@@ -143,7 +146,19 @@ class Site:
     def __init__(self, path: str, parent: nn.Module, name: str, scope: Scope) -> None:
         self.path, self.parent, self.name, self.scope = path, parent, name, scope
         self.attached: nn.Module | None = None
-        self.hooked = False
+        self.call: _Call | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
+        """A copy; one that does nothing if the linear is copied alone, since its copy may end up in the linear's place.
+
+        PEFT's `modules_to_save`, for example, puts it into a wrapper, to which the adapters are attached.
+        """
+        new = memo[id(self)] = copy.copy(self)
+        if id(self.parent) in memo:
+            vars(new).update(copy.deepcopy(vars(self), memo))
+        else:
+            new.attached = None
+        return new
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Return the linear's output with the updates added, or None if there are none; a forward hook."""
@@ -153,7 +168,7 @@ class Site:
         if routing is None:
             raise RoutingError(
                 f"{self.path} was called outside the model's forward, so its tokens have no slots",
-                hint="call the model or its decoder, not a layer alone",
+                hint="call or compile the model, its decoder or its layers, not a part of a layer alone",
             )
         routing.called.add(self.path)
         groups = routing.groups
@@ -161,6 +176,8 @@ class Site:
             return None
         if not args or not isinstance(output, Tensor):
             raise RoutingError(f"{self.path}: adapters need a linear that maps one positional tensor to a tensor")
+        if output is args[0]:
+            output = output.clone()  # an identity in the linear's place
         return self.updates(args[0], output, routing)
 
     @property
@@ -173,33 +190,38 @@ class Site:
         return self.parent._modules.get(self.name)
 
     def stale(self) -> bool:
-        """Whether `attach` must be called: the linear was replaced, or got its first hook."""
+        """Whether `attach` must be called: the linear was replaced, or another model attached it."""
         linear: Any = self.current()
-        return linear is not self.attached or (not self.hooked and _has_hooks(linear))
+        return linear is not self.attached or linear.__dict__.get("_call_impl") is not self.call
 
     def attach(self) -> None:
-        """Let the linear that currently has this path add the updates.
-
-        If it has hooks, by a hook before them: they may change its input, and see its output with the updates.
-        """
+        """Let the linear that currently has this path add the updates."""
+        self.refuse_graph()
         linear: Any = self.current()
         if linear is None:
             raise RoutingError(
                 f"{self.path} is no longer in the model, so its adapters would do nothing",
                 hint="reload the model; a module that fuses several linears into one cannot have adapters",
             )
-        linear.__dict__.pop("_call_impl", None)
-        for key in [key for key, hook in linear._forward_hooks.items() if hook is self]:
+        for key in [key for key, hook in linear._forward_hooks.items() if isinstance(hook, Site)]:
             del linear._forward_hooks[key]  # a replacement copied it
-        self.attached, self.hooked = linear, _has_hooks(linear)
-        if self.hooked:
-            linear.register_forward_hook(self, prepend=True)
-        else:
-            linear._call_impl = _Call(self, linear)
+        if self.attached is not None and self.attached.__dict__.get("_call_impl") is self.call:
+            del self.attached._call_impl
+        self.attached, self.call = linear, _Call(self, linear)
+        linear._call_impl = self.call
+        if _has_hooks(linear):
+            self.hook(linear)
 
-    def check(self) -> None:
-        """Raise if `attach` must be called, which a compiled graph cannot do."""
-        if self.stale():
+    def hook(self, linear: Any) -> None:
+        """Add the updates by a hook before all others, which see the output with the updates."""
+        if linear._forward_hooks.get(_FIRST) is not self:
+            self.refuse_graph()
+            linear._forward_hooks[_FIRST] = self
+            linear._forward_hooks.move_to_end(_FIRST, last=False)
+
+    def refuse_graph(self) -> None:
+        """Raise in a compiled graph, which cannot attach anything."""
+        if is_compiling():
             raise RoutingError(
                 f"{self.path} was replaced or got a hook, and its adapters are not attached to it",
                 hint="before compiling, run one forward or call the decoder's attach_adapters()",
@@ -209,22 +231,37 @@ class Site:
 class _Call:
     """Stands in for a linear's `_call_impl`, which torch calls when the linear is called.
 
-    As a forward hook it acts after `forward`, which accelerate and tensor parallelism replace. Hooks on every linear
-    would double what the switch costs base traffic.
+    It adds the updates after `forward`, which accelerate and tensor parallelism replace. If there are other hooks, a
+    hook does so, since they may change the linear's input. Hooks on every linear would double what the switch costs
+    base traffic.
     """
 
     def __init__(self, site: Site, linear: nn.Module) -> None:
         self.site, self.linear = site, linear
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = type(self.linear)._call_impl(self.linear, *args, **kwargs)
-        added = self.site(self.linear, args, output)
+        linear = self.linear
+        hooked = _has_hooks(linear)
+        if hooked:
+            self.site.hook(linear)
+        output = type(linear)._call_impl(linear, *args, **kwargs)
+        added = None if hooked else self.site(linear, args, output)
         return output if added is None else added
+
+
+_FIRST = -1  # key of a site's hook; torch counts up from 0
 
 
 def _has_hooks(linear: Any) -> bool:
     return bool(
-        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+        or every._global_forward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_backward_pre_hooks
+        or every._global_backward_hooks
     )
 
 
