@@ -178,12 +178,15 @@ def test_bases_that_cannot_carry_adapters(base: Path, adapter: Path, composed: P
     refused(bad, [adapter], tmp_path, "config.json")
 
 
-@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.", "norm", "embed_tokens"])
+@pytest.mark.parametrize(
+    "lost", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.", "layernorm", "model.norm", "embed_tokens"]
+)
 def test_a_base_that_lacks_what_its_config_implies(lost: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(base, tmp_path / "bad"))
     tensors = load_file(bad / "model.safetensors")
     save_file({k: t for k, t in tensors.items() if lost not in k}, bad / "model.safetensors", {"format": "pt"})
-    refused(bad, [adapter], tmp_path, "bad", lost.strip(".") if lost != "embed_tokens" else "embedding")
+    words = {"embed_tokens": "embedding", "layernorm": "norms of its layers", "model.norm": "the last layer"}
+    refused(bad, [adapter], tmp_path, "bad", words.get(lost, lost.strip(".")))
 
 
 def test_a_base_with_damaged_or_missing_shards(adapter: Path, tmp_path: Path) -> None:
