@@ -206,6 +206,12 @@ def test_a_base_without_a_chat_template_composes_with_a_warning(adapter: Path, t
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
+def test_tokens_without_a_row_in_the_embedding(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", pad_vocab=-3)
+    plan = compose(base, [make_adapter(tmp_path / "a", base)], tmp_path / "out")
+    assert "the last 3 tokens of its tokenizer have no row" in plan.warnings[0]
+
+
 def test_a_template_that_opens_prompts_in_two_ways(adapter: Path, tmp_path: Path) -> None:
     template = "{{ '<|end_of_text|>' if documents else '<|start_of_role|>' }}{{ messages[0].content }}"
     base = make_base(tmp_path / "base", template=template)
