@@ -178,12 +178,15 @@ def test_bases_that_cannot_carry_adapters(base: Path, adapter: Path, composed: P
     refused(bad, [adapter], tmp_path, "config.json")
 
 
-@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.", "norm", "embed_tokens"])
+@pytest.mark.parametrize(
+    "lost", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.", "layernorm", "model.norm", "embed_tokens"]
+)
 def test_a_base_that_lacks_what_its_config_implies(lost: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(base, tmp_path / "bad"))
     tensors = load_file(bad / "model.safetensors")
     save_file({k: t for k, t in tensors.items() if lost not in k}, bad / "model.safetensors", {"format": "pt"})
-    refused(bad, [adapter], tmp_path, "bad", lost.strip(".") if lost != "embed_tokens" else "embedding")
+    words = {"embed_tokens": "embedding", "layernorm": "norms of its layers", "model.norm": "the last layer"}
+    refused(bad, [adapter], tmp_path, "bad", words.get(lost, lost.strip(".")))
 
 
 def test_a_base_with_damaged_or_missing_shards(adapter: Path, tmp_path: Path) -> None:
@@ -201,6 +204,12 @@ def test_a_base_without_a_chat_template_composes_with_a_warning(adapter: Path, t
     plan = compose(base, [adapter], tmp_path / "out")
     assert "no chat template" in plan.warnings[0]
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_tokens_without_a_row_in_the_embedding(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", pad_vocab=-3)
+    plan = compose(base, [make_adapter(tmp_path / "a", base)], tmp_path / "out")
+    assert "the last 3 tokens of its tokenizer have no row" in plan.warnings[0]
 
 
 def test_a_template_that_opens_prompts_in_two_ways(adapter: Path, tmp_path: Path) -> None:

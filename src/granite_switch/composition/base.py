@@ -1,5 +1,6 @@
 """Read a base model and check that it can carry adapters."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from granite_switch.composition.reading import read_as_base
 from granite_switch.core.border import shown
 from granite_switch.core.checkpoint import Checkpoint
 from granite_switch.core.files import inside
-from granite_switch.core.layout import Vocabulary, at_layer, decoder_config, natural, vocabulary
+from granite_switch.core.layout import Vocabulary, at_layer, decoder_config, layer_count, natural, vocabulary
 from granite_switch.core.linears import linears
 from granite_switch.core.packed import FLOATS, WAY_OUT, Shape, plain_name, refused
 from granite_switch.core.records import read_config
@@ -20,6 +21,7 @@ from granite_switch.core.tokenizer import BaseTokenizer
 from granite_switch.errors import BaseModelError, CheckpointError
 
 _MAX_MISSING_ROWS = 65536  # tokens without a row in the embedding; composing adds the rows
+_NORM = re.compile(r"norm|\.ln(?:\d?\.|_)", re.IGNORECASE)
 _CAUSAL = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -54,7 +56,7 @@ class Base:
 
     @property
     def layers(self) -> int:
-        return int(decoder_config(self.config)["num_hidden_layers"])
+        return layer_count(decoder_config(self.config))
 
     @property
     def architecture(self) -> str:
@@ -155,7 +157,7 @@ def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list
     for head, number, rest in numbered:
         if head == stem:
             layers.setdefault(int(number), set()).add(rest)
-    count = config["num_hidden_layers"]
+    count = layer_count(config)
     absent = [f"{stem}.{i}" for i in range(count) if i not in layers]
     kinds = config.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) < count:
@@ -170,9 +172,9 @@ def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list
 
 
 def _missing_norms(tensors: Collection[str], config: Mapping[str, Any]) -> list[str]:
-    """Return missing norms: an epsilon in the config implies norms in the layers and after the last one."""
-    if not any(config.get(key) is not None for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")):
+    """Return missing norms: weights in the layers' norms imply a norm after the last layer, and the other way round."""
+    if not any(config.get(key) is not None for key in ("rms_norm_eps", "layer_norm_eps")):
         return []
-    found = {bool(at_layer(name)[1]) for name in tensors if "norm" in name.lower() or ".ln_" in name}
+    found = {bool(at_layer(name)[1]) for name in tensors if _NORM.search(name)}
     names = {True: "the norms of its layers", False: "the norm after the last layer"}
-    return [name for in_layer, name in names.items() if in_layer not in found]
+    return [name for in_layer, name in names.items() if found and in_layer not in found]

@@ -95,6 +95,11 @@ def assemble(
     library = base.tokenizer.library
     template = base.tokenizer.templates.get("default")
     warnings = [f"{slot.name}: {warning}" for slot in fresh for warning in slot.spec.warnings]
+    if (beyond := base.tokenizer.size - base.checkpoint[base.vocabulary.embedding].shape[0]) > 0 and not kept:
+        warnings.append(
+            f"{base.folder}: the last {beyond} tokens of its tokenizer have no row in its embedding. They gain zeros, "
+            "and the composed model can generate them; resize the base's embedding to choose their rows"
+        )
     if template is None:
         samples: list[place.Chat] = []
         first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))

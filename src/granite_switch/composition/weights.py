@@ -21,6 +21,10 @@ from granite_switch.errors import AdapterError, CheckpointError
 
 BITS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 
+_RENAMED = (
+    "If transformers renames or splits the base's tensors on loading, compose with a base saved by "
+    "save_pretrained(folder, save_original_format=False)"
+)
 _NO_VOCABULARY = (
     "leave embed_tokens and lm_head out of target_modules and modules_to_save (`all-linear` does), train again"
 )
@@ -31,7 +35,10 @@ _FOREIGN: Sequence[tuple[str, str]] = (
     (r"(?:embed_tokens|wte)\.lora_[AB]", f"LoRA on the vocabulary; {_NO_VOCABULARY}"),
     (r"trainable_tokens|token_adapter", f"retrained embeddings; {_NO_VOCABULARY}"),
     (r"modules_to_save", "a whole module; train LoRA on linears only"),
-    (r"experts.*\.lora_[AB]", "LoRA on stacked experts; leave out target_parameters and target attention, train again"),
+    (
+        r"(?<!shared_)experts.*\.lora_[AB]",
+        "LoRA on stacked experts; leave out target_parameters and target attention, train again",
+    ),
     (r"conv.*\.lora_[AB]", "LoRA on a convolution; leave it out of target_modules and train again"),
     (r"bias$", "a bias; train with bias='none' and lora_bias=False"),
     (
@@ -152,13 +159,13 @@ def _unknown(path: Path, unknown: Mapping[str, str], header: Mapping[str, Tensor
         return AdapterError(
             f"{path}: no tensor fits: {explain(dict.fromkeys(unknown.values()), linears)}",
             problems=[f"{name} {list(header[name].shape)}" for name in unknown] if len(unknown) <= 4 else (),
-            hint=f"was it trained on this base? Adapters can target {_targets(linears)}",
+            hint=f"was it trained on this base? Adapters can target {_targets(linears)}. {_RENAMED}",
         )
     problems = [f"{name} {list(header[name].shape)}{why and ': '}{why}" for name, why in reasons.items()]
     return AdapterError(
         f"{path}: contains tensors that match no linear of this base",
         problems=problems,
-        hint=f"adapters can target {_targets(linears)}",
+        hint=f"adapters can target {_targets(linears)}. {_RENAMED}",
     )
 
 

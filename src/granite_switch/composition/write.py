@@ -117,13 +117,13 @@ def _adapter_entries(adapter: Adapter) -> list[Entry]:
 
 def _entry(plan: Plan, tensor: Tensor) -> Entry:
     """Return an embedding with rows for new and reserved tokens, which copy their substitutes' rows."""
-    rows, width = tensor.shape
+    rows, *width = tensor.shape
     copied = plan.spec.copied_rows
     if max(copied) >= rows:
         raise CheckpointError(f"{tensor.path}: {tensor.name} has {rows} rows; token {max(copied)} has none to copy")
     filler = bytes((plan.spec.rows - len(copied) - rows) * (tensor.nbytes // rows))
     new = b"".join(tensor.row(i) for i in copied)
-    return Entry(tensor.name, tensor.dtype, (plan.spec.rows, width), (tensor, filler + new))
+    return Entry(tensor.name, tensor.dtype, (plan.spec.rows, *width), (tensor, filler + new))
 
 
 def _write_small_files(plan: Plan, folder: Path) -> None:

@@ -12,12 +12,13 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from granite_switch.core.checkpoint import Tensor
+from granite_switch.core.records import LAYER_COUNTS
 
 EMBEDDINGS = "embeddings.safetensors"  # the file of the tensors that gain a row for each control token
 SUFFIX = "_lora"  # appended to a linear's path: the module with its adapters' A and B
 
 _KEY = re.compile(rf"(.+){SUFFIX}\.([^.]+)-([AB])")
-_HEADS = ("lm_head", "embed_out", "output")
+_HEADS = ("lm_head", "embed_out", "output", "head")
 _INDICES = re.compile(r"\[([\d,-]+)\]")
 
 T = TypeVar("T")
@@ -102,37 +103,43 @@ class Vocabulary:
 
     embedding: str
     head: str | None  # None: tied, or not in these files
+    bias: str | None = None  # the head's
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.embedding, self.head) if self.head else (self.embedding,)
+        return tuple(name for name in (self.embedding, self.head, self.bias) if name)
 
 
 def vocabulary(tensors: Mapping[str, Tensor], rows: int) -> Vocabulary | None:
-    """Return the names of a model's token embedding and untied head; None unless exactly one embedding is found.
+    """Return the names of a model's token embedding, untied head and its bias; None unless one embedding is found.
 
     Args:
         tensors: all tensors of the model, by name.
         rows: the vocabulary size.
     """
-    outside = [
-        name
-        for name, tensor in tensors.items()
-        if len(tensor.shape) == 2 and not parse_key(name) and not at_layer(name)[1]
-    ]
+    every = [name for name in tensors if not parse_key(name) and not at_layer(name)[1]]
+    outside = [name for name in every if len(tensors[name].shape) == 2]
     heads = [name for name in outside if name.endswith(".weight") and name.split(".")[-2] in _HEADS]
     found = [name for name in outside if name not in heads and tensors[name].shape[0] == rows]
     named = [name for name in outside if name.split(".")[-2:] == ["embed_tokens", "weight"]]
     candidates = named if len(named) == 1 else found
     if len(candidates) != 1 or len(heads) > 1:
         return None
-    return Vocabulary(candidates[0], heads[0] if heads else None)
+    biases = [name for name in every if name.endswith(".bias") and tensors[name].shape == (rows,)]
+    if len(biases) > 1 or tensors[candidates[0]].shape[-1] == rows:  # of a norm, perhaps
+        biases = [name for name in biases if name.split(".")[-2] in _HEADS]
+    return Vocabulary(candidates[0], heads[0] if heads else None, biases[0] if biases else None)
 
 
 def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the text decoder's part of a config.json: `text_config` if the decoder is one of several models."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) and "vocab_size" in inner else config
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Return the number of layers that a decoder's part of a config.json gives."""
+    return int(next(config[name] for name in LAYER_COUNTS if name in config))
 
 
 def at_layer(path: str) -> tuple[str, str, str]:

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from granite_switch.core.border import Count, FileName, Name, Record, TokenId, checked, read, read_json
 from granite_switch.core.files import inside
 from granite_switch.errors import CheckpointError, SwitchError
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # names of the same key of config.json
 
 
 class Provenance(Record):
@@ -114,18 +116,23 @@ class Quantisation(Record):
 class DecoderConfig(Record):
     """The decoder's part of config.json: the keys that its users share."""
 
-    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000, validation_alias=AliasChoices(*LAYER_COUNTS))]
     vocab_size: Count
     layer_types: list[str] | None = None
     tie_word_embeddings: bool | None = None
     bos_token_id: TokenId | list[TokenId] | None = None
     eos_token_id: TokenId | list[TokenId] | None = None
+    max_position_embeddings: Count | None = None
+
+
+class DenseConfig(DecoderConfig):
+    """The decoder's part of config.json for known families. In others, sizes may differ between layers."""
+
     hidden_size: Count | None = None
     intermediate_size: Count | None = None
     num_attention_heads: Count | None = None
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None
-    max_position_embeddings: Count | None = None
 
 
 class ModelConfig(Record):
@@ -149,7 +156,7 @@ def read_config(path: Path, error: type[SwitchError] = CheckpointError, hint: st
     return dict(config)
 
 
-class LegacyConfig(DecoderConfig):
+class LegacyConfig(DenseConfig):
     """config.json of the legacy formats."""
 
     hidden_size: Count

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from granite_switch.core.border import LIMIT, Count, Number, Record, checked
-from granite_switch.core.records import DecoderConfig
+from granite_switch.core.records import DenseConfig
 from granite_switch.errors import CheckpointError
 
 _Factor = Annotated[int | float, Field(gt=-LIMIT, lt=LIMIT, allow_inf_nan=False)] | None
@@ -79,7 +79,7 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-class Dialect(DecoderConfig):
+class Dialect(DenseConfig):
     """config.json of a base that computes what Granite's decoder does: every key that an export reads.
 
     A subclass is one `model_type`; keys that only some types have are declared there, all with transformers' defaults.

@@ -64,6 +64,10 @@ class DynamicSlotLayer(_Slots, DynamicLayer):
         """The cached tokens followed by the new ones, [B, K]; does not append them."""
         return torch.cat([self.values[:, 0, :, 0], tokens], 1) if self.get_seq_length() else tokens
 
+    def slots_with(self, slots: Tensor) -> Tensor:
+        """The slots of the cached positions followed by the new ones, [B, K]; does not append them."""
+        return torch.cat([self.keys[:, 0, :, 0], slots], 1) if self.get_seq_length() else slots
+
 
 class StaticSlotLayer(_Slots, StaticLayer):
     """The slots of a cache of fixed size."""

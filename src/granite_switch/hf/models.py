@@ -41,6 +41,7 @@ from granite_switch.hf.saving import save_switch_model
 from granite_switch.hf.suppress import Suppress, ranges
 from granite_switch.hf.updates import Site, Updates, add_updates, wrap_layers
 
+_STATES = ("state", "mems", "past_buckets_states")  # forward arguments of bases that use no transformers cache
 _MARGIN = 128.0  # below another token's logit: exp(-128) is 0 in float32, and no arithmetic on logits overflows
 
 if TYPE_CHECKING:  # the base's classes follow these in the subclasses' MRO
@@ -183,6 +184,11 @@ class SwitchDecoder(Arguments, _Model):
         if ids is None and (embeds is None or not base_only):
             raise _no_ids(embeds is not None)
         past = kwargs.get(self._cache_name)
+        if states := [name for name in _STATES if kwargs.get(name) is not None]:
+            raise RoutingError(
+                f"this model continues from `{states[0]}`, which cannot store the adapter of the positions before",
+                hint="use_cache=False",
+            )
         layer = find_slots(past)
         if ids is None:
             ids = slots = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
@@ -234,11 +240,11 @@ class SwitchForCausalLM(Arguments, _CausalModel):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         spec: SwitchSpec = config.switch_spec
-        decoder: Any = self.base_model
+        decoder, prefix = _innermost(self.base_model, f"{self.base_model_prefix}.")
         if not isinstance(decoder, SwitchDecoder):
             decoder.__class__ = decoder_class(type(decoder))
-            decoder._install(f"{self.base_model_prefix}.")
-        add_plans(self, decoder.switch_sites, f"{self.base_model_prefix}.")
+            decoder._install(prefix)
+        add_plans(self, decoder.switch_sites, prefix)
         record_outputs(self)
         self._accepted = accepted_arguments(self)
         decoder._accepted |= self._accepted  # the base's forward passes arguments through to the decoder
@@ -363,7 +369,8 @@ def register(config: type[Any]) -> None:
     for auto, make in ((AutoModel, decoder_class), (AutoModelForCausalLM, causal_class)):
         if base in auto._model_mapping:
             model: Any = auto._model_mapping[base]
-            auto.register(config, make(model[0] if isinstance(model, tuple) else model), exist_ok=True)
+            made: Any = make(model[0] if isinstance(model, tuple) else model)
+            auto._model_mapping.register(config, made, exist_ok=True)  # some bases use another base's classes
 
 
 def __getattr__(name: str) -> Any:
@@ -378,7 +385,17 @@ def __getattr__(name: str) -> Any:
 
 def decoder_of(model: Any) -> Any:
     """The decoder of a switch model; the model itself if it has no head."""
-    return model if isinstance(model, SwitchDecoder) else model.base_model
+    return next(module for module in model.modules() if isinstance(module, SwitchDecoder))
+
+
+def _innermost(decoder: Any, prefix: str) -> tuple[Any, str]:
+    """The decoder inside a module that only wraps it, as in OPT, whose class with a head calls it; and its prefix."""
+    children = list(decoder.named_children())
+    while len(children) == 1 and isinstance(children[0][1], PreTrainedModel):
+        name, decoder = children[0]
+        prefix += f"{name}."
+        children = list(decoder.named_children())
+    return decoder, prefix
 
 
 def _no_ids(embeds: bool) -> RoutingError:

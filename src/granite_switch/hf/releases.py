@@ -14,8 +14,9 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs, _f
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-# 5.24 renamed the forward argument and the output `past_key_values` to `cache`; 5.40 drops the old name
-CACHE_NAMES = ("cache", "past_key_values")
+# 5.24 renamed the forward argument and the output `past_key_values` (`cache_params` in models with only recurrent
+# states) to `cache`; 5.40 drops the old names
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 # arguments that a forward may take through **kwargs
 _EVERYWHERE = {
@@ -31,7 +32,7 @@ _EVERYWHERE = {
 
 def cache_name(parameters: Iterable[str]) -> str:
     """The name of the cache among the parameter names of a base's forward."""
-    return next((name for name in CACHE_NAMES if name in set(parameters)), CACHE_NAMES[-1])
+    return next((name for name in CACHE_NAMES if name in set(parameters)), "past_key_values")
 
 
 def record_outputs(model: PreTrainedModel) -> None:

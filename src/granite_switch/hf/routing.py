@@ -120,13 +120,24 @@ class Routing:
     groups: Groups | None  # None in compiled graphs, where the host does not know the slots
     decode: bool = False  # a decode step; its grouping is reused while the slots stay the same
     called: set[str] = field(default_factory=set)  # paths of the linears that were called
+    past: Any = None  # the cache's slot layer
+    known: list["Routing"] = field(default_factory=list)  # memo of `whole`
+
+    def whole(self) -> "Routing":
+        """The routing of all cached positions and the batch's tokens, for linears whose inputs are cached."""
+        if not hasattr(self.past, "slots_with"):
+            return self
+        if not self.known:
+            slots = self.past.slots_with(self.slots)
+            self.known.append(Routing(slots, None if is_compiling() else group(slots.flatten())))
+        return self.known[0]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Routing":
         slots = self.slots.to(device, non_blocking=non_blocking)
         if slots is self.slots:
             return self
         groups = None if self.groups is None else self.groups.to(slots.device)
-        return Routing(slots, groups, called=self.called)
+        return Routing(slots, groups, called=self.called, past=self.past)
 
 
 def route(slots: Tensor, past: Any = None, linears: Iterable[tuple[int, Pairs]] = ()) -> Routing:
@@ -138,15 +149,15 @@ def route(slots: Tensor, past: Any = None, linears: Iterable[tuple[int, Pairs]] 
         linears: as for `Groups.check`.
     """
     if is_compiling() or torch.jit.is_tracing():
-        return Routing(slots, None)
+        return Routing(slots, None, past=past)
     if past is not None and slots.shape[1] == 1 and not torch.is_grad_enabled():
         groups = past.groups(slots[:, 0])
         if groups.padded:
             groups.check(linears)
-        return Routing(slots, groups, decode=True)
+        return Routing(slots, groups, decode=True, past=past)
     if past is not None:
         past.decode = None
-    return Routing(slots, group(slots.flatten()))
+    return Routing(slots, group(slots.flatten()), past=past)
 
 
 class Scope:

@@ -8,7 +8,7 @@ called. Every forward checks which modules are attached: a quantiser replaces li
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -58,19 +58,21 @@ class Updates(nn.Module):
         Args:
             x: [..., in], the linear's input.
             y: [..., out], its output; may be modified in place when no gradients are recorded.
-            routing: the slots of the batch.
+            routing: the slots of these tokens.
 
         Returns:
             [..., out]. Rows in slot 0 equal y bit for bit.
 
         Raises:
-            RoutingError: the input does not have one row per token of the batch.
+            RoutingError: the input does not have one row per token.
         """
-        flat, out, groups = x.flatten(0, -2), y.flatten(0, -2), routing.groups
+        flat, out = x.flatten(0, -2), y.flatten(0, -2)
+        groups = routing.groups
         if len(flat) != routing.slots.numel():
             raise RoutingError(
                 f"a linear with adapters got {len(flat)} rows for a batch of {routing.slots.numel()} tokens",
-                hint="it does not see every token exactly once (an expert, for example); adapters cannot target it",
+                hint="it does not see every token exactly once (an expert, for example): train without it in "
+                "target_modules. If it runs on a static cache's positions, use a DynamicCache",
             )
         if groups is None or is_compiling():
             return self._fixed(flat, out, routing.slots.flatten()).view_as(y)
@@ -171,6 +173,8 @@ class Site:
                 hint="call or compile the model, its decoder or its layers, not a part of a layer alone",
             )
         routing.called.add(self.path)
+        if args and isinstance(args[0], Tensor) and args[0].shape[:-1].numel() != routing.slots.numel():
+            routing = routing.whole()  # latent attention: the linear sees all cached positions
         groups = routing.groups
         if groups is not None and not groups.groups and not torch.is_grad_enabled():
             return None
@@ -287,6 +291,9 @@ def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str, scope: Scope) -
             missing.append(f"{linear}: {type(module).__name__ if module else 'no such module'}")
             continue
         parent, _, name = path.rpartition(".")
+        if name.isdecimal() and not isinstance(modules[parent], Container):
+            container: Any = type(modules[parent])
+            modules[parent].__class__ = mixed_class(Container, container)
         modules[parent].register_module(name + SUFFIX, Updates(spec, linear, out, width))
         sites.append(Site(path, modules[parent], name, scope))
     if missing:
@@ -306,6 +313,8 @@ def _resolve(path: str, modules: dict[str, nn.Module]) -> str | None:
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
     tail = "." + ".".join(parts[max(at - 1, 0) :])
     found = [name for name in modules if name.endswith(tail)]
+    if len(found) > 1:  # another tower's layers
+        found = [name for name in found if set(name.removesuffix(tail).split(".")) <= set(parts)]
     return found[0] if len(found) == 1 else None
 
 
@@ -313,6 +322,19 @@ if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
+
+
+class Container(_Module):
+    """Mixin for `nn.Sequential` and `nn.ModuleList`: their elements do not include the updates."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (module for module in self._modules.values() if module and not isinstance(module, Updates))
+
+    def __len__(self) -> int:
+        return sum(not isinstance(module, Updates) for module in self._modules.values())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(self, Container)
 
 
 class Layer(_Module):
@@ -343,23 +365,28 @@ class Layer(_Module):
             raise RoutingError(
                 f"{type(self).__name__} ran without calling linears that have adapters, so the adapters did nothing",
                 problems=sorted(self.switch_paths - switch_routing.called),
-                hint="a fused kernel bypasses them; load the model without it (use_kernels, Liger, Mamba kernels)",
+                hint="a fused kernel bypasses them: load the model without it (use_kernels, Liger, Mamba kernels). Or "
+                "the base itself reads their weights and ignores LoRA: train without them in target_modules",
             )
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        classes = type(self).__mro__
-        return _new_layer, (classes[classes.index(Layer) + 1],), self.__getstate__()
+        return _reduced(self, Layer)
 
 
 @cache
-def layer_class(base: type[Any]) -> type[nn.Module]:
-    """The `Layer` subclass of a decoder layer's class, under the same name: device maps and FSDP match on it."""
-    return type(base.__name__, (Layer, base), {"__module__": __name__, "__qualname__": base.__name__})
+def mixed_class(mixin: Any, base: Any) -> type[nn.Module]:
+    """The subclass of a module's class with a mixin, under the same name: device maps and FSDP match on it."""
+    return type(base.__name__, (mixin, base), {"__module__": __name__, "__qualname__": base.__name__})
 
 
-def _new_layer(base: Any) -> nn.Module:
-    cls = layer_class(base)
+def _reduced(module: Any, mixin: Any) -> Any:
+    classes = type(module).__mro__
+    return _new, (mixin, classes[classes.index(mixin) + 1]), module.__getstate__()
+
+
+def _new(mixin: Any, base: Any) -> nn.Module:
+    cls = mixed_class(mixin, base)
     return cls.__new__(cls)
 
 
@@ -368,10 +395,10 @@ def wrap_layers(model: nn.Module, sites: list[Site]) -> None:
     for site in sites:
         parts = site.path.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if at is None:
+        if at is None or at == len(parts) - 1:  # in no layer
             continue
         layer: Any = model.get_submodule(".".join(parts[: at + 1]))
         if not isinstance(layer, Layer):
-            layer.__class__ = layer_class(layer.__class__)
+            layer.__class__ = mixed_class(Layer, layer.__class__)
             layer.switch_scope, layer.switch_paths = site.scope, set()
         layer.switch_paths.add(site.path)
