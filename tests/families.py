@@ -100,6 +100,16 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "phi3": Family("Phi3Config", {"tie_word_embeddings": False}, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    # one linear in the files that vLLM's class calls a pack of two
+    "glm4": Family(
+        "Glm4Config", {"head_dim": 32, "tie_word_embeddings": False}, (*ATTENTION, "gate_up_proj", "down_proj")
+    ),
+    # a head that the files call by another name
+    "gpt_neox": Family(
+        "GPTNeoXConfig",
+        {"num_key_value_heads": 4, "tie_word_embeddings": False},
+        ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
     "olmo2": Family("Olmo2Config", {"tie_word_embeddings": False}),
     "mistral": Family("MistralConfig", {"sliding_window": 16, "tie_word_embeddings": False, "head_dim": 32}),
 }

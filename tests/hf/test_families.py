@@ -159,5 +159,5 @@ class TestFamilies:
             assert torch.equal(again.state_dict()[name], tensor)
         decoder, ids = AutoModel.from_pretrained(tmp_path, dtype=torch.float32), prompts(case, "a0", seed)
         with torch.no_grad():
-            expected = case.model.model(ids).last_hidden_state
+            expected = case.model.base_model(ids).last_hidden_state
             assert torch.equal(decoder(ids).last_hidden_state, expected)

@@ -28,6 +28,7 @@ def configured(**options: Any) -> Any:
     adapter = SimpleNamespace(ranks={"model.layers.0.mlp.up_proj": options.pop("rank", 16)})
     spec = SimpleNamespace(hiding=options.pop("hiding", None), adapters=[adapter] * options.pop("adapters", 1))
     model = {"runner_type": "generate", "max_model_len": 4096, "dtype": torch.bfloat16, "enable_prompt_embeds": False}
+    model["use_mla"] = False
     model |= {key: options.pop(key) for key in list(options) if key in model}
     cache = SimpleNamespace(cache_dtype=options.pop("cache_dtype", "auto"))
     model_config = SimpleNamespace(hf_config=SimpleNamespace(switch_spec=spec), **model)
@@ -70,6 +71,7 @@ def test_cache_types_are_allowed_by_name(cpu: bool) -> None:
             ({"weight_transfer_config": SimpleNamespace(backend=backend)}, f"--weight-transfer-config {backend}")
             for backend in ("sparse_nccl", "sharded_rdt", "nccl_m2n", "modelexpress")
         ),
+        ({"use_mla": True}, "multi-head latent attention"),
         ({"max_model_len": 1 << 22}, "--max-model-len"),
         ({"adapters": 4096}, "at most 4,095"),
         ({"hiding": object()}, "granite-switch upgrade OLD NEW"),

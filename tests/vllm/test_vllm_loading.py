@@ -12,10 +12,12 @@ from artefacts import edit_json, make_adapter
 from conftest import ALL, ASSISTANT, runner_of, running, start, transformers_model
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
+from vllm.model_executor.models.granite import GraniteForCausalLM
 
 import granite_switch
 from granite_switch.core.layout import AdapterTensor
 from granite_switch.core.spec import SwitchSpec
+from granite_switch.errors import ServingError
 
 FUSED = {  # legacy module -> the linears that it fuses
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -109,6 +111,22 @@ def test_missing_and_unknown_adapter_tensors_are_all_named(composed: Path, tmp_p
     save_file(tensors, file)
     with pytest.raises(Exception, match=rf"(?s){names[0]}: missing.*{names[1]}: shape \[1, "):
         start(broken)
+
+
+@pytest.mark.parametrize(("linear", "axis"), [("self_attn.k_proj", 0), ("mlp.down_proj", 1)])
+def test_a_weight_that_vllm_reorders_is_refused_by_name(
+    composed: Path, monkeypatch: pytest.MonkeyPatch, linear: str, axis: int
+) -> None:
+    """As vLLM reorders the queries and keys of Llama 4, for which adapters in the files' order are wrong."""
+    load = GraniteForCausalLM.load_weights
+
+    def reordered(self: Any, weights: Any) -> Any:
+        return load(self, ((name, t.roll(1, axis) if linear in name else t) for name, t in weights))
+
+    monkeypatch.setattr(GraniteForCausalLM, "load_weights", reordered)
+    with pytest.raises(ServingError, match="vLLM reorders") as caught:
+        start(composed)
+    assert set(caught.value.problems) == {f"model.layers.{layer}.{linear}" for layer in range(2)}
 
 
 def test_a_load_without_weights_has_adapters_to_run(composed: Path) -> None:

@@ -85,6 +85,11 @@ def _of_engine(vllm_config: "VllmConfig") -> list[str]:
         )
     if model_config.max_model_len > POSITIONS:
         problems.append(f"--max-model-len: at most {POSITIONS:,} positions")
+    if model_config.use_mla:
+        problems.append(
+            "multi-head latent attention: its cache has no room for the switch's attention layer, and it does not call "
+            "kv_b_proj in decode; use the transformers backend"
+        )
     if spec.hiding:
         problems.append(f"legacy format 1 hides tokens from attention; upgrade the checkpoint: {UPGRADE}")
     if len(spec.adapters) >= SLOTS:

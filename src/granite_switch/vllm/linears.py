@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.utils import get_packed_modules_mapping
@@ -24,6 +25,37 @@ class Place:
     members: tuple[str, ...]  # names of the linears that it packs, without their parents: `q_proj`
     index: int  # of this linear among the members
     shape: tuple[int, int]  # (out, in) of this linear, unsharded
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The first column and the first row of a linear's weight in the base's files."""
+
+    kind: str  # the weight's name in its linear
+    column: Tensor
+    row: Tensor
+
+    @classmethod
+    def of(cls, kind: str, weight: Tensor) -> "Edges":
+        return cls(kind, weight[:, 0].clone(), weight[0].clone())
+
+    def kept(self, linear: Any, place: Place) -> bool:
+        """Whether vLLM's linear has the weight in the files' order, as far as this process can tell.
+
+        A loader that reorders or scales a weight would have to do the same with adapters.
+        """
+        weight = getattr(linear, self.kind, None)
+        if not isinstance(weight, Tensor) or weight.is_meta or getattr(linear, "tp_rank", 0) != 0:
+            return True
+        if weight.dtype != self.row.dtype and not (weight.dtype.itemsize > 1 and weight.is_floating_point()):
+            return True  # quantised while being loaded
+        # a merged linear that the files have whole is cut in several places if it is sharded
+        whole = len(place.members) == 1 and linear.tp_size == 1
+        sizes: Any = [len(weight)] if whole else getattr(linear, "output_partition_sizes", [len(weight)])
+        start = sum(sizes[: place.index])
+        part = weight[start : start + sizes[place.index]]
+        pairs = (part[:, 0], self.column[: len(part)]), (part[0], self.row[: part.size(1)])
+        return all(torch.equal(ours.float(), theirs.to(ours).float()) for ours, theirs in pairs)
 
 
 def find(model: nn.Module, paths: Iterable[str]) -> dict[str, Place]:
@@ -65,15 +97,14 @@ class _Finder:
             mapped = self.mapper._map_name(f"{path}.weight")
             name = mapped.removesuffix(".weight") if mapped else path
         parent, _, last = name.rpartition(".")
-        candidates = [(name, tuple(self.packed.get(last, [last])), 0)]
+        # a linear that the files have whole is one member, even if other bases of the class have its parts
+        candidates: list[tuple[str, tuple[str, ...], int]] = [(name, (last,), 0)]
         for packed, members in self.packed.items():
             if last in members:
                 candidates.append((f"{parent}.{packed}", tuple(members), members.index(last)))
         for module, members, index in candidates:
             linear = self.modules.get(module)
             if isinstance(linear, LinearBase):
-                if len(members) > 1 and module == name:
-                    raise LookupError(f"{path}: vLLM packs other linears into a module of this name, {module}")
                 return Place(module, members, index, (_rows(path, linear, len(members))[index], linear.input_size))
         if self._elsewhere(name.split(".")):
             return None

@@ -31,7 +31,7 @@ from granite_switch.core.model import shape_problems
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import AdapterSpec, SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, ServingError
-from granite_switch.vllm.linears import Place, find
+from granite_switch.vllm.linears import Edges, Place, find
 from granite_switch.vllm.lora import SwitchedLinear, make_router
 from granite_switch.vllm.switch import Switch
 
@@ -44,10 +44,11 @@ class Switched(_Decoder):
     """Mixin for vLLM's class of a decoder. Under pipeline parallelism the intermediate tensors include the slots."""
 
     supports_lora = False
+    base_architecture: str  # vLLM's class, as the base's config names it
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
-        with _as_base(config):
+        with _as_base(config, self.base_architecture):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.spec = config.switch_spec
         self.load_format = vllm_config.load_config.load_format
@@ -64,6 +65,7 @@ class Switched(_Decoder):
         self.random = False  # set while the adapters have the random values of `--load-format dummy`
         self.pending: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, until the linears can take them
         self.kept: dict[AdapterTensor, Tensor] = {}  # the adapters' tensors, of which `in_pieces` replaces some
+        self.edges: dict[str, Edges] = {}  # of the weights that adapters update, by their linears' paths
         self.base: set[str] = set()  # the base's parameters, as its loader names them
         self.replaced: set[str] = set()  # what new weights replaced since they last replaced the whole base
         make: Any = getattr(self, "make_empty_intermediate_tensors", None)
@@ -136,6 +138,7 @@ class Switched(_Decoder):
             self._warn_of_old_adapters(new)
             self._fill()
         else:
+            self._check_order()
             self.base = loaded
         return new
 
@@ -152,6 +155,19 @@ class Switched(_Decoder):
             raise CheckpointError(
                 f"{self.folder}: changed while it was being loaded, or has other adapters than the engine started with",
                 hint="start the engine again when no other command is changing the folder",
+            )
+
+    def _check_order(self) -> None:
+        """Each weight that adapters update must be in vLLM's linear as it is in the files."""
+        changed = [
+            p for p, e in self.edges.items() if not e.kept(self.get_submodule(self._places[p].module), self._places[p])
+        ]
+        self.edges = {}
+        if changed:
+            raise ServingError(
+                "vLLM reorders or scales these weights of the base when it loads them, so adapters would not fit them",
+                problems=changed,
+                hint="use the transformers backend, or compose with adapters that leave these linears out",
             )
 
     def _warn_of_old_adapters(self, new: set[str]) -> None:
@@ -171,6 +187,9 @@ class Switched(_Decoder):
         for name, tensor in self._as_format_1(weights):
             found = parse_key(name)
             if found is None:
+                path, _, kind = name.rpartition(".")
+                if not self.finished and kind in ("weight", "weight_packed") and path in self._places:
+                    self.edges[path] = Edges.of(kind, tensor)
                 yield name, tensor
             else:
                 self.pending[found] = tensor.cpu()
@@ -279,14 +298,14 @@ def _with_slots(make: Any) -> Any:
 
 
 @contextmanager
-def _as_base(config: Any) -> Iterator[None]:
-    """Give a config the base's own class, which transformers' Auto classes need (in vLLM's Transformers backend)."""
-    own = type(config)
-    config.__class__ = CONFIG_MAPPING[config.model_type]
+def _as_base(config: Any, base: str) -> Iterator[None]:
+    """Give a config the base's own class and architecture, by which vLLM's Transformers backend finds its parts."""
+    own = type(config), config.architectures
+    config.__class__, config.architectures = CONFIG_MAPPING[config.model_type], [base]
     try:
         yield
     finally:
-        config.__class__ = own
+        config.__class__, config.architectures = own
 
 
 @cache
@@ -299,7 +318,8 @@ def switched(base: str) -> type[nn.Module]:
     cls, name = ModelRegistry.models[base].load_model_cls(), architecture(base)
     if not supports_lora(cls):
         raise ServingError(f"{base}: vLLM does not support LoRA for it, which adapters need")
-    return type(name, (Switched, cls), {"__module__": __name__, "__qualname__": name, "__doc__": cls.__doc__})
+    own = {"__module__": __name__, "__qualname__": name, "__doc__": cls.__doc__, "base_architecture": base}
+    return type(name, (Switched, cls), own)
 
 
 def __getattr__(name: str) -> type[nn.Module]:
