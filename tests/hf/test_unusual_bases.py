@@ -9,7 +9,7 @@ import pytest
 import torch
 from artefacts import GRANITE_TEMPLATE, ROLES, make_adapter, save_tokenizer, tokenizer_file
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 import granite_switch.hf  # noqa: F401
 from granite_switch import compose
@@ -54,6 +54,8 @@ BASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 def make(folder: Path, kind: str, **saving: Any) -> Any:
     """Write a random base with its tokenizer, and load it."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
     tokenizer = tokenizer_file(ROLES)
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     settings = BASES[kind][1] if kind in BASES else GROUPED

@@ -165,7 +165,7 @@ def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list
     for kind in dict.fromkeys(kinds[:count]):
         alike = [i for i in range(count) if kinds[i] == kind and i in layers]
         whole = max((layers[i] for i in alike), key=len, default=set())
-        short = [i for i in alike if layers[i] < whole]
+        short = [i for i in alike if i and layers[i] < whole]  # the first layer often lacks a norm or a gate
         if len(short) <= max(1, len(alike) // 4):  # if more lack tensors, they are another type of layer
             absent += [f"{stem}.{i}.{rest}" for i in short for rest in sorted(whole - layers[i], key=natural)]
     return absent
