@@ -110,6 +110,7 @@ FAMILIES: Mapping[str, Family] = {
         {"num_key_value_heads": 4, "tie_word_embeddings": False},
         ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
     ),
+    "helium": Family("HeliumConfig", {"head_dim": 32}),  # vLLM does not list it
     "olmo2": Family("Olmo2Config", {"tie_word_embeddings": False}),
     "mistral": Family("MistralConfig", {"sliding_window": 16, "tie_word_embeddings": False, "head_dim": 32}),
 }

@@ -6,6 +6,7 @@ It runs in every vLLM process, so it registers only names; a model's class is ma
 from typing import Any
 
 _MODULE = f"{__name__}.model"
+_DECODERS = ("ForCausalLM", "LMHeadModel")
 _EARLIER = "_registered_before"  # suffix under which a model that already had one of our names stays registered
 
 
@@ -20,7 +21,7 @@ def register() -> None:
 
     models = ModelRegistry.models
     others = [name for name, model in models.items() if getattr(model, "module_name", "") != _MODULE]
-    names = {architecture(base): base for base in others if base.endswith(("ForCausalLM", "LMHeadModel"))}
+    names = {architecture(base): base for base in [*others, *unlisted()] if base.endswith(_DECODERS)}
     for name, base in names.items():
         if base in names:
             continue  # already a switch model, of vLLM or another plugin
@@ -32,6 +33,15 @@ def register() -> None:
         ModelRegistry.register_model(name, f"{_MODULE}:{name}@{vllm.__version__}")
         MODELS_CONFIG_MAP[name] = limits(MODELS_CONFIG_MAP.get(base))
     _register_config()
+
+
+def unlisted() -> list[str]:
+    """Decoders of transformers that vLLM does not list, and serves with its Transformers backend."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm import ModelRegistry
+
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return [name for name in names if isinstance(name, str) and name not in ModelRegistry.models]
 
 
 def _register_config() -> None:

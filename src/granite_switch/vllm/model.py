@@ -31,6 +31,7 @@ from granite_switch.core.model import shape_problems
 from granite_switch.core.records import read_config
 from granite_switch.core.spec import AdapterSpec, SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, ServingError
+from granite_switch.vllm import unlisted
 from granite_switch.vllm.linears import Edges, Place, find
 from granite_switch.vllm.lora import SwitchedLinear, make_router
 from granite_switch.vllm.switch import Switch
@@ -315,7 +316,8 @@ def switched(base: str) -> type[nn.Module]:
     Raises:
         ServingError: vLLM does not support LoRA for it.
     """
-    cls, name = ModelRegistry.models[base].load_model_cls(), architecture(base)
+    listed = base if base in ModelRegistry.models else "TransformersForCausalLM"
+    cls, name = ModelRegistry.models[listed].load_model_cls(), architecture(base)
     if not supports_lora(cls):
         raise ServingError(f"{base}: vLLM does not support LoRA for it, which adapters need")
     own = {"__module__": __name__, "__qualname__": name, "__doc__": cls.__doc__, "base_architecture": base}
@@ -324,7 +326,7 @@ def switched(base: str) -> type[nn.Module]:
 
 def __getattr__(name: str) -> type[nn.Module]:
     """Switch model classes by name, for vLLM's registry. The part after @ is the version, a key of vLLM's cache."""
-    bases = {architecture(base): base for base in ModelRegistry.get_supported_archs()}
+    bases = {architecture(base): base for base in [*unlisted(), *ModelRegistry.get_supported_archs()]}
     try:
         return switched(bases[name.partition("@")[0]])
     except KeyError:
