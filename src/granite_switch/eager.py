@@ -167,8 +167,8 @@ def _add_in_place(x: Tensor, y: Tensor, rows: slice | Tensor, pair: Pair, tokens
     if rows.stop - rows.start < tokens:
         x, y = x[rows], y[rows]
     hidden = _linear(x, a)
-    if y.dtype == b.dtype and (len(x) <= _FEWER or math.frexp(scale)[0] == 0.5):
-        # matmul, scale and add in one pass over y; a scale that is a power of two does not change float32's rounding
+    exact = y.dtype == torch.float32 and math.frexp(scale)[0] == 0.5  # a power of two: rounds as in two steps
+    if y.dtype == b.dtype and (exact or len(x) <= _FEWER):  # one pass over y
         y.addmm_(hidden, b.t(), alpha=scale)
     else:
         y.add_(_scaled(F.linear(hidden, b), scale).to(y.dtype))
