@@ -95,11 +95,7 @@ def assemble(
     library = base.tokenizer.library
     template = base.tokenizer.templates.get("default")
     warnings = [f"{slot.name}: {warning}" for slot in fresh for warning in slot.spec.warnings]
-    if (beyond := base.tokenizer.size - base.checkpoint[base.vocabulary.embedding].shape[0]) > 0 and not kept:
-        warnings.append(
-            f"{base.folder}: the last {beyond} tokens of its tokenizer have no row in its embedding. They gain zeros, "
-            "and the composed model can generate them; resize the base's embedding to choose their rows"
-        )
+    warnings += [] if kept else _vocabulary_warnings(base)
     if template is None:
         samples: list[place.Chat] = []
         first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))
@@ -134,6 +130,16 @@ def assemble(
         place.prove(spec, placements, templates["default"], template, samples, library)
     notes = tuple(f"{slot.name}: {note}" for slot in fresh for note in slot.notes)
     return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings), notes)
+
+
+def _vocabulary_warnings(base: Base) -> list[str]:
+    beyond = base.tokenizer.size - base.checkpoint[base.vocabulary.embedding].shape[0]
+    if beyond <= 0:
+        return []
+    return [
+        f"{base.folder}: the last {beyond} tokens of its tokenizer have no row in its embedding. They gain zeros, and "
+        "the composed model can generate them; resize the base's embedding to choose their rows"
+    ]
 
 
 def _with_base_warning(slot: Adapter, base_model: str) -> Adapter:

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from granite_switch.composition import proof
 from granite_switch.composition.adapters import Adapter, io_text
 from granite_switch.composition.card import model_card
 from granite_switch.composition.plan import Plan
+from granite_switch.composition.proof import Prover, check
 from granite_switch.composition.tokenizer import extended_config
 from granite_switch.core.border import write_json
 from granite_switch.core.checkpoint import (
@@ -47,12 +47,7 @@ _IO_YAML = b"model: null\nresponse_format: null\ntransformations: null\n"
 
 
 def write_model(
-    plan: Plan,
-    folder: Path,
-    progress: Progress | None = None,
-    *,
-    prover: proof.Prover | None = None,
-    same_rows: bool = False,
+    plan: Plan, folder: Path, progress: Progress | None = None, *, prover: Prover | None = None, same_rows: bool = False
 ) -> None:
     """Write the composed model into an empty folder.
 
@@ -106,7 +101,7 @@ def write_model(
         else:
             put(adapter_file(name), _adapter_entries(adapter), {})
     write_index(folder, files)
-    proof.check(differences())
+    check(differences())
 
 
 def _adapter_entries(adapter: Adapter) -> list[Entry]:

@@ -3,7 +3,10 @@
 import inspect
 from typing import Any
 
+from granite_switch.errors import RoutingError
 from granite_switch.hf.releases import CACHE_NAMES
+
+_STATES = ("state", "mems", "past_buckets_states")  # forward arguments of bases that use no transformers cache
 
 
 class Arguments:
@@ -22,6 +25,7 @@ class Arguments:
 
         Raises:
             TypeError: an argument is given twice, or no part of the model takes it.
+            RoutingError: the model or an argument of it has no place for slots.
         """
         if len(args) > (most := len(self._parameters_of_base)):
             raise TypeError(f"{type(self).__name__}.forward: {len(args)} positional arguments, at most {most} expected")
@@ -36,6 +40,16 @@ class Arguments:
                     raise TypeError(f"{type(self).__name__}.forward: {' and '.join(CACHE_NAMES)} are the same argument")
                 if value is not None:
                     kwargs[self._cache_name] = value
+        if "_is_replica" in self.__dict__:
+            raise RoutingError(
+                "replicas of nn.DataParallel would call the linears of the model itself",
+                hint="DistributedDataParallel (torchrun), or one device (CUDA_VISIBLE_DEVICES)",
+            )
+        if states := [name for name in _STATES if kwargs.get(name) is not None]:
+            raise RoutingError(
+                f"this model continues from `{states[0]}`, which cannot store the adapter of the positions before",
+                hint="use_cache=False",
+            )
         known = self.accepted_arguments()
         unknown = [name for name in kwargs if name not in known]
         if unknown:

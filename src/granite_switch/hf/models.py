@@ -26,6 +26,7 @@ from granite_switch.core.spec import SwitchSpec, architecture
 from granite_switch.errors import CheckpointError, RoutingError
 from granite_switch.hf.arguments import Arguments, with_signature
 from granite_switch.hf.cache import add_slots, cache_of, cached_positions, find_slots
+from granite_switch.hf.layers import wrap_layers
 from granite_switch.hf.legacy import Hiding, masked, state_dict_of
 from granite_switch.hf.loading import load_adapters
 from granite_switch.hf.parallel import add_plans
@@ -39,9 +40,8 @@ from granite_switch.hf.releases import (
 from granite_switch.hf.routing import Scope, Switch, route, sequence_starts
 from granite_switch.hf.saving import save_switch_model
 from granite_switch.hf.suppress import Suppress, ranges
-from granite_switch.hf.updates import Site, Updates, add_updates, wrap_layers
+from granite_switch.hf.updates import Site, Updates, add_updates
 
-_STATES = ("state", "mems", "past_buckets_states")  # forward arguments of bases that use no transformers cache
 _MARGIN = 128.0  # below another token's logit: exp(-128) is 0 in float32, and no arithmetic on logits overflows
 
 if TYPE_CHECKING:  # the base's classes follow these in the subclasses' MRO
@@ -171,11 +171,6 @@ class SwitchDecoder(Arguments, _Model):
 
     def forward(self, *args: Any, base_only: bool = False, **kwargs: Any) -> Any:
         kwargs = self._arguments(args, kwargs)
-        if "_is_replica" in self.__dict__:
-            raise RoutingError(
-                "replicas of nn.DataParallel would call the linears of the model itself",
-                hint="DistributedDataParallel (torchrun), or one device (CUDA_VISIBLE_DEVICES)",
-            )
         for site in self.switch_sites:
             if site.stale():
                 site.attach()
@@ -184,11 +179,6 @@ class SwitchDecoder(Arguments, _Model):
         if ids is None and (embeds is None or not base_only):
             raise _no_ids(embeds is not None)
         past = kwargs.get(self._cache_name)
-        if states := [name for name in _STATES if kwargs.get(name) is not None]:
-            raise RoutingError(
-                f"this model continues from `{states[0]}`, which cannot store the adapter of the positions before",
-                hint="use_cache=False",
-            )
         layer = find_slots(past)
         if ids is None:
             ids = slots = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)

@@ -8,9 +8,8 @@ called. Every forward checks which modules are attached: a quantiser replaces li
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from granite_switch import eager
 from granite_switch.core.layout import SUFFIX, AdapterTensor
 from granite_switch.core.spec import SwitchSpec
 from granite_switch.errors import CheckpointError, RoutingError
+from granite_switch.hf.layers import Container, mix_in
 from granite_switch.hf.routing import Routing, Scope
 
 
@@ -291,9 +291,8 @@ def add_updates(model: nn.Module, spec: SwitchSpec, prefix: str, scope: Scope) -
             missing.append(f"{linear}: {type(module).__name__ if module else 'no such module'}")
             continue
         parent, _, name = path.rpartition(".")
-        if name.isdecimal() and not isinstance(modules[parent], Container):
-            container: Any = type(modules[parent])
-            modules[parent].__class__ = mixed_class(Container, container)
+        if name.isdecimal():
+            mix_in(Container, modules[parent])
         modules[parent].register_module(name + SUFFIX, Updates(spec, linear, out, width))
         sites.append(Site(path, modules[parent], name, scope))
     if missing:
@@ -316,89 +315,3 @@ def _resolve(path: str, modules: dict[str, nn.Module]) -> str | None:
     if len(found) > 1:  # another tower's layers
         found = [name for name in found if set(name.removesuffix(tail).split(".")) <= set(parts)]
     return found[0] if len(found) == 1 else None
-
-
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
-
-
-class Container(_Module):
-    """Mixin for `nn.Sequential` and `nn.ModuleList`: their elements do not include the updates."""
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return (module for module in self._modules.values() if module and not isinstance(module, Updates))
-
-    def __len__(self) -> int:
-        return sum(not isinstance(module, Updates) for module in self._modules.values())
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reduced(self, Container)
-
-
-class Layer(_Module):
-    """Mixin for a decoder layer: passes the routing as an argument, so that recomputation gets it again.
-
-    `__call__` adds the argument and `forward` removes it. Gradient checkpointing reruns `forward` with its original
-    arguments, long after the model's forward has returned.
-    """
-
-    switch_scope: Scope
-    switch_paths: set[str]  # paths of this layer's linears that have adapters
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        routing = self.switch_scope.get()
-        if routing is not None and "switch_routing" not in kwargs:
-            kwargs["switch_routing"] = routing
-        return super().__call__(*args, **kwargs)
-
-    def forward(self, *args: Any, switch_routing: Routing | None = None, **kwargs: Any) -> Any:
-        token = self.switch_scope.enter(switch_routing)
-        try:
-            output = super().forward(*args, **kwargs)
-        finally:
-            self.switch_scope.leave(token)
-        if switch_routing is None or is_compiling():
-            return output
-        if not self.switch_paths <= switch_routing.called:
-            raise RoutingError(
-                f"{type(self).__name__} ran without calling linears that have adapters, so the adapters did nothing",
-                problems=sorted(self.switch_paths - switch_routing.called),
-                hint="a fused kernel bypasses them: load the model without it (use_kernels, Liger, Mamba kernels). Or "
-                "the base itself reads their weights and ignores LoRA: train without them in target_modules",
-            )
-        return output
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reduced(self, Layer)
-
-
-@cache
-def mixed_class(mixin: Any, base: Any) -> type[nn.Module]:
-    """The subclass of a module's class with a mixin, under the same name: device maps and FSDP match on it."""
-    return type(base.__name__, (mixin, base), {"__module__": __name__, "__qualname__": base.__name__})
-
-
-def _reduced(module: Any, mixin: Any) -> Any:
-    classes = type(module).__mro__
-    return _new, (mixin, classes[classes.index(mixin) + 1]), module.__getstate__()
-
-
-def _new(mixin: Any, base: Any) -> nn.Module:
-    cls = mixed_class(mixin, base)
-    return cls.__new__(cls)
-
-
-def wrap_layers(model: nn.Module, sites: list[Site]) -> None:
-    """Turn every decoder layer that contains a site into a `Layer`."""
-    for site in sites:
-        parts = site.path.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if at is None or at == len(parts) - 1:  # in no layer
-            continue
-        layer: Any = model.get_submodule(".".join(parts[: at + 1]))
-        if not isinstance(layer, Layer):
-            layer.__class__ = mixed_class(Layer, layer.__class__)
-            layer.switch_scope, layer.switch_paths = site.scope, set()
-        layer.switch_paths.add(site.path)
