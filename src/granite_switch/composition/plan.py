@@ -105,8 +105,7 @@ def assemble(
         )
     else:
         samples = place.chats(template, base.tokenizer.special_tokens)
-        first_token = place.opening(samples, library)
-        turn_token = place.turn(template, samples, library)
+        first_token, turn_token = place.opening(samples, library), place.turn(template, samples, library)
     head = kept or SwitchSpec(
         adapters=(),
         base_token=BASE_TOKEN,
