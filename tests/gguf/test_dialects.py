@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from granite_switch import compose
-from granite_switch.core.records import DecoderConfig
+from granite_switch.core.records import DenseConfig
 from granite_switch.errors import CheckpointError, SwitchError
 from granite_switch.gguf import dialects, export, prepare
 from granite_switch.gguf.tensors import Target
@@ -233,7 +233,7 @@ def test_a_head_beside_a_tied_embedding(models: dict[str, Path], tmp_path: Path)
 
 
 def test_the_defaults_are_those_of_transformers() -> None:
-    elsewhere = {*DecoderConfig.model_fields} - {"max_position_embeddings", "tie_word_embeddings"}  # depend on others
+    elsewhere = {*DenseConfig.model_fields} - {"max_position_embeddings", "tie_word_embeddings"}  # depend on others
     elsewhere |= {"layers_block_type", "rope_parameters", "rope_scaling", "rope_theta"}
     for model_type, dialect in dialects.DIALECTS.items():
         config = CONFIG_MAPPING[model_type]()

@@ -8,6 +8,7 @@ from typing import Any
 
 from gguf import TokenType
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from granite_switch.core.chat import render
 from granite_switch.core.spec import SwitchSpec
@@ -16,6 +17,10 @@ from granite_switch.errors import TemplateError
 from granite_switch.gguf import sentencepiece
 
 _NO_BOS = "the chat template writes {}, so llama.cpp is told not to add it; other prompts must begin with it"
+
+_NEVER = {
+    chr(i) for i in (0xC0, 0xC1, *range(0xF5, 0x100))
+}  # bytes that no UTF-8 text has, as byte-level BPE writes them
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,7 @@ def vocabulary(
         warnings.append(_NO_BOS.format(tokens[special["bos"]]))
     space_prefix, more = (sentencepiece.prefix(data) if pieces else None) or (False, [])
     warnings += more
-    if data.get("normalizer") and not pieces:
-        warnings.append(
-            f"llama.cpp does not normalise text ({data['normalizer'].get('type')}): some may tokenise differently"
-        )
-    for token in added.values():
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            warnings.append(f"{token['content']!r}: llama.cpp ignores lstrip, rstrip and single_word")
+    warnings += _read_otherwise(data, known, pieces)
     made = Vocabulary(
         model="llama" if pieces else "gpt2",
         tokens=tokens,
@@ -107,6 +106,20 @@ def _problems(tokenizer: BaseTokenizer, known: Mapping[str, int], size: int, spe
     for adapter in spec.active:
         if (found := known.get(adapter.token)) != adapter.token_id:
             yield f"{adapter.token!r} is token {found} in the tokenizer, but {adapter.token_id} in config.json"
+
+
+def _read_otherwise(data: Mapping[str, Any], known: Mapping[str, int], pieces: bool) -> Iterator[str]:
+    """Warnings about texts that llama.cpp tokenises otherwise."""
+    if not pieces and any(char not in known for char in {*ByteLevel.alphabet()} - _NEVER):
+        yield (
+            "the vocabulary lacks some bytes, of control characters for example: the tokenizer drops them and joins "
+            "what is around them, and llama.cpp does not join it"
+        )
+    if data.get("normalizer") and not pieces:
+        yield f"llama.cpp does not normalise text ({data['normalizer'].get('type')}): some may tokenise differently"
+    for token in data.get("added_tokens", ()):
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            yield f"{token['content']!r}: llama.cpp ignores lstrip, rstrip and single_word"
 
 
 def _kinds(data: Mapping[str, Any]) -> dict[str, int]:
