@@ -2,9 +2,10 @@
 
     python benchmarks/synthetic.py FOLDER [--size small] [--set 12-r16 ...] [--older PYTHON]
 
-A set is NUMBER-rRANK, NUMBER-mixed (ranks 8, 16, 32, 64 in turn) or NUMBER-library (16, 4, 8, 8, 32). Its adapters 6 to 9 are aLoRA, the others LoRA, all
-on every projection. FOLDER/SIZE holds it as a library, `library-12-r16`, and composed, `switch-12-r16`; with `--older`
-also composed by release 0.1.1, `older-12-r16`. Adapters are written directly as tensors, without a model.
+A set is NUMBER-rRANK, NUMBER-mixed (ranks 8, 16, 32, 64 in turn) or NUMBER-library (16, 4, 8, 8, 32). Its adapters 6
+to 9 are aLoRA, the others LoRA, all on every projection. FOLDER/SIZE holds it as a library, `library-12-r16`, and
+composed, `switch-12-r16`; with `--older` also composed by release 0.1.1, `older-12-r16`. Adapters are written directly
+as tensors, without a model.
 """
 
 import argparse
