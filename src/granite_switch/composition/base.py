@@ -159,13 +159,13 @@ def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list
             layers.setdefault(int(number), set()).add(rest)
     count = layer_count(config)
     absent = [f"{stem}.{i}" for i in range(count) if i not in layers]
-    kinds = config.get("layer_types")
+    kinds = config.get("layer_types")  # some first layers lack a norm, as ModernBERT's
     if not isinstance(kinds, list) or len(kinds) < count:
         kinds = [""] * count
     for kind in dict.fromkeys(kinds[:count]):
         alike = [i for i in range(count) if kinds[i] == kind and i in layers]
         whole = max((layers[i] for i in alike), key=len, default=set())
-        short = [i for i in alike if i and layers[i] < whole]  # the first layer often lacks a norm or a gate
+        short = [i for i in alike if layers[i] < whole and (i or not all(map(_NORM.search, whole - layers[i])))]
         if len(short) <= max(1, len(alike) // 4):  # if more lack tensors, they are another type of layer
             absent += [f"{stem}.{i}.{rest}" for i in short for rest in sorted(whole - layers[i], key=natural)]
     return absent

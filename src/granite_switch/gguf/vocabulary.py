@@ -18,9 +18,8 @@ from granite_switch.gguf import sentencepiece
 
 _NO_BOS = "the chat template writes {}, so llama.cpp is told not to add it; other prompts must begin with it"
 
-_NEVER = {
-    chr(i) for i in (0xC0, 0xC1, *range(0xF5, 0x100))
-}  # bytes that no UTF-8 text has, as byte-level BPE writes them
+# bytes that no UTF-8 text has, as byte-level BPE writes them
+_NEVER = {chr(i) for i in (0xC0, 0xC1, *range(0xF5, 0x100))}
 
 
 @dataclass(frozen=True)
