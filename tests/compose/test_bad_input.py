@@ -11,6 +11,7 @@ from artefacts import ASSISTANT, edit_json, make_adapter, make_base
 from safetensors.torch import load_file, save_file
 
 from granite_switch import compose
+from granite_switch.composition.compose import prepare
 from granite_switch.errors import SwitchError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -179,7 +180,15 @@ def test_bases_that_cannot_carry_adapters(base: Path, adapter: Path, composed: P
 
 
 @pytest.mark.parametrize(
-    "lost", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.", "layernorm", "model.norm", "embed_tokens"]
+    "lost",
+    [
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.1.",
+        "layernorm",
+        "model.norm",
+        "embed_tokens",
+    ],
 )
 def test_a_base_that_lacks_what_its_config_implies(lost: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(base, tmp_path / "bad"))
@@ -187,6 +196,15 @@ def test_a_base_that_lacks_what_its_config_implies(lost: str, base: Path, adapte
     save_file({k: t for k, t in tensors.items() if lost not in k}, bad / "model.safetensors", {"format": "pt"})
     words = {"embed_tokens": "embedding", "layernorm": "norms of its layers", "model.norm": "the last layer"}
     refused(bad, [adapter], tmp_path, "bad", words.get(lost, lost.strip(".")))
+
+
+def test_a_base_without_norms_is_a_warning(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Some bases' norms have no weights. If they were lost, loading names them."""
+    assert not any("norms" in warning for warning in prepare(base, [adapter]).warnings)
+    bad = Path(shutil.copytree(base, tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if "norm" not in k}, bad / "model.safetensors", {"format": "pt"})
+    assert any("has no weights of norms" in warning for warning in prepare(bad, [adapter]).warnings)
 
 
 def test_a_base_with_damaged_or_missing_shards(adapter: Path, tmp_path: Path) -> None:

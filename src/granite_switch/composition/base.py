@@ -22,6 +22,7 @@ from granite_switch.errors import BaseModelError, CheckpointError
 
 _MAX_MISSING_ROWS = 65536  # tokens without a row in the embedding; composing adds the rows
 _NORM = re.compile(r"norm|\.ln(?:\d?\.|_)", re.IGNORECASE)
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps")
 _CAUSAL = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -53,6 +54,12 @@ class Base:
     @property
     def vocab_size(self) -> int:
         return int(decoder_config(self.config)["vocab_size"])
+
+    @property
+    def lacks_norms(self) -> bool:
+        """Whether config.json has an epsilon for norms of which no weight is there; some bases' norms have none."""
+        epsilon = any(decoder_config(self.config).get(key) is not None for key in _EPSILONS)
+        return epsilon and not any(map(_NORM.search, self.checkpoint.tensors))
 
     @property
     def layers(self) -> int:
@@ -173,7 +180,7 @@ def _missing_layers(tensors: Collection[str], config: Mapping[str, Any]) -> list
 
 def _missing_norms(tensors: Collection[str], config: Mapping[str, Any]) -> list[str]:
     """Return missing norms: weights in the layers' norms imply a norm after the last layer, and the other way round."""
-    if not any(config.get(key) is not None for key in ("rms_norm_eps", "layer_norm_eps")):
+    if not any(config.get(key) is not None for key in _EPSILONS):
         return []
     found = {bool(at_layer(name)[1]) for name in tensors if _NORM.search(name)}
     names = {True: "the norms of its layers", False: "the norm after the last layer"}

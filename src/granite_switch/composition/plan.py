@@ -95,7 +95,7 @@ def assemble(
     library = base.tokenizer.library
     template = base.tokenizer.templates.get("default")
     warnings = [f"{slot.name}: {warning}" for slot in fresh for warning in slot.spec.warnings]
-    warnings += [] if kept else _vocabulary_warnings(base)
+    warnings += [] if kept else _base_warnings(base)
     if template is None:
         samples: list[place.Chat] = []
         first_token = turn_token = place.Token("", _first_token(base.config, base.tokenizer))
@@ -131,14 +131,16 @@ def assemble(
     return Plan(base, tuple(slots), spec, data, templates, create_io_yaml, tuple(warnings), notes)
 
 
-def _vocabulary_warnings(base: Base) -> list[str]:
-    beyond = base.tokenizer.size - base.checkpoint[base.vocabulary.embedding].shape[0]
-    if beyond <= 0:
-        return []
-    return [
-        f"{base.folder}: the last {beyond} tokens of its tokenizer have no row in its embedding. They gain zeros, and "
-        "the composed model can generate them; resize the base's embedding to choose their rows"
-    ]
+def _base_warnings(base: Base) -> list[str]:
+    warnings = []
+    if base.lacks_norms:
+        warnings.append(f"{base.folder}: has no weights of norms. If its norms have weights, they were lost")
+    if (beyond := base.tokenizer.size - base.checkpoint[base.vocabulary.embedding].shape[0]) > 0:
+        warnings.append(
+            f"{base.folder}: the last {beyond} tokens of its tokenizer have no row in its embedding. They gain zeros, "
+            "and the composed model can generate them; resize the base's embedding to choose their rows"
+        )
+    return warnings
 
 
 def _with_base_warning(slot: Adapter, base_model: str) -> Adapter:
